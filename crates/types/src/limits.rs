@@ -1,0 +1,71 @@
+//! Every bound of the platform's requests, in one place, with its reason.
+
+/// One processor at least.
+pub const VCPUS_MIN: u32 = 1;
+/// Firecracker's own bound.
+pub const VCPUS_MAX: u32 = 32;
+pub const VCPUS_DEFAULT: u32 = 1;
+
+/// Debian's kernel and the agent do not boot in less.
+pub const MEMORY_MB_MIN: u32 = 96;
+/// 1 TiB; the host's own memory is the bound that users meet.
+pub const MEMORY_MB_MAX: u32 = 1_048_576;
+pub const MEMORY_MB_DEFAULT: u32 = 256;
+
+/// Room for the file system's own tables and a little work.
+pub const DISK_MB_MIN: u32 = 64;
+/// 1 TiB.
+pub const DISK_MB_MAX: u32 = 1_048_576;
+pub const DISK_MB_DEFAULT: u32 = 2048;
+
+/// A host name's label (RFC 1123), since the name is the guest's host name.
+pub const VM_NAME_BYTES_MAX: usize = 63;
+pub const IMAGE_NAME_BYTES_MAX: usize = 128;
+
+/// Time to live of a VM: one second to one year.
+pub const VM_TIMEOUT_S_MAX: u64 = 366 * 24 * 3600;
+
+pub const LABELS_MAX: usize = 64;
+pub const LABEL_KEY_BYTES_MAX: usize = 63;
+pub const LABEL_VALUE_BYTES_MAX: usize = 255;
+
+pub const ENV_VARS_MAX: usize = 1024;
+/// Of all names and values together; the guest's protocol has the same bound.
+pub const ENV_BYTES_MAX: usize = 128 * 1024;
+
+pub const ALLOW_RULES_MAX: usize = 64;
+
+/// Linux refuses a single argument or environment string of more.
+pub const ARG_BYTES_MAX: usize = 128 * 1024 - 1;
+/// Of the command and all arguments together.
+pub const ARGS_BYTES_MAX: usize = 128 * 1024;
+pub const ARGS_MAX: usize = 4096;
+/// Linux's PATH_MAX less the terminating zero.
+pub const PATH_BYTES_MAX: usize = 4095;
+pub const USER_BYTES_MAX: usize = 64;
+/// Standard input given in the request's body; more goes over the streaming form.
+pub const STDIN_BYTES_MAX: usize = 1024 * 1024;
+
+pub const EXECUTION_TIMEOUT_S_DEFAULT: u64 = 3600;
+/// A week.
+pub const EXECUTION_TIMEOUT_S_MAX: u64 = 7 * 24 * 3600;
+
+/// Kept of each output stream with an execution: this much from its start ...
+pub const OUTPUT_HEAD_BYTES: usize = 512 * 1024;
+/// ... and this much from its end.
+pub const OUTPUT_TAIL_BYTES: usize = 512 * 1024;
+
+/// A JSON request's body.
+pub const BODY_BYTES_MAX: usize = 4 * 1024 * 1024;
+
+/// `?wait=`: a client, or a proxy between, gives up later than this.
+pub const WAIT_S_MAX: u64 = 300;
+
+pub const PAGE_LIMIT_DEFAULT: u32 = 50;
+pub const PAGE_LIMIT_MAX: u32 = 500;
+
+/// Attempts of a task when the infrastructure fails; a command that ran is never repeated.
+pub const TASK_ATTEMPTS_MAX: u32 = 5;
+
+/// Executions that run at once in one VM; the rest wait for a place.
+pub const EXECUTIONS_PER_VM_MAX: usize = 64;
