@@ -1,0 +1,103 @@
+//! What makes a booted or restored guest this VM.
+
+use std::fmt;
+
+use bytes::Bytes;
+
+use super::EnvVar;
+
+/// Configure the guest: after its boot, and again after a restore from a snapshot.
+///
+/// Every part is optional and what is absent stays as it is; the same message twice has the effect
+/// of one. The random generator is seeded first, then the clock is set, then the rest.
+#[derive(Clone, PartialEq, prost::Message)]
+#[prost(skip_debug)]
+pub struct Configure {
+    #[prost(string, optional, tag = "1")]
+    pub hostname: Option<String>,
+    /// 32 hexadecimal digits.
+    #[prost(string, optional, tag = "2")]
+    pub machine_id: Option<String>,
+    #[prost(message, optional, tag = "3")]
+    pub env: Option<Environment>,
+    #[prost(message, repeated, tag = "4")]
+    pub interfaces: Vec<Interface>,
+    #[prost(message, optional, tag = "5")]
+    pub dns: Option<Dns>,
+    #[prost(message, optional, tag = "6")]
+    pub hosts: Option<Hosts>,
+    #[prost(uint64, optional, tag = "7")]
+    pub unix_time_ns: Option<u64>,
+    /// 32 bytes or more; credited to the kernel's generator, which is then reseeded.
+    #[prost(bytes = "bytes", tag = "8")]
+    pub entropy: Bytes,
+}
+
+// The entropy is a secret of the guest.
+impl fmt::Debug for Configure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Configure")
+            .field("hostname", &self.hostname)
+            .field("env", &self.env)
+            .field("interfaces", &self.interfaces)
+            .field("dns", &self.dns)
+            .field("hosts", &self.hosts)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Environment of every run that is started later; replaces the one given before.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Environment {
+    #[prost(message, repeated, tag = "1")]
+    pub vars: Vec<EnvVar>,
+}
+
+/// An interface as it shall be. Addresses and routes that it had before are removed.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Interface {
+    /// Finds the interface, as `02:00:00:00:00:01`.
+    #[prost(string, tag = "1")]
+    pub mac: String,
+    /// An interface that already has it is taken as found.
+    #[prost(string, optional, tag = "2")]
+    pub new_mac: Option<String>,
+    /// With prefix length, as `10.0.0.2/30` and `fd00::2/64`.
+    #[prost(string, repeated, tag = "3")]
+    pub addresses: Vec<String>,
+    /// Default gateways, at most one of each family.
+    #[prost(string, repeated, tag = "4")]
+    pub gateways: Vec<String>,
+    #[prost(uint32, optional, tag = "5")]
+    pub mtu: Option<u32>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Dns {
+    #[prost(string, repeated, tag = "1")]
+    pub servers: Vec<String>,
+    #[prost(string, repeated, tag = "2")]
+    pub search: Vec<String>,
+}
+
+/// Entries of `/etc/hosts` beside those of the guest itself.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Hosts {
+    #[prost(message, repeated, tag = "1")]
+    pub entries: Vec<HostsEntry>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct HostsEntry {
+    #[prost(string, tag = "1")]
+    pub address: String,
+    #[prost(string, repeated, tag = "2")]
+    pub names: Vec<String>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Configured {
+    /// What could not be done and does not keep the guest from working, one line each.
+    #[prost(string, repeated, tag = "1")]
+    pub warnings: Vec<String>,
+}
