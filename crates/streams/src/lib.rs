@@ -1,1 +1,40 @@
-//! placeholder
+//! Live byte paths between a client's request, which the gateway holds, and the worker that
+//! serves it. The two crates never depend on each other; they meet here.
+//!
+//! - [`Sessions`]: the live side of an execution. The gateway opens a session before it records
+//!   the task; the worker that begins the task takes the other end. Both directions are bounded
+//!   channels, so a client that stalls holds back its own command and nothing else.
+//! - [`GuestLink`]: a connection to a VM's agent, for what is no task: files.
+//!
+//! In one process this is all there is. Between machines the same two meet over a network
+//! connection; see the decision records.
+
+mod sessions;
+
+use std::fmt;
+
+use aether_protocol::BoxStream;
+use aether_types::{Fault, VmId};
+use async_trait::async_trait;
+
+pub use sessions::{ClientEnd, SessionInput, SessionOutput, Sessions, WorkerEnd};
+
+/// An open byte stream to a VM's agent, and the token that the agent asks for.
+pub struct GuestConnection {
+    pub stream: BoxStream,
+    pub token: String,
+}
+
+// The token must not reach a log.
+impl fmt::Debug for GuestConnection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GuestConnection").finish_non_exhaustive()
+    }
+}
+
+/// Reaches the agent of any VM that runs.
+#[async_trait]
+pub trait GuestLink: Send + Sync + 'static {
+    /// Bounded in time by the implementation. The fault is for the client's eyes.
+    async fn connect(&self, vm: VmId) -> Result<GuestConnection, Fault>;
+}

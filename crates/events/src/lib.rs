@@ -1,0 +1,54 @@
+//! The seam to events: what has happened, told to whoever listens now. Events are history, never
+//! truth: a listener that fell behind or came late reads the store.
+
+mod local;
+
+use aether_types::{ExecutionId, TaskId, TaskState, Timestamp, VmId, VmState, WorkerId};
+use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
+
+pub use local::LocalBus;
+
+/// What happened. The topic's name is `kind()`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum Event {
+    /// A VM is in a new state.
+    Vm { vm_id: VmId, state: VmState, at: Timestamp },
+    /// A task was recorded, began, was given back or ended.
+    Task { task_id: TaskId, vm_id: VmId, state: TaskState, at: Timestamp },
+    /// Someone asks for the end of a running task.
+    CancelRequested { task_id: TaskId, worker_id: Option<WorkerId> },
+    /// A command was handed to a guest.
+    ExecutionStarted { execution_id: ExecutionId, vm_id: VmId, at: Timestamp },
+}
+
+/// The bus does not take the event.
+#[derive(Debug, thiserror::Error)]
+#[error("publish an event: {0}")]
+pub struct PublishError(pub String);
+
+/// What a subscription gives next.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Received {
+    Event(Event),
+    /// The listener was too slow and this many events are gone: read the store.
+    Missed(u64),
+    /// The bus has ended.
+    Closed,
+}
+
+#[async_trait]
+pub trait EventBus: Send + Sync + 'static {
+    async fn publish(&self, event: Event) -> Result<(), PublishError>;
+
+    /// Everything published from now on. Subscribe first, then read the store: nothing is missed
+    /// between.
+    fn subscribe(&self) -> Box<dyn Subscription>;
+}
+
+#[async_trait]
+pub trait Subscription: Send {
+    /// Cancel-safe.
+    async fn next(&mut self) -> Received;
+}
