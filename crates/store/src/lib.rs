@@ -21,7 +21,7 @@ use async_trait::async_trait;
 
 pub use error::StoreError;
 pub use page::{Cursor, Page, PageRequest};
-pub use sqlite::SqliteStore;
+pub use sqlite::{Durability, SqliteStore};
 
 /// A task to record. Its dispatch to the queue is recorded with it (the outbox).
 #[derive(Debug, Clone)]
@@ -61,6 +61,9 @@ pub struct Accepted {
     /// This is the answer to an earlier request with the same idempotency key, or to an earlier
     /// deletion of the same VM.
     pub repeated: bool,
+    /// Tasks of the VM that this request ended (a stop, a deletion), as they are now. Their
+    /// queue entries may be removed, and their ends published.
+    pub cancelled: Vec<Task>,
 }
 
 /// Facts about a VM that a worker learns.
@@ -256,11 +259,7 @@ pub trait Store: Send + Sync + 'static {
     async fn execution(&self, id: ExecutionId) -> Result<Option<Execution>, StoreError>;
 
     /// Newest first.
-    async fn executions(
-        &self,
-        vm: VmId,
-        page: PageRequest,
-    ) -> Result<Page<Execution>, StoreError>;
+    async fn executions(&self, vm: VmId, page: PageRequest) -> Result<Page<Execution>, StoreError>;
 
     /// What was kept of an execution's output; empty while it runs.
     async fn output(

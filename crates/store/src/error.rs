@@ -1,0 +1,120 @@
+//! What the store refuses, and what goes wrong underneath it.
+
+use aether_types::{ErrorCode, Task, TaskKind, Vm};
+
+/// Display texts name what was asked for and never repeat their source.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    #[error("the name `{name}` belongs to another VM")]
+    NameTaken { name: String },
+    #[error("no such VM")]
+    VmNotFound,
+    #[error("no such task")]
+    TaskNotFound,
+    #[error("no such execution")]
+    ExecutionNotFound,
+    /// The VM as it is. `action` completes "it cannot ...".
+    #[error("VM `{}` is {}; it cannot {action}", vm.name, vm.state)]
+    WrongState { vm: Box<Vm>, action: &'static str },
+    /// Only creations and executions can be cancelled: the other requests have changed the VM's
+    /// state already, and are short.
+    #[error("a {} task cannot be cancelled", task.kind)]
+    NotCancellable { task: Box<Task> },
+    #[error("the task has ended")]
+    TaskEnded { task: Box<Task> },
+    /// A later attempt has begun, or the task has ended: what this attempt says does not count.
+    #[error("a later attempt has begun or the task has ended")]
+    Fenced,
+    #[error("the idempotency key came with another request before")]
+    IdempotencyConflict,
+    #[error("the cursor is not one that a page of this list ended with")]
+    BadCursor,
+    #[error("the store is busy")]
+    Busy,
+    /// The caller broke the contract: a defect, not a state of the world.
+    #[error("a {kind} task cannot be recorded this way")]
+    WrongKind { kind: TaskKind },
+    /// The caller broke the contract: an attempt cannot end in a state that is no end.
+    #[error("an attempt cannot end as pending or running")]
+    NotAnEnd,
+    /// What is stored cannot be read back.
+    #[error("the stored {0} cannot be read")]
+    Corrupt(&'static str),
+    #[error("{context}")]
+    Database {
+        context: &'static str,
+        #[source]
+        source: sqlx::Error,
+    },
+    #[error("bring the store's tables up to date")]
+    Migration(#[source] Box<sqlx::migrate::MigrateError>),
+}
+
+impl StoreError {
+    /// The code that a client sees.
+    #[must_use]
+    pub fn code(&self) -> ErrorCode {
+        match self {
+            Self::NameTaken { .. } => ErrorCode::NameTaken,
+            Self::VmNotFound => ErrorCode::VmNotFound,
+            Self::TaskNotFound => ErrorCode::TaskNotFound,
+            Self::ExecutionNotFound => ErrorCode::ExecutionNotFound,
+            Self::WrongState { .. } | Self::NotCancellable { .. } => ErrorCode::VmStateConflict,
+            Self::TaskEnded { .. } => ErrorCode::TaskEnded,
+            Self::IdempotencyConflict => ErrorCode::IdempotencyConflict,
+            Self::BadCursor => ErrorCode::InvalidRequest,
+            Self::Busy => ErrorCode::Unavailable,
+            Self::Fenced
+            | Self::WrongKind { .. }
+            | Self::NotAnEnd
+            | Self::Corrupt(_)
+            | Self::Database { .. }
+            | Self::Migration(_) => ErrorCode::Internal,
+        }
+    }
+
+    /// The same call may succeed a moment later.
+    #[must_use]
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            Self::Busy | Self::Database { .. } => true,
+            Self::NameTaken { .. }
+            | Self::VmNotFound
+            | Self::TaskNotFound
+            | Self::ExecutionNotFound
+            | Self::WrongState { .. }
+            | Self::NotCancellable { .. }
+            | Self::TaskEnded { .. }
+            | Self::Fenced
+            | Self::IdempotencyConflict
+            | Self::BadCursor
+            | Self::WrongKind { .. }
+            | Self::NotAnEnd
+            | Self::Corrupt(_)
+            | Self::Migration(_) => false,
+        }
+    }
+}
+
+/// Adds what was being done to a database error.
+pub(crate) trait Context<T> {
+    fn context(self, context: &'static str) -> Result<T, StoreError>;
+}
+
+impl<T> Context<T> for Result<T, sqlx::Error> {
+    fn context(self, context: &'static str) -> Result<T, StoreError> {
+        self.map_err(|source| {
+            let busy = match &source {
+                sqlx::Error::PoolTimedOut => true,
+                sqlx::Error::Database(e) => is_busy(e.code().as_deref()),
+                _ => false,
+            };
+            if busy { StoreError::Busy } else { StoreError::Database { context, source } }
+        })
+    }
+}
+
+/// SQLITE_BUSY (5) and SQLITE_LOCKED (6), with their extended forms.
+fn is_busy(code: Option<&str>) -> bool {
+    code.and_then(|c| c.parse::<u32>().ok()).is_some_and(|c| matches!(c & 0xff, 5 | 6))
+}
