@@ -101,13 +101,16 @@ pub enum ExitReason {
     VmmDied,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Machine {
     pub vm_id: VmId,
     pub state: MachineState,
     pub network: Option<GuestNetwork>,
     /// Process id of the VMM, while there is one.
     pub pid: Option<u32>,
+    /// As given to `create`; a worker that restarts has the token from here. `None` only for a
+    /// VM whose record is damaged: it can be deleted and nothing else.
+    pub spec: Option<MachineSpec>,
 }
 
 /// What a driver is, for people and for scheduling.
@@ -133,7 +136,8 @@ pub trait Driver: Send + Sync + 'static {
 
     /// Starts the VMM and returns when the guest's agent can be connected to (its ready hint has
     /// come), or within `limit`; on failure no process is left, and `create`d resources stay.
-    /// Starting a running VM is an error; starting an exited one boots it again on its disk.
+    /// Starting a running VM is an error; starting an exited one boots it again on its disk, and
+    /// makes its network anew where `release` took it down.
     async fn start(&self, id: VmId, limit: Duration) -> Result<(), DriverError>;
 
     async fn pause(&self, id: VmId) -> Result<(), DriverError>;
@@ -156,6 +160,11 @@ pub trait Driver: Send + Sync + 'static {
 
     /// Every VM that has anything on this host, including those found after a restart.
     async fn list(&self) -> Result<Vec<Machine>, DriverError>;
+
+    /// Gives back what no running VM needs: links, namespaces, rules. Disks and records of stopped
+    /// VMs stay, and `start` makes the rest anew. Called at the end of a clean shutdown; repeating
+    /// it is harmless.
+    async fn release(&self) -> Result<(), DriverError>;
 
     /// A byte stream to a port in the guest (vsock, or the private link). Bounded by `limit`.
     async fn connect(
