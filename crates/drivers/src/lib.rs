@@ -11,15 +11,15 @@
 //! - `delete` succeeds from every state, however often it is called, and leaves nothing.
 
 pub mod error;
+pub mod fault;
 pub mod journal;
 pub mod network;
-pub mod qemu;
-pub mod firecracker;
+mod process;
 pub mod sim;
 
 use std::{fmt, net::IpAddr, path::PathBuf, time::Duration};
 
-use aether_protocol::BoxStream;
+use aether_protocol::host::BoxStream;
 use aether_types::{DriverKind, NetworkPolicy, VmId};
 use async_trait::async_trait;
 
@@ -27,7 +27,7 @@ pub use error::DriverError;
 
 /// Everything a driver needs to make a VM. Also what it keeps, so that a VM can be started again
 /// after a restart of the worker.
-#[derive(Clone, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct MachineSpec {
     pub vm_id: VmId,
     pub vcpus: u32,
@@ -47,7 +47,7 @@ impl fmt::Debug for MachineSpec {
 }
 
 /// The files a guest boots from; their digests were checked by who made this.
-#[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct BootSource {
     pub kernel: PathBuf,
     pub initrd: PathBuf,
@@ -173,4 +173,17 @@ pub trait Driver: Send + Sync + 'static {
         port: u32,
         limit: Duration,
     ) -> Result<BoxStream, DriverError>;
+}
+
+/// The result of a driver's own task. It is never aborted, so that a failure to join is a panic in
+/// it or the end of the runtime.
+pub(crate) fn finished<T>(
+    joined: Result<Result<T, DriverError>, tokio::task::JoinError>,
+) -> Result<T, DriverError> {
+    joined.unwrap_or_else(|error| {
+        Err(DriverError::Io {
+            action: "carry out an operation".to_owned(),
+            source: std::io::Error::other(error),
+        })
+    })
 }
