@@ -1,1 +1,51 @@
-//! placeholder
+//! The REST interface in types: what a client sends, what it gets, and, under the feature
+//! `client`, the client itself.
+//!
+//! Requests refuse fields that they do not know, so that a misspelt one is named and not ignored.
+//! Answers do not: an older client reads a newer server. Both are plain data; what is legal is
+//! decided by `aether-types` and the gateway.
+//!
+//! Every path is below [`PREFIX`]. Errors are [`Problem`] documents.
+
+#[cfg(feature = "client")]
+pub mod client;
+mod execution;
+mod file;
+mod health;
+mod page;
+mod problem;
+mod stream;
+mod task;
+mod vm;
+mod wait;
+
+pub use execution::{ExecuteRequest, ExecutionView, KeptOutput};
+pub use file::{
+    FileEntry, FileKind, FileListing, FileView, FileWritten, MkdirRequest, MoveRequest,
+};
+pub use health::{ComponentHealth, Health, HealthStatus};
+pub use page::Page;
+pub use problem::{PROBLEM_MEDIA_TYPE, Problem};
+pub use stream::{
+    CHANNEL_STDERR, CHANNEL_STDIN, CHANNEL_STDOUT, NDJSON_MEDIA_TYPE, StreamEnd, StreamEvent,
+    TerminalControl, TerminalStart,
+};
+pub use task::{Accepted, TaskView};
+pub use vm::{CreateVm, VmView};
+pub use wait::{ParseWaitError, format_wait, parse_wait};
+
+/// Of every path.
+pub const PREFIX: &str = "/api/v1";
+
+/// What every API key begins with, so that people and scanners recognise one.
+pub const KEY_PREFIX: &str = "ae_";
+
+/// A request with the same key and the same content is carried out once.
+pub const IDEMPOTENCY_KEY_HEADER: &str = "idempotency-key";
+
+/// Given by the client or made by the server; in every answer.
+pub const REQUEST_ID_HEADER: &str = "x-request-id";
+
+/// Of a file that is read: its size and its permission bits (octal) when it was opened.
+pub const FILE_SIZE_HEADER: &str = "x-file-size";
+pub const FILE_MODE_HEADER: &str = "x-file-mode";

@@ -1,0 +1,144 @@
+//! An interactive execution on a WebSocket.
+
+use bytes::{BufMut as _, Bytes, BytesMut};
+use futures::{
+    SinkExt as _, StreamExt as _,
+    stream::{SplitSink, SplitStream},
+};
+use reqwest::header::AUTHORIZATION;
+use tokio::net::TcpStream;
+use tokio_tungstenite::{
+    MaybeTlsStream, WebSocketStream,
+    tungstenite::{self, Message, client::IntoClientRequest as _},
+};
+
+use super::http::{bearer, segment};
+use super::{Client, ClientError};
+use crate::{
+    CHANNEL_STDERR, CHANNEL_STDIN, CHANNEL_STDOUT, PREFIX, Problem, StreamEvent, TerminalControl,
+    TerminalStart,
+};
+
+type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
+
+/// The half that feeds the command.
+#[derive(Debug)]
+pub struct TerminalInput {
+    sink: SplitSink<Socket, Message>,
+}
+
+/// The half that hears of it. It also answers the server's pings: keep it going.
+#[derive(Debug)]
+pub struct TerminalOutput {
+    stream: SplitStream<Socket>,
+}
+
+pub(super) async fn open(
+    client: &Client,
+    vm: &str,
+    start: &TerminalStart,
+) -> Result<(TerminalInput, TerminalOutput), ClientError> {
+    // `http` becomes `ws`, `https` becomes `wss`.
+    let base = client.base.strip_prefix("http").unwrap_or(&client.base);
+    let url = format!("ws{base}{PREFIX}/vms/{}/terminal", segment(vm));
+    let mut request =
+        url.into_client_request().map_err(|_| ClientError::Url { url: client.base.clone() })?;
+    if let Some(value) = client.key.as_deref().and_then(bearer) {
+        request.headers_mut().insert(AUTHORIZATION, value);
+    }
+    let nodelay = true;
+    let (mut socket, _response) =
+        tokio_tungstenite::connect_async_with_config(request, None, nodelay)
+            .await
+            .map_err(|error| refused(client, error))?;
+    socket.send(text(start)?).await.map_err(lost)?;
+    let (sink, stream) = socket.split();
+    Ok((TerminalInput { sink }, TerminalOutput { stream }))
+}
+
+impl TerminalInput {
+    pub async fn stdin(&mut self, data: Bytes) -> Result<(), ClientError> {
+        let mut message = BytesMut::with_capacity(data.len() + 1);
+        message.put_u8(CHANNEL_STDIN);
+        message.put(data);
+        self.sink.send(Message::Binary(message.freeze())).await.map_err(lost)
+    }
+
+    pub async fn stdin_eof(&mut self) -> Result<(), ClientError> {
+        self.control(TerminalControl::StdinEof).await
+    }
+
+    pub async fn signal(&mut self, signal: i32) -> Result<(), ClientError> {
+        self.control(TerminalControl::Signal { signal }).await
+    }
+
+    pub async fn resize(&mut self, rows: u16, cols: u16) -> Result<(), ClientError> {
+        self.control(TerminalControl::Resize { rows, cols }).await
+    }
+
+    pub async fn control(&mut self, control: TerminalControl) -> Result<(), ClientError> {
+        self.sink.send(text(&control)?).await.map_err(lost)
+    }
+
+    /// Says goodbye; a command that still runs is ended.
+    pub async fn close(mut self) -> Result<(), ClientError> {
+        self.sink.close().await.map_err(lost)
+    }
+}
+
+impl TerminalOutput {
+    /// The next event; `None` where the server has closed. An error [`ClientError::Problem`] is
+    /// the server's refusal. Cancel-safe.
+    pub async fn next(&mut self) -> Result<Option<StreamEvent>, ClientError> {
+        while let Some(message) = self.stream.next().await {
+            match message.map_err(lost)? {
+                Message::Binary(mut data) => {
+                    let channel = (!data.is_empty()).then(|| data.split_to(1)[0]);
+                    return match channel {
+                        Some(CHANNEL_STDOUT) => Ok(Some(StreamEvent::Stdout { data })),
+                        Some(CHANNEL_STDERR) => Ok(Some(StreamEvent::Stderr { data })),
+                        Some(_) | None => Err(ClientError::unexpected("an unknown channel")),
+                    };
+                }
+                Message::Text(text) => return event(text.as_str()).map(Some),
+                Message::Close(_) => return Ok(None),
+                Message::Ping(_) | Message::Pong(_) | Message::Frame(_) => {}
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// A refusal comes as a problem document, since the answer to the handshake is already out.
+fn event(text: &str) -> Result<StreamEvent, ClientError> {
+    serde_json::from_str(text).map_err(|error| match serde_json::from_str::<Problem>(text) {
+        Ok(problem) => ClientError::Problem(Box::new(problem)),
+        Err(_) => ClientError::unexpected(error.to_string()),
+    })
+}
+
+fn text(value: &impl serde::Serialize) -> Result<Message, ClientError> {
+    let text = serde_json::to_string(value)
+        .map_err(|error| ClientError::transport("write a message")(error.into()))?;
+    Ok(Message::Text(text.into()))
+}
+
+fn refused(client: &Client, error: tungstenite::Error) -> ClientError {
+    match error {
+        tungstenite::Error::Http(response) => {
+            let body = response.body().as_deref().unwrap_or_default();
+            match serde_json::from_slice::<Problem>(body) {
+                Ok(problem) => ClientError::Problem(Box::new(problem)),
+                Err(_) => ClientError::unexpected(format!("status {}", response.status())),
+            }
+        }
+        tungstenite::Error::Io(source) => {
+            ClientError::Connect { url: client.base.clone(), source: source.into() }
+        }
+        error => ClientError::transport("open a terminal")(error.into()),
+    }
+}
+
+fn lost(error: tungstenite::Error) -> ClientError {
+    ClientError::transport("use the terminal")(error.into())
+}

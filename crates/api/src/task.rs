@@ -1,0 +1,86 @@
+use aether_types::{
+    ExecutionId, Fault, Priority, Task, TaskId, TaskKind, TaskState, Timestamp, VmId, WorkerId,
+};
+use serde::{Deserialize, Serialize};
+
+/// The answer 202: the request is recorded and will be carried out. Also what a request with
+/// `?wait=` answers when the time is over first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Accepted {
+    pub task_id: TaskId,
+    pub vm_id: VmId,
+    /// Of the task.
+    pub status: TaskState,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub execution_id: Option<ExecutionId>,
+}
+
+impl Accepted {
+    #[must_use]
+    pub fn new(task: &Task) -> Self {
+        Self {
+            task_id: task.id,
+            vm_id: task.vm_id,
+            status: task.state,
+            execution_id: task.execution_id,
+        }
+    }
+}
+
+/// A task as it is now.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TaskView {
+    pub id: TaskId,
+    pub kind: TaskKind,
+    pub status: TaskState,
+    pub priority: Priority,
+    pub vm_id: VmId,
+    pub execution_id: Option<ExecutionId>,
+    /// Attempts begun so far.
+    pub attempts: u32,
+    pub max_attempts: u32,
+    pub worker_id: Option<WorkerId>,
+    pub cancel_requested: bool,
+    pub error: Option<Fault>,
+    pub created_at: Timestamp,
+    pub started_at: Option<Timestamp>,
+    pub finished_at: Option<Timestamp>,
+}
+
+impl From<Task> for TaskView {
+    fn from(task: Task) -> Self {
+        let Task {
+            id,
+            kind,
+            state,
+            priority,
+            vm_id,
+            execution_id,
+            attempts,
+            max_attempts,
+            worker_id,
+            epoch: _,
+            cancel_requested,
+            created_at,
+            started_at,
+            finished_at,
+            error,
+        } = task;
+        Self {
+            id,
+            kind,
+            status: state,
+            priority,
+            vm_id,
+            execution_id,
+            attempts,
+            max_attempts,
+            worker_id,
+            cancel_requested,
+            error,
+            created_at,
+            started_at,
+            finished_at,
+        }
+    }
+}
