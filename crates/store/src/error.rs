@@ -25,6 +25,9 @@ pub enum StoreError {
     /// A later attempt has begun, or the task has ended: what this attempt says does not count.
     #[error("a later attempt has begun or the task has ended")]
     Fenced,
+    /// The command was handed to a guest of another boot; it is never started a second time.
+    #[error("the command was handed to the guest before its last boot")]
+    AlreadyStarted,
     #[error("the idempotency key came with another request before")]
     IdempotencyConflict,
     #[error("the cursor is not one that a page of this list ended with")]
@@ -62,6 +65,7 @@ impl StoreError {
             Self::WrongState { .. } | Self::NotCancellable { .. } => ErrorCode::VmStateConflict,
             Self::TaskEnded { .. } => ErrorCode::TaskEnded,
             Self::IdempotencyConflict => ErrorCode::IdempotencyConflict,
+            Self::AlreadyStarted => ErrorCode::ExecutionLost,
             Self::BadCursor => ErrorCode::InvalidRequest,
             Self::Busy => ErrorCode::Unavailable,
             Self::Fenced
@@ -86,6 +90,7 @@ impl StoreError {
             | Self::NotCancellable { .. }
             | Self::TaskEnded { .. }
             | Self::Fenced
+            | Self::AlreadyStarted
             | Self::IdempotencyConflict
             | Self::BadCursor
             | Self::WrongKind { .. }

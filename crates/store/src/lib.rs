@@ -167,7 +167,11 @@ pub trait Store: Send + Sync + 'static {
     /// `stopping`, start: to `starting`, delete: to `deleting`). Pause and resume change the
     /// state only when they are done; the store checks with the state machine that they could
     /// be done now. Fails with `VmNotFound`, or `WrongState` with the VM as it is.
-    /// A deletion of a VM that is being or has been deleted answers with the earlier task.
+    /// A deletion of a VM that is being or has been deleted answers with the earlier task; where
+    /// that task gave up and the VM is still `deleting`, this is another try.
+    ///
+    /// A deletion cancels the VM's pending tasks and asks its running ones to end. A stop fails
+    /// its pending executions, pauses and resumptions. Both return them in `cancelled`.
     async fn request_on_vm(
         &self,
         vm: VmId,
@@ -184,7 +188,9 @@ pub trait Store: Send + Sync + 'static {
         idempotency: Option<Idempotency>,
     ) -> Result<(Accepted, Execution), StoreError>;
 
-    /// Asks that a task end. A pending one ends now.
+    /// Asks that a task end. A pending one ends now; the VM of a creation has then failed, with
+    /// the reason `cancelled`. Only creations and executions can be cancelled, others fail with
+    /// `NotCancellable`.
     async fn cancel_task(&self, id: TaskId) -> Result<CancelOutcome, StoreError>;
 
     // --- outbox ---
@@ -196,6 +202,9 @@ pub trait Store: Send + Sync + 'static {
 
     // --- attempts, from the worker ---
 
+    /// Counts the attempt. The epoch must be greater than that of every attempt before. Where the
+    /// attempts are used up the task ends as failed with `attempts_exhausted`; a VM that it was
+    /// creating, starting or stopping has failed, its execution is failed as lost.
     async fn begin_attempt(
         &self,
         id: TaskId,
@@ -204,7 +213,8 @@ pub trait Store: Send + Sync + 'static {
     ) -> Result<Begin, StoreError>;
 
     /// The command is about to be handed to the guest with this boot id: from now on it is never
-    /// started a second time.
+    /// started a second time. Said again with the same boot id it changes nothing; with another it
+    /// fails with `AlreadyStarted`. `Fenced` where a later attempt has begun or the task has ended.
     async fn execution_started(
         &self,
         task: TaskId,
@@ -214,6 +224,8 @@ pub trait Store: Send + Sync + 'static {
     ) -> Result<(), StoreError>;
 
     /// Ends the attempt and the task. `Fenced` where a later attempt has begun or it has ended.
+    /// An execution ends with its task: without `end.execution` it is failed or cancelled with the
+    /// task's error.
     async fn end_attempt(
         &self,
         id: TaskId,
@@ -222,7 +234,8 @@ pub trait Store: Send + Sync + 'static {
     ) -> Result<Task, StoreError>;
 
     /// Gives the task back after a failure of the infrastructure: pending again and in the
-    /// outbox, or failed where its attempts are used up (with `end` then).
+    /// outbox. Where its attempts are used up it ends with `otherwise`, and where it was asked to
+    /// end, as cancelled with the effects of `otherwise`.
     async fn retry_attempt(
         &self,
         id: TaskId,
@@ -235,7 +248,8 @@ pub trait Store: Send + Sync + 'static {
     /// `WrongState` where the state machine has no such transition.
     async fn change_vm(&self, id: VmId, change: VmChange) -> Result<Vm, StoreError>;
 
-    /// Facts learnt about a VM, without a change of state.
+    /// Facts learnt about a VM, without a change of state; they count as a change (the generation
+    /// rises), and are not in the history.
     async fn patch_vm(&self, id: VmId, patch: VmPatch) -> Result<(), StoreError>;
 
     // --- reading ---

@@ -1,31 +1,121 @@
 //! The store on SQLite.
+//!
+//! One connection writes, behind a mutex, in transactions that begin `IMMEDIATE`: writers queue
+//! here, never on the file's lock, and no transaction fails because it read before it wrote. A few
+//! connections read; the write-ahead log lets them read while one writes, and what was
+//! acknowledged is seen at once.
+//!
+//! Cancellation: a method's future may be dropped at any point. The transaction is then rolled
+//! back, or was committed whole.
+//!
+//! Statements that write and answer with rows are read to their end (`fetch_all`): the commit of a
+//! lone statement happens at its last step, and an error of it must not be lost.
 
-use std::path::Path;
+mod attempts;
+mod executions;
+mod keys;
+mod requests;
+mod rows;
+mod tasks;
+mod vms;
+mod write;
 
-use aether_types::*;
+use std::{fs::OpenOptions, os::unix::fs::OpenOptionsExt, path::Path, time::Duration};
+
+use aether_types::{
+    Execution, ExecutionId, Fault, OutputStream, RetainedOutput, StateChange, Task, TaskId,
+    Timestamp, Vm, VmId, WorkerId,
+};
 use async_trait::async_trait;
+use sqlx::{
+    ConnectOptions, SqliteConnection, SqlitePool,
+    sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous},
+};
+use tokio::sync::Mutex;
 
-use crate::*;
+use crate::{
+    Accepted, ApiKey, AttemptEnd, Begin, CancelOutcome, Idempotency, NewExecution, NewTask, NewVm,
+    Page, PageRequest, Store, StoreError, TaskFilter, VmChange, VmFilter, VmPatch, error::Context,
+};
 
-/// What a commit survives. Either way it survives the death of the process, SIGKILL included:
-/// the kernel has the data.
+/// Enough for a gateway on a few processors; each costs a thread and a page cache.
+const READERS_MAX: u32 = 4;
+
+/// For the lock that another process may hold for a moment (a backup); our own writers wait on
+/// the mutex.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The log is cut to this size after a checkpoint, so that one burst does not keep the room.
+const LOG_BYTES_KEPT: &str = "67108864";
+
+/// More than there are statements: each is prepared once.
+const STATEMENTS_CACHED: usize = 256;
+
+static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!("./migrations/sqlite");
+
+/// What an acknowledged change survives. Either way it survives the death of the process, SIGKILL
+/// included: a commit is written to the log, which the kernel has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Durability {
-    /// The death of the process. After a power loss the last moments may be missing, and nothing
-    /// is damaged.
+    /// The death of the process (`synchronous=NORMAL`). After a power loss the last moments may be
+    /// missing; nothing is damaged.
     #[default]
     Process,
-    /// Power loss too: one disk flush for each transaction.
+    /// Power loss too (`synchronous=FULL`): each transaction waits for one flush of the disk.
     Power,
 }
 
 #[derive(Debug)]
-pub struct SqliteStore {}
+pub struct SqliteStore {
+    writer: Mutex<SqliteConnection>,
+    readers: SqlitePool,
+}
 
 impl SqliteStore {
-    /// Opens the store, and makes or migrates its tables.
-    pub async fn open(_path: &Path, _durability: Durability) -> Result<Self, StoreError> {
-        unimplemented!()
+    /// Opens the store, made with mode 0600 where there is none, and brings its tables up to date.
+    pub async fn open(path: &Path, durability: Durability) -> Result<Self, StoreError> {
+        // SQLite gives its log the mode of the file, and the file holds environments.
+        OpenOptions::new()
+            .create(true)
+            .append(true)
+            .mode(0o600)
+            .open(path)
+            .map_err(sqlx::Error::Io)
+            .context("make the store's file")?;
+        let synchronous = match durability {
+            Durability::Process => SqliteSynchronous::Normal,
+            Durability::Power => SqliteSynchronous::Full,
+        };
+        let options = SqliteConnectOptions::new()
+            .filename(path)
+            .journal_mode(SqliteJournalMode::Wal)
+            .synchronous(synchronous)
+            .foreign_keys(true)
+            .busy_timeout(BUSY_TIMEOUT)
+            .statement_cache_capacity(STATEMENTS_CACHED)
+            .pragma("journal_size_limit", LOG_BYTES_KEPT)
+            .pragma("temp_store", "memory")
+            .disable_statement_logging();
+        let mut writer = options.clone().connect().await.context("open the store")?;
+        MIGRATIONS.run(&mut writer).await.map_err(|e| StoreError::Migration(Box::new(e)))?;
+        let readers = SqlitePoolOptions::new()
+            .max_connections(READERS_MAX)
+            .min_connections(1)
+            .acquire_timeout(BUSY_TIMEOUT)
+            .idle_timeout(None)
+            .max_lifetime(None)
+            .test_before_acquire(false)
+            .connect_with(options.read_only(true))
+            .await
+            .context("open the store for reading")?;
+        Ok(Self { writer: Mutex::new(writer), readers })
+    }
+
+    /// Waits for transactions under way and closes the file; the log is merged into it.
+    pub async fn close(self) -> Result<(), StoreError> {
+        use sqlx::Connection;
+        self.readers.close().await;
+        self.writer.into_inner().close().await.context("close the store")
     }
 }
 
@@ -33,159 +123,152 @@ impl SqliteStore {
 impl Store for SqliteStore {
     async fn create_vm(
         &self,
-        _vm: NewVm,
-        _task: NewTask,
-        _idempotency: Option<Idempotency>,
+        vm: NewVm,
+        task: NewTask,
+        idempotency: Option<Idempotency>,
     ) -> Result<Accepted, StoreError> {
-        unimplemented!()
+        requests::create_vm(self, vm, task, idempotency).await
     }
 
     async fn request_on_vm(
         &self,
-        _vm: VmId,
-        _task: NewTask,
-        _idempotency: Option<Idempotency>,
+        vm: VmId,
+        task: NewTask,
+        idempotency: Option<Idempotency>,
     ) -> Result<Accepted, StoreError> {
-        unimplemented!()
+        requests::request_on_vm(self, vm, task, idempotency).await
     }
 
     async fn request_execution(
         &self,
-        _vm: VmId,
-        _execution: NewExecution,
-        _task: NewTask,
-        _idempotency: Option<Idempotency>,
+        vm: VmId,
+        execution: NewExecution,
+        task: NewTask,
+        idempotency: Option<Idempotency>,
     ) -> Result<(Accepted, Execution), StoreError> {
-        unimplemented!()
+        requests::request_execution(self, vm, execution, task, idempotency).await
     }
 
-    async fn cancel_task(&self, _id: TaskId) -> Result<CancelOutcome, StoreError> {
-        unimplemented!()
+    async fn cancel_task(&self, id: TaskId) -> Result<CancelOutcome, StoreError> {
+        requests::cancel_task(self, id).await
     }
 
-    async fn undispatched(&self, _limit: u32) -> Result<Vec<Task>, StoreError> {
-        unimplemented!()
+    async fn undispatched(&self, limit: u32) -> Result<Vec<Task>, StoreError> {
+        tasks::undispatched(self, limit).await
     }
 
-    async fn confirm_dispatched(&self, _ids: &[TaskId]) -> Result<(), StoreError> {
-        unimplemented!()
+    async fn confirm_dispatched(&self, ids: &[TaskId]) -> Result<(), StoreError> {
+        tasks::confirm_dispatched(self, ids).await
     }
 
     async fn begin_attempt(
         &self,
-        _id: TaskId,
-        _worker: WorkerId,
-        _epoch: i64,
+        id: TaskId,
+        worker: WorkerId,
+        epoch: i64,
     ) -> Result<Begin, StoreError> {
-        unimplemented!()
+        attempts::begin(self, id, worker, epoch).await
     }
 
     async fn execution_started(
         &self,
-        _task: TaskId,
-        _epoch: i64,
-        _execution: ExecutionId,
-        _boot_id: &str,
+        task: TaskId,
+        epoch: i64,
+        execution: ExecutionId,
+        boot_id: &str,
     ) -> Result<(), StoreError> {
-        unimplemented!()
+        attempts::execution_started(self, task, epoch, execution, boot_id).await
     }
 
     async fn end_attempt(
         &self,
-        _id: TaskId,
-        _epoch: i64,
-        _end: AttemptEnd,
+        id: TaskId,
+        epoch: i64,
+        end: AttemptEnd,
     ) -> Result<Task, StoreError> {
-        unimplemented!()
+        attempts::end(self, id, epoch, end).await
     }
 
     async fn retry_attempt(
         &self,
-        _id: TaskId,
-        _epoch: i64,
-        _fault: Fault,
-        _otherwise: AttemptEnd,
+        id: TaskId,
+        epoch: i64,
+        fault: Fault,
+        otherwise: AttemptEnd,
     ) -> Result<Task, StoreError> {
-        unimplemented!()
+        attempts::retry(self, id, epoch, fault, otherwise).await
     }
 
-    async fn change_vm(&self, _id: VmId, _change: VmChange) -> Result<Vm, StoreError> {
-        unimplemented!()
+    async fn change_vm(&self, id: VmId, change: VmChange) -> Result<Vm, StoreError> {
+        vms::change(self, id, change).await
     }
 
-    async fn patch_vm(&self, _id: VmId, _patch: VmPatch) -> Result<(), StoreError> {
-        unimplemented!()
+    async fn patch_vm(&self, id: VmId, patch: VmPatch) -> Result<(), StoreError> {
+        vms::patch(self, id, patch).await
     }
 
-    async fn vm(&self, _id: VmId) -> Result<Option<Vm>, StoreError> {
-        unimplemented!()
+    async fn vm(&self, id: VmId) -> Result<Option<Vm>, StoreError> {
+        vms::get(self, id).await
     }
 
-    async fn vm_by_name(&self, _name: &str) -> Result<Option<Vm>, StoreError> {
-        unimplemented!()
+    async fn vm_by_name(&self, name: &str) -> Result<Option<Vm>, StoreError> {
+        vms::by_name(self, name).await
     }
 
-    async fn vms(&self, _filter: VmFilter, _page: PageRequest) -> Result<Page<Vm>, StoreError> {
-        unimplemented!()
+    async fn vms(&self, filter: VmFilter, page: PageRequest) -> Result<Page<Vm>, StoreError> {
+        vms::list(self, &filter, page).await
     }
 
-    async fn vm_history(&self, _id: VmId) -> Result<Vec<StateChange>, StoreError> {
-        unimplemented!()
+    async fn vm_history(&self, id: VmId) -> Result<Vec<StateChange>, StoreError> {
+        vms::history(self, id).await
     }
 
-    async fn task(&self, _id: TaskId) -> Result<Option<Task>, StoreError> {
-        unimplemented!()
+    async fn task(&self, id: TaskId) -> Result<Option<Task>, StoreError> {
+        tasks::get(self, id).await
     }
 
-    async fn tasks(
-        &self,
-        _filter: TaskFilter,
-        _page: PageRequest,
-    ) -> Result<Page<Task>, StoreError> {
-        unimplemented!()
+    async fn tasks(&self, filter: TaskFilter, page: PageRequest) -> Result<Page<Task>, StoreError> {
+        tasks::list(self, &filter, page).await
     }
 
-    async fn execution(&self, _id: ExecutionId) -> Result<Option<Execution>, StoreError> {
-        unimplemented!()
+    async fn execution(&self, id: ExecutionId) -> Result<Option<Execution>, StoreError> {
+        executions::get(self, id).await
     }
 
-    async fn executions(
-        &self,
-        _vm: VmId,
-        _page: PageRequest,
-    ) -> Result<Page<Execution>, StoreError> {
-        unimplemented!()
+    async fn executions(&self, vm: VmId, page: PageRequest) -> Result<Page<Execution>, StoreError> {
+        executions::list(self, vm, page).await
     }
 
     async fn output(
         &self,
-        _id: ExecutionId,
-        _stream: OutputStream,
+        id: ExecutionId,
+        stream: OutputStream,
     ) -> Result<RetainedOutput, StoreError> {
-        unimplemented!()
+        executions::output(self, id, stream).await
     }
 
-    async fn expired_vms(&self, _now: Timestamp) -> Result<Vec<VmId>, StoreError> {
-        unimplemented!()
+    async fn expired_vms(&self, now: Timestamp) -> Result<Vec<VmId>, StoreError> {
+        vms::expired(self, now).await
     }
 
     async fn next_expiry(&self) -> Result<Option<Timestamp>, StoreError> {
-        unimplemented!()
+        vms::next_expiry(self).await
     }
 
     async fn open_tasks(&self) -> Result<Vec<Task>, StoreError> {
-        unimplemented!()
+        tasks::open(self).await
     }
 
-    async fn insert_key(&self, _key: ApiKey) -> Result<(), StoreError> {
-        unimplemented!()
+    async fn insert_key(&self, key: ApiKey) -> Result<(), StoreError> {
+        keys::insert(self, key).await
     }
 
     async fn keys(&self) -> Result<Vec<ApiKey>, StoreError> {
-        unimplemented!()
+        keys::list(self).await
     }
 
     async fn ping(&self) -> Result<(), StoreError> {
-        unimplemented!()
+        sqlx::query("select 1").fetch_one(&self.readers).await.context("ping the store")?;
+        Ok(())
     }
 }

@@ -1,0 +1,251 @@
+//! Attempts at tasks, each fenced by its epoch.
+
+use aether_types::{
+    ErrorCode, ExecutionId, ExecutionState, Fault, RetainedOutput, Task, TaskId, TaskKind,
+    TaskState, Timestamp, VmEvent, VmState, WorkerId,
+};
+use sqlx::Connection;
+
+use super::{
+    SqliteStore, rows,
+    rows::task_columns,
+    write::{self, Tx},
+};
+use crate::{AttemptEnd, Begin, ExecutionEnd, StoreError, VmChange, VmPatch, error::Context};
+
+const BEGIN: &str = concat!(
+    "update tasks set state = 'running', worker_id = $2, epoch = $3, attempts = attempts + 1, \
+     started_at = coalesce(started_at, $4), error_code = null, error_message = null \
+     where id = $1 and state in ('pending', 'running') and epoch < $3 \
+     and attempts < max_attempts returning ",
+    task_columns!()
+);
+
+const END: &str = concat!(
+    "update tasks set state = $3, error_code = $4, error_message = $5, finished_at = $6 \
+     where id = $1 and epoch = $2 and state = 'running' returning ",
+    task_columns!()
+);
+
+pub(super) async fn begin(
+    store: &SqliteStore,
+    id: TaskId,
+    worker: WorkerId,
+    epoch: i64,
+) -> Result<Begin, StoreError> {
+    let mut writer = store.writer.lock().await;
+    let now = Timestamp::now();
+    // Nearly always this one statement is all.
+    let begun = sqlx::query(BEGIN)
+        .bind(id.to_string())
+        .bind(worker.to_string())
+        .bind(epoch)
+        .bind(now.unix_ms())
+        .fetch_all(&mut *writer)
+        .await
+        .context("begin an attempt")?;
+    if let Some(row) = begun.first() {
+        return Ok(Begin::Go(rows::task(row)?));
+    }
+    let mut tx = writer.begin_with("begin immediate").await.context("begin a transaction")?;
+    let task = write::task(&mut tx, id).await?.ok_or(StoreError::TaskNotFound)?;
+    if task.state.is_end() {
+        return Ok(Begin::Ended(task));
+    }
+    if epoch <= task.epoch {
+        return Ok(Begin::Fenced);
+    }
+    let end = exhausted(&task);
+    let task = finish(&mut tx, task, end, now).await?;
+    tx.commit().await.context("commit the end of a task")?;
+    Ok(Begin::Ended(task))
+}
+
+/// What becomes of a task whose attempts are used up. Nobody knows what its last attempt did, so
+/// a VM on its way somewhere has failed; one that was to be paused, resumed or deleted is what it
+/// was (a deletion can be asked for again).
+fn exhausted(task: &Task) -> AttemptEnd {
+    let attempts = task.attempts;
+    let fault =
+        Fault::new(ErrorCode::AttemptsExhausted, format!("gave up after {attempts} attempts"));
+    let vm = match task.kind {
+        TaskKind::VmCreate | TaskKind::VmStart | TaskKind::VmStop => Some(VmChange {
+            event: VmEvent::Failed,
+            reason: Some(fault.clone()),
+            patch: VmPatch::default(),
+        }),
+        TaskKind::VmPause | TaskKind::VmResume | TaskKind::VmExecute | TaskKind::VmDelete => None,
+    };
+    let lost =
+        Fault::new(ErrorCode::ExecutionLost, "nobody knows whether the command ran to its end");
+    let execution = ExecutionEnd {
+        state: ExecutionState::Failed,
+        exit: None,
+        error: Some(lost),
+        duration_us: None,
+        stdout: RetainedOutput::default(),
+        stderr: RetainedOutput::default(),
+    };
+    AttemptEnd { state: TaskState::Failed, error: Some(fault), vm, execution: Some(execution) }
+}
+
+pub(super) async fn execution_started(
+    store: &SqliteStore,
+    task: TaskId,
+    epoch: i64,
+    execution: ExecutionId,
+    boot_id: &str,
+) -> Result<(), StoreError> {
+    let mut writer = store.writer.lock().await;
+    // Said again for the same boot it changes nothing: an attempt that takes over asks the guest
+    // whether it knows the run.
+    let started = sqlx::query(
+        "update executions set state = 'running', boot_id = $4, \
+         started_at = coalesce(started_at, $5) \
+         where id = $3 and task_id = $1 and (state = 'pending' or (state = 'running' and boot_id = $4)) \
+         and exists (select 1 from tasks where id = $1 and epoch = $2 and state = 'running')",
+    )
+    .bind(task.to_string())
+    .bind(epoch)
+    .bind(execution.to_string())
+    .bind(boot_id.to_owned())
+    .bind(Timestamp::now().unix_ms())
+    .execute(&mut *writer)
+    .await
+    .context("mark an execution as started")?;
+    drop(writer);
+    if started.rows_affected() > 0 {
+        return Ok(());
+    }
+    let (Some(task), Some(execution)) =
+        (super::tasks::get(store, task).await?, super::executions::get(store, execution).await?)
+    else {
+        return Err(StoreError::ExecutionNotFound);
+    };
+    let other_boot = task.epoch == epoch
+        && task.state == TaskState::Running
+        && task.execution_id == Some(execution.id)
+        && execution.state == ExecutionState::Running;
+    Err(if other_boot { StoreError::AlreadyStarted } else { StoreError::Fenced })
+}
+
+pub(super) async fn end(
+    store: &SqliteStore,
+    id: TaskId,
+    epoch: i64,
+    end: AttemptEnd,
+) -> Result<Task, StoreError> {
+    if !end.state.is_end() {
+        return Err(StoreError::NotAnEnd);
+    }
+    let mut writer = store.writer.lock().await;
+    let mut tx = writer.begin_with("begin immediate").await.context("begin a transaction")?;
+    let now = Timestamp::now();
+    let (error_code, error_message) = rows::fault_columns(end.error.as_ref());
+    let ended = sqlx::query(END)
+        .bind(id.to_string())
+        .bind(epoch)
+        .bind(end.state.as_str())
+        .bind(error_code)
+        .bind(error_message)
+        .bind(now.unix_ms())
+        .fetch_all(&mut *tx)
+        .await
+        .context("end an attempt")?;
+    let Some(row) = ended.first() else {
+        let known = write::task(&mut tx, id).await?.is_some();
+        return Err(if known { StoreError::Fenced } else { StoreError::TaskNotFound });
+    };
+    let task = rows::task(row)?;
+    effects(&mut tx, &task, end, now).await?;
+    tx.commit().await.context("commit the end of an attempt")?;
+    Ok(task)
+}
+
+pub(super) async fn retry(
+    store: &SqliteStore,
+    id: TaskId,
+    epoch: i64,
+    fault: Fault,
+    otherwise: AttemptEnd,
+) -> Result<Task, StoreError> {
+    if !otherwise.state.is_end() {
+        return Err(StoreError::NotAnEnd);
+    }
+    let mut writer = store.writer.lock().await;
+    let mut tx = writer.begin_with("begin immediate").await.context("begin a transaction")?;
+    let now = Timestamp::now();
+    let mut task = write::task(&mut tx, id).await?.ok_or(StoreError::TaskNotFound)?;
+    if task.epoch != epoch || task.state != TaskState::Running {
+        return Err(StoreError::Fenced);
+    }
+    if task.cancel_requested {
+        task = finish(&mut tx, task, cancelled(otherwise), now).await?;
+    } else if task.attempts >= task.max_attempts {
+        task = finish(&mut tx, task, otherwise, now).await?;
+    } else {
+        task.state = TaskState::Pending;
+        let (error_code, error_message) = rows::fault_columns(Some(&fault));
+        sqlx::query(
+            "update tasks set state = 'pending', error_code = $2, error_message = $3 \
+             where id = $1; \
+             insert into outbox (task_id) values ($1) on conflict (task_id) do nothing",
+        )
+        .bind(id.to_string())
+        .bind(error_code)
+        .bind(error_message)
+        .execute(&mut *tx)
+        .await
+        .context("give a task back")?;
+        task.error = Some(fault);
+    }
+    tx.commit().await.context("commit a task given back")?;
+    Ok(task)
+}
+
+/// The end of an attempt that failed after its task was asked to end.
+fn cancelled(mut end: AttemptEnd) -> AttemptEnd {
+    let fault = Fault::new(ErrorCode::Cancelled, "cancelled on request");
+    end.state = TaskState::Cancelled;
+    if let Some(vm) = &mut end.vm {
+        vm.reason = Some(fault.clone());
+    }
+    if let Some(execution) = &mut end.execution {
+        execution.state = ExecutionState::Cancelled;
+        execution.error = Some(fault.clone());
+    }
+    end.error = Some(fault);
+    end
+}
+
+async fn finish(
+    tx: &mut Tx<'_>,
+    mut task: Task,
+    end: AttemptEnd,
+    now: Timestamp,
+) -> Result<Task, StoreError> {
+    write::end_task(tx, &mut task, end.state, end.error.clone(), now).await?;
+    effects(tx, &task, end, now).await?;
+    Ok(task)
+}
+
+/// What the end of a task does to its execution and its VM.
+async fn effects(
+    tx: &mut Tx<'_>,
+    task: &Task,
+    end: AttemptEnd,
+    now: Timestamp,
+) -> Result<(), StoreError> {
+    write::end_execution(tx, task, end.execution, now).await?;
+    let Some(change) = end.vm else { return Ok(()) };
+    let mut vm = write::vm(tx, task.vm_id).await?.ok_or(StoreError::Corrupt("task"))?;
+    // A failed attempt at a start says nothing about a VM that came to run meanwhile.
+    let on_its_way = match (task.kind, change.event) {
+        (TaskKind::VmCreate | TaskKind::VmStart, VmEvent::Failed) => {
+            matches!(vm.state, VmState::Creating | VmState::Starting)
+        }
+        _ => true,
+    };
+    let Some(next) = vm.state.apply(change.event).filter(|_| on_its_way) else { return Ok(()) };
+    write::move_vm(tx, &mut vm, next, change.reason, &change.patch, now).await
+}

@@ -1,0 +1,186 @@
+//! Rows to nouns and back. Columns are read by position, so each list of columns stands beside
+//! its reader.
+
+use std::str::FromStr;
+
+use aether_types::{
+    Execution, ExecutionState, ExitStatus, Fault, OutputStream, Priority, StateChange, Task,
+    Timestamp, Vm,
+};
+use sqlx::{Row, sqlite::SqliteRow};
+
+use crate::{Cursor, StoreError};
+
+macro_rules! vm_columns {
+    () => {
+        "id, name, state, reason_code, reason_message, spec, worker_id, address, created_at, \
+         updated_at, expires_at, generation"
+    };
+}
+
+macro_rules! task_columns {
+    () => {
+        "id, kind, state, priority, vm_id, execution_id, attempts, max_attempts, worker_id, epoch, \
+         cancel_requested, created_at, started_at, finished_at, error_code, error_message"
+    };
+}
+
+macro_rules! execution_columns {
+    () => {
+        "id, vm_id, task_id, spec, state, boot_id, exit_code, exit_signal, error_code, \
+         error_message, created_at, started_at, finished_at, duration_us"
+    };
+}
+
+pub(super) use {execution_columns, task_columns, vm_columns};
+
+pub(super) fn vm(row: &SqliteRow) -> Result<Vm, StoreError> {
+    let r = Reader { row, noun: "VM" };
+    Ok(Vm {
+        id: r.parsed(0)?,
+        name: r.get(1)?,
+        state: r.parsed(2)?,
+        reason: r.fault(3, 4)?,
+        spec: r.json(5)?,
+        worker_id: r.parsed_option(6)?,
+        address: r.parsed_option(7)?,
+        created_at: r.time(8)?,
+        updated_at: r.time(9)?,
+        expires_at: r.time_option(10)?,
+        generation: r.get(11)?,
+    })
+}
+
+pub(super) fn task(row: &SqliteRow) -> Result<Task, StoreError> {
+    let r = Reader { row, noun: "task" };
+    Ok(Task {
+        id: r.parsed(0)?,
+        kind: r.parsed(1)?,
+        state: r.parsed(2)?,
+        priority: r.parsed::<Priority>(3)?,
+        vm_id: r.parsed(4)?,
+        execution_id: r.parsed_option(5)?,
+        attempts: r.unsigned(6)?,
+        max_attempts: r.unsigned(7)?,
+        worker_id: r.parsed_option(8)?,
+        epoch: r.get(9)?,
+        cancel_requested: r.get::<i64>(10)? != 0,
+        created_at: r.time(11)?,
+        started_at: r.time_option(12)?,
+        finished_at: r.time_option(13)?,
+        error: r.fault(14, 15)?,
+    })
+}
+
+pub(super) fn execution(row: &SqliteRow) -> Result<Execution, StoreError> {
+    let r = Reader { row, noun: "execution" };
+    let state: &str = r.get(4)?;
+    let state = ExecutionState::ALL.iter().find(|s| s.as_str() == state);
+    let exit = match (r.get::<Option<i32>>(6)?, r.get::<Option<i32>>(7)?) {
+        (Some(code), _) => Some(ExitStatus::Code(code)),
+        (None, Some(signal)) => Some(ExitStatus::Signal(signal)),
+        (None, None) => None,
+    };
+    let duration_us = r.get::<Option<i64>>(13)?.map(u64::try_from).transpose();
+    Ok(Execution {
+        id: r.parsed(0)?,
+        vm_id: r.parsed(1)?,
+        task_id: r.parsed(2)?,
+        spec: r.json(3)?,
+        state: *state.ok_or_else(|| r.corrupt())?,
+        boot_id: r.get(5)?,
+        exit,
+        error: r.fault(8, 9)?,
+        created_at: r.time(10)?,
+        started_at: r.time_option(11)?,
+        finished_at: r.time_option(12)?,
+        duration_us: duration_us.map_err(|_| r.corrupt())?,
+    })
+}
+
+/// Columns: state, at, reason_code, reason_message.
+pub(super) fn change(row: &SqliteRow) -> Result<StateChange, StoreError> {
+    let r = Reader { row, noun: "change of a VM" };
+    Ok(StateChange { state: r.parsed(0)?, at: r.time(1)?, reason: r.fault(2, 3)? })
+}
+
+pub(super) fn vm_position(vm: &Vm) -> Option<Cursor> {
+    Cursor::new(vm.created_at.unix_ms(), &vm.id.to_string())
+}
+
+pub(super) fn task_position(task: &Task) -> Option<Cursor> {
+    Cursor::new(task.created_at.unix_ms(), &task.id.to_string())
+}
+
+pub(super) fn execution_position(execution: &Execution) -> Option<Cursor> {
+    Cursor::new(execution.created_at.unix_ms(), &execution.id.to_string())
+}
+
+pub(super) fn stream_name(stream: OutputStream) -> &'static str {
+    match stream {
+        OutputStream::Stdout => "stdout",
+        OutputStream::Stderr => "stderr",
+    }
+}
+
+/// The two columns of a fault.
+pub(super) fn fault_columns(fault: Option<&Fault>) -> (Option<&'static str>, Option<String>) {
+    fault.map_or((None, None), |f| (Some(f.code.as_str()), Some(f.message.clone())))
+}
+
+/// Every row of an answer.
+pub(super) fn all<T>(
+    rows: &[SqliteRow],
+    read: impl Fn(&SqliteRow) -> Result<T, StoreError>,
+) -> Result<Vec<T>, StoreError> {
+    rows.iter().map(read).collect()
+}
+
+pub(super) struct Reader<'r> {
+    pub(super) row: &'r SqliteRow,
+    pub(super) noun: &'static str,
+}
+
+impl<'r> Reader<'r> {
+    pub(super) fn corrupt(&self) -> StoreError {
+        StoreError::Corrupt(self.noun)
+    }
+
+    pub(super) fn get<T>(&self, column: usize) -> Result<T, StoreError>
+    where
+        T: sqlx::Decode<'r, sqlx::Sqlite> + sqlx::Type<sqlx::Sqlite>,
+    {
+        self.row.try_get(column).map_err(|_| self.corrupt())
+    }
+
+    pub(super) fn parsed<T: FromStr>(&self, column: usize) -> Result<T, StoreError> {
+        self.get::<&str>(column)?.parse().map_err(|_| self.corrupt())
+    }
+
+    fn parsed_option<T: FromStr>(&self, column: usize) -> Result<Option<T>, StoreError> {
+        let text = self.get::<Option<&str>>(column)?;
+        text.map(str::parse).transpose().map_err(|_| self.corrupt())
+    }
+
+    fn json<T: serde::de::DeserializeOwned>(&self, column: usize) -> Result<T, StoreError> {
+        serde_json::from_str(self.get(column)?).map_err(|_| self.corrupt())
+    }
+
+    fn unsigned(&self, column: usize) -> Result<u32, StoreError> {
+        u32::try_from(self.get::<i64>(column)?).map_err(|_| self.corrupt())
+    }
+
+    pub(super) fn time(&self, column: usize) -> Result<Timestamp, StoreError> {
+        self.get(column).map(Timestamp::from_unix_ms)
+    }
+
+    pub(super) fn time_option(&self, column: usize) -> Result<Option<Timestamp>, StoreError> {
+        Ok(self.get::<Option<i64>>(column)?.map(Timestamp::from_unix_ms))
+    }
+
+    fn fault(&self, code: usize, message: usize) -> Result<Option<Fault>, StoreError> {
+        let Some(code) = self.get::<Option<&str>>(code)? else { return Ok(None) };
+        let code = code.parse().map_err(|_| self.corrupt())?;
+        Ok(Some(Fault { code, message: self.get::<Option<String>>(message)?.unwrap_or_default() }))
+    }
+}

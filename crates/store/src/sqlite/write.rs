@@ -1,0 +1,315 @@
+//! The parts that transactions are made of.
+
+use aether_types::{
+    Execution, ExecutionState, ExitStatus, Fault, RetainedOutput, Task, TaskId, TaskKind,
+    TaskState, Timestamp, Vm, VmEvent, VmId, VmState,
+};
+use sqlx::{Sqlite, Transaction};
+
+use super::{
+    rows,
+    rows::{task_columns, vm_columns},
+};
+use crate::{ExecutionEnd, NewTask, StoreError, VmPatch, error::Context};
+
+pub(super) type Tx<'c> = Transaction<'c, Sqlite>;
+
+const VM: &str = concat!("select ", vm_columns!(), " from vms where id = $1");
+const TASK: &str = concat!("select ", task_columns!(), " from tasks where id = $1");
+
+pub(super) async fn vm(tx: &mut Tx<'_>, id: VmId) -> Result<Option<Vm>, StoreError> {
+    sqlx::query(VM)
+        .bind(id.to_string())
+        .fetch_optional(&mut **tx)
+        .await
+        .context("read a VM")?
+        .as_ref()
+        .map(rows::vm)
+        .transpose()
+}
+
+pub(super) async fn task(tx: &mut Tx<'_>, id: TaskId) -> Result<Option<Task>, StoreError> {
+    sqlx::query(TASK)
+        .bind(id.to_string())
+        .fetch_optional(&mut **tx)
+        .await
+        .context("read a task")?
+        .as_ref()
+        .map(rows::task)
+        .transpose()
+}
+
+pub(super) fn wrong_state(vm: Vm, event: VmEvent) -> StoreError {
+    let action = match event {
+        VmEvent::Started => "become running",
+        VmEvent::StartRequested => "be started",
+        VmEvent::PauseDone => "be paused",
+        VmEvent::ResumeDone => "be resumed",
+        VmEvent::StopRequested => "be stopped",
+        VmEvent::Stopped => "become stopped",
+        VmEvent::Failed => "become failed",
+        VmEvent::DeleteRequested => "be deleted",
+        VmEvent::Deleted => "become deleted",
+    };
+    StoreError::WrongState { vm: Box::new(vm), action }
+}
+
+/// Moves a VM to its next state, and keeps the change. `vm` is then as it is stored.
+pub(super) async fn move_vm(
+    tx: &mut Tx<'_>,
+    vm: &mut Vm,
+    next: VmState,
+    reason: Option<Fault>,
+    patch: &VmPatch,
+    now: Timestamp,
+) -> Result<(), StoreError> {
+    vm.state = next;
+    vm.reason = reason;
+    vm.updated_at = now;
+    vm.generation += 1;
+    vm.worker_id = patch.worker_id.or(vm.worker_id);
+    // The address of a deleted VM goes to another.
+    vm.address = if next == VmState::Deleted { None } else { patch.address.or(vm.address) };
+    let (reason_code, reason_message) = rows::fault_columns(vm.reason.as_ref());
+    sqlx::query(
+        "update vms set state = $2, reason_code = $3, reason_message = $4, worker_id = $7, \
+         address = $8, updated_at = $5, generation = $6 where id = $1; \
+         insert into vm_changes (vm_id, state, reason_code, reason_message, at, generation) \
+         values ($1, $2, $3, $4, $5, $6)",
+    )
+    .bind(vm.id.to_string())
+    .bind(next.as_str())
+    .bind(reason_code)
+    .bind(reason_message)
+    .bind(now.unix_ms())
+    .bind(vm.generation)
+    .bind(vm.worker_id.map(|w| w.to_string()))
+    .bind(vm.address.map(|a| a.to_string()))
+    .execute(&mut **tx)
+    .await
+    .context("change a VM")?;
+    Ok(())
+}
+
+/// A task as it begins.
+pub(super) fn pending(new: &NewTask, vm: VmId, now: Timestamp) -> Task {
+    Task {
+        id: new.id,
+        kind: new.kind,
+        state: TaskState::Pending,
+        priority: new.priority,
+        vm_id: vm,
+        execution_id: None,
+        attempts: 0,
+        max_attempts: new.max_attempts,
+        worker_id: None,
+        epoch: 0,
+        cancel_requested: false,
+        created_at: now,
+        started_at: None,
+        finished_at: None,
+        error: None,
+    }
+}
+
+/// Records a pending task, and that its dispatch is owed.
+pub(super) async fn insert_task(tx: &mut Tx<'_>, task: &Task) -> Result<(), StoreError> {
+    sqlx::query(
+        "insert into tasks (id, kind, state, priority, vm_id, execution_id, attempts, \
+         max_attempts, epoch, cancel_requested, created_at) \
+         values ($1, $2, 'pending', $3, $4, $5, 0, $6, 0, 0, $7); \
+         insert into outbox (task_id) values ($1)",
+    )
+    .bind(task.id.to_string())
+    .bind(task.kind.as_str())
+    .bind(task.priority.as_str())
+    .bind(task.vm_id.to_string())
+    .bind(task.execution_id.map(|e| e.to_string()))
+    .bind(task.max_attempts)
+    .bind(task.created_at.unix_ms())
+    .execute(&mut **tx)
+    .await
+    .context("record a task")?;
+    Ok(())
+}
+
+pub(super) async fn insert_execution(
+    tx: &mut Tx<'_>,
+    execution: &Execution,
+) -> Result<(), StoreError> {
+    let spec = serde_json::to_string(&execution.spec)
+        .map_err(|_| StoreError::Corrupt("execution to record"))?;
+    sqlx::query(
+        "insert into executions (id, vm_id, task_id, spec, state, created_at) \
+         values ($1, $2, $3, $4, 'pending', $5)",
+    )
+    .bind(execution.id.to_string())
+    .bind(execution.vm_id.to_string())
+    .bind(execution.task_id.to_string())
+    .bind(spec)
+    .bind(execution.created_at.unix_ms())
+    .execute(&mut **tx)
+    .await
+    .context("record an execution")?;
+    Ok(())
+}
+
+/// Ends a task whose row the transaction has read. `task` is then as it is stored.
+pub(super) async fn end_task(
+    tx: &mut Tx<'_>,
+    task: &mut Task,
+    state: TaskState,
+    error: Option<Fault>,
+    now: Timestamp,
+) -> Result<(), StoreError> {
+    task.state = state;
+    task.error = error;
+    task.finished_at = Some(now);
+    let (error_code, error_message) = rows::fault_columns(task.error.as_ref());
+    sqlx::query(
+        "update tasks set state = $2, error_code = $3, error_message = $4, finished_at = $5 \
+         where id = $1; \
+         delete from outbox where task_id = $1",
+    )
+    .bind(task.id.to_string())
+    .bind(state.as_str())
+    .bind(error_code)
+    .bind(error_message)
+    .bind(now.unix_ms())
+    .execute(&mut **tx)
+    .await
+    .context("end a task")?;
+    Ok(())
+}
+
+/// Ends the execution of a task that has ended, where it is still open. An execution never
+/// outlives its task: without an `end` it gets one that follows from the task's.
+pub(super) async fn end_execution(
+    tx: &mut Tx<'_>,
+    task: &Task,
+    end: Option<ExecutionEnd>,
+    now: Timestamp,
+) -> Result<(), StoreError> {
+    let Some(id) = task.execution_id else { return Ok(()) };
+    let id = id.to_string();
+    let end = end.unwrap_or_else(|| implied_end(task));
+    let (exit_code, exit_signal) = match end.exit {
+        Some(ExitStatus::Code(code)) => (Some(code), None),
+        Some(ExitStatus::Signal(signal)) => (None, Some(signal)),
+        None => (None, None),
+    };
+    let (error_code, error_message) = rows::fault_columns(end.error.as_ref());
+    let duration_us = end.duration_us.map(|us| i64::try_from(us).unwrap_or(i64::MAX));
+    sqlx::query(
+        "update executions set state = $2, exit_code = $3, exit_signal = $4, error_code = $5, \
+         error_message = $6, finished_at = $7, duration_us = $8 \
+         where id = $1 and state in ('pending', 'running')",
+    )
+    .bind(id.clone())
+    .bind(end.state.as_str())
+    .bind(exit_code)
+    .bind(exit_signal)
+    .bind(error_code)
+    .bind(error_message)
+    .bind(now.unix_ms())
+    .bind(duration_us)
+    .execute(&mut **tx)
+    .await
+    .context("end an execution")?;
+    insert_output(tx, &id, "stdout", end.stdout).await?;
+    insert_output(tx, &id, "stderr", end.stderr).await
+}
+
+fn implied_end(task: &Task) -> ExecutionEnd {
+    let lost =
+        || Fault::new(aether_types::ErrorCode::ExecutionLost, "the task ended without a result");
+    let (state, error) = match task.state {
+        TaskState::Cancelled => (ExecutionState::Cancelled, task.error.clone()),
+        TaskState::Failed => (ExecutionState::Failed, task.error.clone()),
+        TaskState::Completed | TaskState::Pending | TaskState::Running => {
+            (ExecutionState::Failed, Some(lost()))
+        }
+    };
+    ExecutionEnd {
+        state,
+        exit: None,
+        error,
+        duration_us: None,
+        stdout: RetainedOutput::default(),
+        stderr: RetainedOutput::default(),
+    }
+}
+
+async fn insert_output(
+    tx: &mut Tx<'_>,
+    execution: &str,
+    stream: &'static str,
+    output: RetainedOutput,
+) -> Result<(), StoreError> {
+    if output.total_bytes == 0 {
+        return Ok(());
+    }
+    sqlx::query(
+        "insert into outputs (execution_id, stream, head, tail, total_bytes) \
+         values ($1, $2, $3, $4, $5) on conflict (execution_id, stream) do nothing",
+    )
+    .bind(execution.to_owned())
+    .bind(stream)
+    .bind(output.head)
+    .bind(output.tail)
+    .bind(i64::try_from(output.total_bytes).unwrap_or(i64::MAX))
+    .execute(&mut **tx)
+    .await
+    .context("keep an execution's output")?;
+    Ok(())
+}
+
+const END_PENDING: &str = concat!(
+    "update tasks set state = $2, error_code = $3, error_message = $4, finished_at = $5 \
+     where vm_id = $1 and state = 'pending' and (kind = $6 or kind = $7 or kind = $8 \
+     or kind = $9 or kind = $10 or kind = $11) returning ",
+    task_columns!()
+);
+
+/// Ends the pending tasks of these kinds (six at most) of a VM, with their executions.
+pub(super) async fn end_pending_of_vm(
+    tx: &mut Tx<'_>,
+    vm: VmId,
+    kinds: &[TaskKind],
+    state: TaskState,
+    fault: &Fault,
+    now: Timestamp,
+) -> Result<Vec<Task>, StoreError> {
+    debug_assert!(kinds.len() <= 6);
+    let id = vm.to_string();
+    let mut query = sqlx::query(END_PENDING)
+        .bind(id.clone())
+        .bind(state.as_str())
+        .bind(fault.code.as_str())
+        .bind(fault.message.clone())
+        .bind(now.unix_ms());
+    for place in 0..6 {
+        query = query.bind(kinds.get(place).map(|k| k.as_str()));
+    }
+    let found = query.fetch_all(&mut **tx).await.context("end a VM's pending tasks")?;
+    if found.is_empty() {
+        return Ok(Vec::new());
+    }
+    sqlx::query(
+        "update executions set state = $2, error_code = $3, error_message = $4, \
+         finished_at = $5 where vm_id = $1 and state in ('pending', 'running') \
+         and not exists (select 1 from tasks where tasks.id = executions.task_id \
+         and tasks.state in ('pending', 'running')); \
+         delete from outbox where exists (select 1 from tasks where tasks.id = outbox.task_id \
+         and tasks.vm_id = $1 and tasks.state = $2)",
+    )
+    .bind(id)
+    .bind(state.as_str())
+    .bind(fault.code.as_str())
+    .bind(fault.message.clone())
+    .bind(now.unix_ms())
+    .execute(&mut **tx)
+    .await
+    .context("end a VM's pending executions")?;
+    rows::all(&found, rows::task)
+}
