@@ -1,0 +1,111 @@
+//! PID 1: brings the guest up, then keeps an agent in it.
+
+mod channel;
+mod command_line;
+mod devices;
+mod modules;
+mod mounts;
+
+use std::convert::Infallible;
+use std::io;
+use std::process::exit;
+use std::time::{Duration, Instant};
+
+use command_line::CommandLine;
+
+use crate::server::{self, Agent};
+use crate::{guest, kmsg, log, net, power, sys};
+
+/// An agent that ends sooner than this after its start has a fault that a new one has too.
+const SHORT_LIFE: Duration = Duration::from_secs(1);
+/// Such ends in a row, after which the guest gives up and says so by its own end.
+const SHORT_LIVES_MAX: u32 = 10;
+
+/// Does not return: the kernel panics when PID 1 ends.
+#[expect(clippy::exit, reason = "the main of a process that may never return")]
+pub fn main() -> ! {
+    log::use_kernel_log();
+    match bring_up() {
+        Ok(command_line) => supervise(&command_line),
+        Err(error) => {
+            // A guest that cannot be reached is ended, so that its VMM ends and the host sees why.
+            kmsg!("give up: {error}");
+            power::end_machine(true);
+            exit(1)
+        }
+    }
+}
+
+fn bring_up() -> io::Result<CommandLine> {
+    mounts::early()?;
+    // After /dev is there: the log could not be opened before.
+    log::use_kernel_log();
+    let command_line = CommandLine::read()?;
+    let events = devices::Events::listen();
+    modules::load();
+    let disks = devices::wait_for_disks(&events)?;
+    mounts::root(&disks)?;
+    mounts::late();
+    if let Err(error) = command_line.hide() {
+        kmsg!("hide the command line: {error}");
+    }
+    if let Err(error) = net::bring_up_loopback() {
+        kmsg!("bring up lo: {error}");
+    }
+    mounts::limits();
+    Ok(command_line)
+}
+
+/// Keeps an agent alive and collects every process that has lost its parent.
+fn supervise(command_line: &CommandLine) -> ! {
+    sys::set_all_signals_blocked(true);
+    let mut instance = 0_u32;
+    let mut short_lives = 0;
+    loop {
+        instance = instance.saturating_add(1);
+        let begun = Instant::now();
+        match sys::fork() {
+            Ok(0) => run_agent(command_line, instance),
+            Ok(agent) => {
+                collect_until(agent);
+                // Its runs have nobody left; nothing else is alive in this guest.
+                sys::kill(-1, libc::SIGKILL);
+            }
+            Err(error) => kmsg!("fork: {error}"),
+        }
+        short_lives = if begun.elapsed() < SHORT_LIFE { short_lives + 1 } else { 0 };
+        if short_lives >= SHORT_LIVES_MAX {
+            kmsg!("the agent does not stay alive");
+            power::end_machine(true);
+        }
+    }
+}
+
+fn collect_until(agent: i32) {
+    while let Some((pid, status)) = sys::wait_any() {
+        if pid == agent {
+            kmsg!("the agent has ended with status {status:#x}; starting another");
+            return;
+        }
+    }
+}
+
+#[expect(clippy::exit, reason = "the main of the forked agent")]
+fn run_agent(command_line: &CommandLine, instance: u32) -> ! {
+    sys::set_all_signals_blocked(false);
+    let Err(error) = serve(command_line, instance);
+    kmsg!("serve: {error}");
+    exit(1)
+}
+
+fn serve(command_line: &CommandLine, instance: u32) -> io::Result<Infallible> {
+    let boot_id = format!("{}.{instance}", guest::kernel_boot_id());
+    let agent = Agent::new(command_line.token.clone(), boot_id.clone());
+    let listener = channel::listen(&command_line.channel)?;
+    // A hint only: the host asks again by itself where it is lost.
+    if let Err(error) = channel::say_ready(&command_line.channel, &boot_id) {
+        kmsg!("say that the guest is ready: {error}");
+    }
+    server::serve(&agent, listener)?;
+    Err(io::Error::other("the listener has ended"))
+}

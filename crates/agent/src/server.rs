@@ -1,0 +1,220 @@
+//! Accepting connections, and the first exchange of each.
+
+use std::io;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::Instant;
+
+use aether_protocol::limits::{CONNECTIONS_MAX, HANDSHAKE_LIMIT};
+use aether_protocol::{
+    Done, ErrorCode, Failed, FromGuest, Pong, Refused, RequestBody, RequestError, Runs,
+    ToGuestBody, Token, Welcome, check_request, handshake,
+};
+use rustix::io::Errno;
+use rustix::net::{SocketFlags, accept_with, sockopt};
+
+use crate::conn::Conn;
+use crate::error::Fail;
+use crate::guest::{Guest, uptime_ms};
+use crate::registry::{Attached, Attachment, Registry, unknown_run};
+use crate::{configure, files, power, run, sys};
+
+/// Stack of a connection's thread. Only what is touched costs memory.
+const STACK_BYTES: usize = 256 * 1024;
+
+/// Everything that connections share.
+#[derive(Debug)]
+pub struct Agent {
+    token: Token,
+    boot_id: String,
+    connections: AtomicUsize,
+    pub(crate) guest: Guest,
+    pub(crate) registry: Registry,
+}
+
+impl Agent {
+    pub fn new(token: Token, boot_id: String) -> Arc<Self> {
+        sys::use_one_arena();
+        let (guest, registry) = (Guest::default(), Registry::default());
+        Arc::new(Self { token, boot_id, connections: AtomicUsize::new(0), guest, registry })
+    }
+
+    pub(crate) fn welcome(&self, generation: u32) -> Welcome {
+        Welcome {
+            generation,
+            agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+            boot_id: self.boot_id.clone(),
+        }
+    }
+}
+
+/// Where connections come from.
+#[derive(Debug)]
+pub struct Listener {
+    pub(crate) socket: OwnedFd,
+    pub(crate) kind: ListenerKind,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ListenerKind {
+    Unix,
+    /// The private link: bound to one device, which is where the check of the peer is.
+    Link,
+    /// Only the host, which is context 2, may talk.
+    Vsock,
+}
+
+impl Listener {
+    pub fn unix(listener: UnixListener) -> Self {
+        Self { socket: listener.into(), kind: ListenerKind::Unix }
+    }
+
+    fn accept(&self) -> rustix::io::Result<OwnedFd> {
+        let socket = match self.kind {
+            ListenerKind::Vsock => sys::accept_from_host(self.socket.as_fd())?,
+            ListenerKind::Unix | ListenerKind::Link => {
+                accept_with(&self.socket, SocketFlags::CLOEXEC)?
+            }
+        };
+        if self.kind == ListenerKind::Link {
+            // Small frames must not wait for the acknowledgement of earlier ones.
+            let _ = sockopt::set_tcp_nodelay(&socket, true);
+        }
+        Ok(socket)
+    }
+}
+
+/// Serves for ever; returns only where the listener itself breaks.
+pub fn serve(agent: &Arc<Agent>, listener: Listener) -> io::Result<()> {
+    loop {
+        let socket = match listener.accept() {
+            Ok(socket) => socket,
+            // Of the one connection, or of a passing lack: the listener is well.
+            Err(Errno::CONNABORTED | Errno::INTR | Errno::PERM | Errno::PROTO) => continue,
+            Err(Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::NOBUFS) => {
+                // Connections that end give back what is missing.
+                thread::yield_now();
+                continue;
+            }
+            Err(errno) => return Err(errno.into()),
+        };
+        let agent_of_thread = Arc::clone(agent);
+        agent.connections.fetch_add(1, Ordering::AcqRel);
+        let spawned = thread::Builder::new().stack_size(STACK_BYTES).spawn(move || {
+            serve_connection(&agent_of_thread, Conn::new(socket));
+            agent_of_thread.connections.fetch_sub(1, Ordering::AcqRel);
+        });
+        if let Err(error) = spawned {
+            agent.connections.fetch_sub(1, Ordering::AcqRel);
+            crate::kmsg!("drop a connection: {error}");
+        }
+    }
+}
+
+fn serve_connection(agent: &Agent, mut conn: Conn) {
+    match open(agent, &mut conn) {
+        Ok(Some((generation, request))) => dispatch(agent, conn, generation, request),
+        // Gone, or too slow, before it had asked for anything.
+        Ok(None) => {}
+        Err(refused) => {
+            conn.queue(refused);
+            conn.finish();
+        }
+    }
+}
+
+/// Reads the first two frames.
+fn open(agent: &Agent, conn: &mut Conn) -> Result<Option<(u32, RequestBody)>, Refused> {
+    let deadline = Some(Instant::now() + HANDSHAKE_LIMIT);
+    let bad = |_| Refused::new(ErrorCode::BadMessage, "not a frame of this protocol");
+    let Some(first) = conn.receive(deadline).map_err(bad)? else { return Ok(None) };
+    let Some(ToGuestBody::Hello(hello)) = first.body else {
+        return Err(Refused::new(ErrorCode::BadMessage, "a hello was wanted"));
+    };
+    let generation = handshake::accept(&hello, &agent.token)?;
+    if agent.connections.load(Ordering::Acquire) > CONNECTIONS_MAX {
+        let message = format!("{CONNECTIONS_MAX} connections are open");
+        return Err(Refused::new(ErrorCode::TooManyConnections, message));
+    }
+    conn.trust();
+    let Some(second) = conn.receive(deadline).map_err(bad)? else { return Ok(None) };
+    let Some(ToGuestBody::Request(request)) = second.body else {
+        return Err(Refused::new(ErrorCode::BadMessage, "a request was wanted"));
+    };
+    let request = request.body.ok_or(RequestError::Unknown)?;
+    check_request(&request)?;
+    Ok(Some((generation, request)))
+}
+
+fn dispatch(agent: &Agent, mut conn: Conn, generation: u32, request: RequestBody) {
+    let answer: Result<FromGuest, Fail> = match request {
+        RequestBody::Run(run) => {
+            let attach = run::from_the_start(&run.run_id);
+            let attachment = Attachment { conn, generation, attach };
+            if let Err((attachment, fail)) = run::serve(agent, attachment, &run) {
+                refuse(attachment.conn, fail);
+            }
+            return;
+        }
+        RequestBody::Attach(attach) => {
+            match agent.registry.attach(Attachment { conn, generation, attach }) {
+                Attached::HandedOver => {}
+                Attached::Finished(attachment, finished) => {
+                    run::serve_finished(agent, attachment, &finished);
+                }
+                Attached::Unknown(Attachment { conn, attach, .. }) => {
+                    refuse(conn, unknown_run(&attach.run_id));
+                }
+            }
+            return;
+        }
+        RequestBody::ReadFile(read) => {
+            conn.queue(agent.welcome(generation));
+            files::read(conn, &read);
+            return;
+        }
+        RequestBody::WriteFile(write) => {
+            conn.queue(agent.welcome(generation));
+            files::write(conn, &write);
+            return;
+        }
+        RequestBody::Shutdown(shutdown) => {
+            conn.queue(agent.welcome(generation));
+            power::shut_down(conn, &shutdown);
+            return;
+        }
+        RequestBody::Forget(forget) => match agent.registry.forget(&forget.run_id) {
+            Ok(()) => Ok(Done::default().into()),
+            Err(fail) => return refuse(conn, fail),
+        },
+        RequestBody::Ping(_) => Ok(Pong {
+            boot_id: agent.boot_id.clone(),
+            uptime_ms: uptime_ms(),
+            runs: u32::try_from(agent.registry.active()).unwrap_or(u32::MAX),
+        }
+        .into()),
+        RequestBody::ListRuns(_) => Ok(Runs { runs: agent.registry.list() }.into()),
+        RequestBody::Configure(configure) => {
+            configure::configure(&agent.guest, configure).map(Into::into)
+        }
+        RequestBody::List(list) => files::list(&list).map(Into::into),
+        RequestBody::Stat(stat) => files::stat(&stat).map(Into::into),
+        RequestBody::Mkdir(mkdir) => files::mkdir(&mkdir).map(Into::into),
+        RequestBody::Move(names) => files::rename(&names).map(Into::into),
+        RequestBody::Remove(remove) => files::remove(&remove).map(Into::into),
+    };
+    conn.queue(agent.welcome(generation));
+    match answer {
+        Ok(answer) => conn.queue(answer),
+        Err(fail) => conn.queue(Failed::from(fail)),
+    }
+    conn.finish();
+}
+
+fn refuse(mut conn: Conn, fail: Fail) {
+    conn.queue(Refused::from(fail));
+    conn.finish();
+}
