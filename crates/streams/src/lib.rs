@@ -13,7 +13,7 @@ mod sessions;
 
 use std::fmt;
 
-use aether_protocol::BoxStream;
+use aether_protocol::host::BoxStream;
 use aether_types::{Fault, VmId};
 use async_trait::async_trait;
 

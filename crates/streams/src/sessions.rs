@@ -26,11 +26,21 @@ pub enum SessionInput {
 pub enum SessionOutput {
     /// The guest has started the command.
     Started,
-    Data { stream: OutputStream, data: Bytes },
+    Data {
+        stream: OutputStream,
+        data: Bytes,
+    },
     /// Bytes that were lost on the way (only after a crash of the worker).
-    Skipped { stream: OutputStream, bytes: u64 },
+    Skipped {
+        stream: OutputStream,
+        bytes: u64,
+    },
     /// The last message; nothing follows.
-    End { exit: Option<ExitStatus>, error: Option<Fault>, duration_us: Option<u64> },
+    End {
+        exit: Option<ExitStatus>,
+        error: Option<Fault>,
+        duration_us: Option<u64>,
+    },
 }
 
 /// The gateway's end. Dropping it tells the worker that the client has gone.

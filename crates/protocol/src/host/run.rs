@@ -229,15 +229,21 @@ impl RunInput {
     /// the other half must be read meanwhile. A dropped call may have sent a part of `data`.
     pub async fn stdin(&mut self, mut data: Bytes) -> Result<(), ClientError> {
         while !data.is_empty() {
-            let room = self.credit.wait(self.sent).await?;
-            let chunk = data.split_to(data.len().min(room).min(DATA_BYTES_MAX));
-            // Counted before the await: once queued it will be sent, dropped call or not.
-            self.writer.flush().await.map_err(ClientError::io("write standard input"))?;
-            self.sent += chunk.len() as u64;
-            self.writer.queue(&ToGuest::from(Stdin { data: chunk }))?;
-            self.writer.flush().await.map_err(ClientError::io("write standard input"))?;
+            self.stdin_part(&mut data).await?;
         }
         Ok(())
+    }
+
+    /// Sends as much of `data` as one frame and the guest's window take, at least a byte, and
+    /// leaves the rest. Cancel-safe: what was taken from `data` is sent, what was not is not.
+    pub async fn stdin_part(&mut self, data: &mut Bytes) -> Result<(), ClientError> {
+        let room = self.credit.wait(self.sent).await?;
+        // An earlier message goes out first, so that at most one waits in the writer.
+        self.writer.flush().await.map_err(ClientError::io("write standard input"))?;
+        let chunk = data.split_to(data.len().min(room).min(DATA_BYTES_MAX));
+        self.sent += chunk.len() as u64;
+        self.writer.queue(&ToGuest::from(Stdin { data: chunk }))?;
+        self.writer.flush().await.map_err(ClientError::io("write standard input"))
     }
 
     pub async fn stdin_eof(&mut self) -> Result<(), ClientError> {

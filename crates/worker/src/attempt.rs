@@ -1,0 +1,346 @@
+//! One attempt at one task, from its lease to its end.
+
+use std::sync::Arc;
+
+use aether_events::Event;
+use aether_queue::Lease;
+use aether_store::{AttemptEnd, Begin, ExecutionEnd, StoreError, VmChange, VmPatch};
+use aether_types::{
+    ErrorCode, ExecutionState, Fault, RetainedOutput, Task, TaskKind, TaskState, Timestamp, Vm,
+    VmEvent, VmState,
+};
+use tokio::sync::OwnedSemaphorePermit;
+use tokio_util::sync::CancellationToken;
+
+use crate::{fault, lifecycle::Failure, worker::Core};
+
+/// A task in hand.
+pub(crate) struct Attempt {
+    pub(crate) task: Task,
+    pub(crate) lease: Lease,
+    /// Someone asked for the task's end.
+    pub(crate) cancelled: CancellationToken,
+}
+
+/// What the queue is told after an attempt.
+pub(crate) enum Outcome {
+    /// The store has the task's end.
+    Ended,
+    /// The store has it pending again, and it has been dispatched.
+    GivenBack,
+    /// Another attempt speaks for the task now.
+    Fenced,
+    /// The process ends, and the next one takes the task up again.
+    Left,
+}
+
+impl Core {
+    pub(crate) async fn attempt(self: Arc<Self>, lease: Lease, place: OwnedSemaphorePermit) {
+        let cancelled = self.attempts.begin(&lease);
+        let outcome = self.carry_out(&lease, cancelled).await;
+        self.attempts.end(lease.task);
+        drop(place);
+        match outcome {
+            Ok(Outcome::Ended) => self.settle(&lease).await,
+            Ok(Outcome::GivenBack | Outcome::Fenced | Outcome::Left) => {}
+            Err(error) => {
+                // The lease runs out and the task is claimed again, here or elsewhere.
+                tracing::error!(task.id = %lease.task, error = fault::chain(&error), "attempt");
+            }
+        }
+    }
+
+    async fn settle(&self, lease: &Lease) {
+        if let Err(error) = self.parts.queue.complete(lease).await {
+            tracing::debug!(task.id = %lease.task, error = fault::chain(&error), "settle a lease");
+        }
+    }
+
+    async fn carry_out(
+        self: &Arc<Self>,
+        lease: &Lease,
+        cancelled: CancellationToken,
+    ) -> Result<Outcome, StoreError> {
+        let store = &self.parts.store;
+        let task = match store.begin_attempt(lease.task, lease.worker, lease.epoch).await {
+            Ok(Begin::Go(task)) => task,
+            Ok(Begin::Ended(task)) => {
+                self.publish_task(&task).await;
+                return Ok(Outcome::Ended);
+            }
+            Ok(Begin::Fenced) => return Ok(Outcome::Fenced),
+            Err(StoreError::TaskNotFound) => return Ok(Outcome::Ended),
+            Err(error) => return Err(error),
+        };
+        if task.cancel_requested {
+            cancelled.cancel();
+        }
+        let attempt = Attempt { task, lease: lease.clone(), cancelled };
+        if attempt.task.kind == TaskKind::VmExecute {
+            return self.execute(&attempt).await;
+        }
+        let order = self.guests.order(attempt.task.vm_id);
+        let _turn = order.lock().await;
+        let Some(vm) = store.vm(attempt.task.vm_id).await? else {
+            return self
+                .end(&attempt, failed(Fault::new(ErrorCode::VmNotFound, "the VM is gone")))
+                .await;
+        };
+        let boots = matches!(attempt.task.kind, TaskKind::VmCreate | TaskKind::VmStart);
+        let end = tokio::select! {
+            biased;
+            end = self.operate(&attempt, &vm) => end,
+            () = self.draining.cancelled(), if boots => return Ok(self.leave(&attempt, &vm).await),
+        };
+        match end {
+            Ok(end) => self.end(&attempt, end).await,
+            Err(failure) => self.fail(&attempt, &vm, failure).await,
+        }
+    }
+
+    /// The process ends and does not wait for a boot: nothing stays of it, and the next process
+    /// begins it anew.
+    async fn leave(&self, attempt: &Attempt, vm: &Vm) -> Outcome {
+        if let Ok(driver) = self.driver(vm) {
+            let undone = match attempt.task.kind {
+                TaskKind::VmCreate => driver.delete(vm.id).await,
+                _ => driver.kill(vm.id).await,
+            };
+            if let Err(error) = undone {
+                tracing::error!(vm.id = %vm.id, error = fault::chain(&error), "undo a boot");
+            }
+        }
+        self.guests.remove_guest(vm.id);
+        let _ = self.parts.queue.release(&attempt.lease, std::time::Duration::ZERO).await;
+        Outcome::Left
+    }
+
+    async fn operate(self: &Arc<Self>, attempt: &Attempt, vm: &Vm) -> Result<AttemptEnd, Failure> {
+        match attempt.task.kind {
+            TaskKind::VmCreate => {
+                if vm.state != VmState::Creating {
+                    return Ok(superseded(vm));
+                }
+                let network = tokio::select! {
+                    network = self.create(vm) => network?,
+                    () = attempt.cancelled.cancelled() => return Ok(self.abandon(vm).await),
+                };
+                Ok(completed(change(VmEvent::Started, None, self.patch(&network))))
+            }
+            TaskKind::VmStart => {
+                if vm.state != VmState::Starting {
+                    return Ok(superseded(vm));
+                }
+                let network = self.start(vm).await?;
+                Ok(completed(change(VmEvent::Started, None, self.patch(&network))))
+            }
+            TaskKind::VmStop => {
+                if vm.state != VmState::Stopping {
+                    return Ok(superseded(vm));
+                }
+                let why = Fault::new(ErrorCode::VmStopped, "the VM was stopped");
+                self.stop(vm, why).await?;
+                Ok(completed(change(VmEvent::Stopped, None, VmPatch::default())))
+            }
+            TaskKind::VmPause => match vm.state {
+                VmState::Running => {
+                    self.pause(vm).await?;
+                    Ok(completed(change(VmEvent::PauseDone, None, VmPatch::default())))
+                }
+                VmState::Paused => Ok(done()),
+                _ => Ok(superseded(vm)),
+            },
+            TaskKind::VmResume => match vm.state {
+                VmState::Paused => {
+                    self.resume(vm).await?;
+                    Ok(completed(change(VmEvent::ResumeDone, None, VmPatch::default())))
+                }
+                VmState::Running => Ok(done()),
+                _ => Ok(superseded(vm)),
+            },
+            TaskKind::VmDelete => {
+                if vm.state == VmState::Deleted {
+                    return Ok(done());
+                }
+                self.delete(vm).await?;
+                Ok(completed(change(VmEvent::Deleted, None, VmPatch::default())))
+            }
+            TaskKind::VmExecute => Err(Failure::last(Fault::new(
+                ErrorCode::Internal,
+                "an execution is no operation on a VM",
+            ))),
+        }
+    }
+
+    /// A creation that nobody wants any more.
+    async fn abandon(&self, vm: &Vm) -> AttemptEnd {
+        if let Ok(driver) = self.driver(vm)
+            && let Err(error) = driver.delete(vm.id).await
+        {
+            tracing::error!(vm.id = %vm.id, error = fault::chain(&error), "abandon a creation");
+        }
+        self.guests.remove_guest(vm.id);
+        let fault = Fault::new(ErrorCode::Cancelled, "the creation was cancelled");
+        AttemptEnd {
+            state: TaskState::Cancelled,
+            error: Some(fault.clone()),
+            vm: Some(change(VmEvent::Failed, Some(fault), VmPatch::default())),
+            execution: None,
+        }
+    }
+
+    fn patch(&self, network: &aether_drivers::GuestNetwork) -> VmPatch {
+        VmPatch {
+            worker_id: Some(self.parts.id),
+            address: network.addresses.first().map(|(address, _)| *address),
+        }
+    }
+
+    /// Records the end; all of the attempt's answer counts or none.
+    pub(crate) async fn end(
+        &self,
+        attempt: &Attempt,
+        end: AttemptEnd,
+    ) -> Result<Outcome, StoreError> {
+        let vm_event = end.vm.is_some();
+        match self.parts.store.end_attempt(attempt.task.id, attempt.lease.epoch, end).await {
+            Ok(task) => {
+                self.after_end(&task, vm_event).await?;
+                Ok(Outcome::Ended)
+            }
+            Err(StoreError::Fenced) => Ok(Outcome::Fenced),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn after_end(&self, task: &Task, vm_event: bool) -> Result<(), StoreError> {
+        if vm_event && let Some(vm) = self.parts.store.vm(task.vm_id).await? {
+            self.publish_vm(&vm).await;
+            match vm.state {
+                VmState::Deleted => self.guests.forget(vm.id),
+                // Executions that wait for the VM look again.
+                _ => self.guests.notify(),
+            }
+        }
+        self.publish_task(task).await;
+        Ok(())
+    }
+
+    async fn fail(
+        &self,
+        attempt: &Attempt,
+        vm: &Vm,
+        failure: Failure,
+    ) -> Result<Outcome, StoreError> {
+        let reason = Some(failure.fault.clone());
+        // A deletion that fails leaves the VM as it is: being deleted. Reconciling repeats it.
+        let event = match attempt.task.kind {
+            TaskKind::VmCreate | TaskKind::VmStart | TaskKind::VmStop => Some(VmEvent::Failed),
+            TaskKind::VmPause | TaskKind::VmResume | TaskKind::VmDelete | TaskKind::VmExecute => {
+                None
+            }
+        };
+        let end = AttemptEnd {
+            vm: event.map(|event| change(event, reason, VmPatch::default())),
+            ..failed(failure.fault.clone())
+        };
+        let again = failure.retryable && attempt.task.attempts < attempt.task.max_attempts;
+        if !again {
+            tracing::warn!(task.id = %attempt.task.id, vm.id = %vm.id,
+                code = %failure.fault.code, "task failed");
+            return self.end(attempt, end).await;
+        }
+        self.give_back(attempt, failure.fault, end).await
+    }
+
+    /// Another attempt, after a pause that doubles each time.
+    pub(crate) async fn give_back(
+        &self,
+        attempt: &Attempt,
+        fault: Fault,
+        otherwise: AttemptEnd,
+    ) -> Result<Outcome, StoreError> {
+        let (id, epoch) = (attempt.task.id, attempt.lease.epoch);
+        let task = match self.parts.store.retry_attempt(id, epoch, fault, otherwise).await {
+            Ok(task) => task,
+            Err(StoreError::Fenced) => return Ok(Outcome::Fenced),
+            Err(error) => return Err(error),
+        };
+        if task.state.is_end() {
+            self.after_end(&task, true).await?;
+            return Ok(Outcome::Ended);
+        }
+        let pause = std::time::Duration::from_millis(250 << attempt.task.attempts.min(6));
+        match self.parts.queue.release(&attempt.lease, pause).await {
+            Ok(()) => {
+                let _ = self.parts.store.confirm_dispatched(&[id]).await;
+            }
+            Err(error) => {
+                tracing::warn!(task.id = %id, error = fault::chain(&error), "give a task back");
+            }
+        }
+        self.publish_task(&task).await;
+        Ok(Outcome::GivenBack)
+    }
+
+    pub(crate) async fn publish_task(&self, task: &Task) {
+        self.publish(Event::Task {
+            task_id: task.id,
+            vm_id: task.vm_id,
+            state: task.state,
+            at: Timestamp::now(),
+        })
+        .await;
+    }
+
+    pub(crate) async fn publish_vm(&self, vm: &Vm) {
+        self.publish(Event::Vm { vm_id: vm.id, state: vm.state, at: vm.updated_at }).await;
+    }
+
+    pub(crate) async fn publish(&self, event: Event) {
+        if let Err(error) = self.parts.bus.publish(event).await {
+            tracing::warn!(error = fault::chain(&error), "publish");
+        }
+    }
+}
+
+fn change(event: VmEvent, reason: Option<Fault>, patch: VmPatch) -> VmChange {
+    VmChange { event, reason, patch }
+}
+
+fn completed(vm: VmChange) -> AttemptEnd {
+    AttemptEnd { state: TaskState::Completed, error: None, vm: Some(vm), execution: None }
+}
+
+/// What was asked for is so already: an earlier attempt died after it had done it.
+fn done() -> AttemptEnd {
+    AttemptEnd { state: TaskState::Completed, error: None, vm: None, execution: None }
+}
+
+pub(crate) fn failed(fault: Fault) -> AttemptEnd {
+    AttemptEnd { state: TaskState::Failed, error: Some(fault), vm: None, execution: None }
+}
+
+/// The VM went on to another state while the task waited.
+fn superseded(vm: &Vm) -> AttemptEnd {
+    let text = format!("the VM is {} by now", vm.state);
+    AttemptEnd { state: TaskState::Cancelled, ..failed(Fault::new(ErrorCode::Cancelled, text)) }
+}
+
+/// The end of an execution that has nothing to show.
+pub(crate) fn failed_execution(fault: Fault) -> AttemptEnd {
+    let cancelled = fault.code == ErrorCode::Cancelled;
+    AttemptEnd {
+        state: if cancelled { TaskState::Cancelled } else { TaskState::Failed },
+        error: Some(fault.clone()),
+        vm: None,
+        execution: Some(ExecutionEnd {
+            state: if cancelled { ExecutionState::Cancelled } else { ExecutionState::Failed },
+            exit: None,
+            error: Some(fault),
+            duration_us: None,
+            stdout: RetainedOutput::default(),
+            stderr: RetainedOutput::default(),
+        }),
+    }
+}

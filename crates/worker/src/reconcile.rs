@@ -1,0 +1,255 @@
+//! Makes the wanted and the actual state agree. Takes no input: it reads both, and repairs the
+//! difference, at the start of a worker and whenever something runs out.
+
+use std::{collections::HashSet, sync::Arc, time::Duration};
+
+use aether_drivers::{Driver, Machine, MachineState};
+use aether_events::{Event, Received, Subscription};
+use aether_queue::{Entry, Lane};
+use aether_store::{NewTask, PageRequest, StoreError, VmFilter};
+use aether_types::{
+    ErrorCode, Fault, Task, TaskId, TaskKind, Timestamp, Vm, VmEvent, VmId, VmState, limits,
+};
+
+use crate::{WorkerError, fault, guest::Guest, lifecycle::parse_token, worker::Core};
+
+/// Lost leases and unconfirmed dispatches are looked for this often: they come from crashes of
+/// other processes, which send no event.
+const SWEEP: Duration = Duration::from_secs(2);
+
+pub(crate) async fn at_start(core: &Arc<Core>) -> Result<(), WorkerError> {
+    // A process that has just started holds no lease; what its predecessor held is free at once.
+    core.parts.queue.reclaim(core.parts.id).await?;
+    let open = core.parts.store.open_tasks().await?;
+    let busy: HashSet<VmId> = open
+        .iter()
+        .filter(|task| task.kind != TaskKind::VmExecute)
+        .map(|task| task.vm_id)
+        .collect();
+    let mut found = HashSet::new();
+    for driver in &core.parts.drivers {
+        for machine in driver.list().await? {
+            found.insert(machine.vm_id);
+            let vm = core.parts.store.vm(machine.vm_id).await?;
+            settle_machine(core, driver, machine, vm, &busy).await;
+        }
+    }
+    settle_without_machine(core, &found, &busy).await?;
+    dispatch(core, core.parts.store.open_tasks().await?).await?;
+    Ok(())
+}
+
+/// A machine that the driver knows: adopt it, leave it to the task that is on its way, or remove
+/// it.
+async fn settle_machine(
+    core: &Arc<Core>,
+    driver: &Arc<dyn Driver>,
+    machine: Machine,
+    vm: Option<Vm>,
+    busy: &HashSet<VmId>,
+) {
+    let id = machine.vm_id;
+    let Some(vm) = vm.filter(|vm| vm.state != VmState::Deleted) else {
+        tracing::warn!(vm.id = %id, "remove a machine that belongs to no VM");
+        return remove(driver, id).await;
+    };
+    // The state the task left is the state it will go on from.
+    if busy.contains(&id) && !vm.state.has_process() {
+        return;
+    }
+    match (vm.state, machine.state) {
+        (
+            VmState::Running | VmState::Paused | VmState::Stopping,
+            MachineState::Running | MachineState::Paused,
+        ) => {
+            adopt(core, driver, &machine, &vm).await;
+        }
+        (VmState::Running | VmState::Paused, MachineState::Exited(reason)) => {
+            core.change_vm(id, VmEvent::Failed, Some(fault::from_exit(reason))).await;
+        }
+        (VmState::Running | VmState::Paused, MachineState::Created) => {
+            core.change_vm(id, VmEvent::Failed, Some(gone())).await;
+        }
+        (VmState::Stopping, _) => core.change_vm(id, VmEvent::Stopped, None).await,
+        (VmState::Creating | VmState::Starting, _) => {
+            core.change_vm(id, VmEvent::Failed, Some(interrupted())).await;
+            remove(driver, id).await;
+        }
+        (VmState::Failed | VmState::Stopped, MachineState::Running | MachineState::Paused) => {
+            if let Err(error) = driver.kill(id).await {
+                tracing::error!(vm.id = %id, error = fault::chain(&error), "end a stray machine");
+            }
+        }
+        (VmState::Failed | VmState::Stopped, MachineState::Created | MachineState::Exited(_)) => {}
+        (VmState::Deleting | VmState::Deleted, _) => delete(core, id).await,
+    }
+}
+
+async fn adopt(core: &Arc<Core>, driver: &Arc<dyn Driver>, machine: &Machine, vm: &Vm) {
+    let token = machine.spec.as_ref().and_then(|spec| parse_token(spec).ok());
+    let Some(token) = token else {
+        tracing::error!(vm.id = %vm.id, "the record of a running machine is damaged");
+        core.change_vm(vm.id, VmEvent::Failed, Some(gone())).await;
+        return remove(driver, vm.id).await;
+    };
+    match (vm.state, machine.state) {
+        (VmState::Running, MachineState::Paused) => {
+            core.change_vm(vm.id, VmEvent::PauseDone, None).await;
+        }
+        (VmState::Paused, MachineState::Running) => {
+            core.change_vm(vm.id, VmEvent::ResumeDone, None).await;
+        }
+        _ => {}
+    }
+    let guest = Guest::new(vm.id, Arc::clone(driver), token);
+    if machine.state == MachineState::Running {
+        core.refresh_boot_id(&guest).await;
+    }
+    tracing::info!(vm.id = %vm.id, "adopted a running VM");
+    core.admit(guest);
+}
+
+/// VMs that should have a machine and have none.
+async fn settle_without_machine(
+    core: &Arc<Core>,
+    found: &HashSet<VmId>,
+    busy: &HashSet<VmId>,
+) -> Result<(), WorkerError> {
+    let mut page = PageRequest { limit: limits::PAGE_LIMIT_MAX, after: None };
+    loop {
+        let vms = core.parts.store.vms(VmFilter::default(), page).await?;
+        for vm in vms.items {
+            let mine = vm.worker_id.is_none_or(|worker| worker == core.parts.id);
+            if !mine || found.contains(&vm.id) || busy.contains(&vm.id) {
+                continue;
+            }
+            match vm.state {
+                VmState::Running | VmState::Paused => {
+                    core.change_vm(vm.id, VmEvent::Failed, Some(gone())).await;
+                }
+                VmState::Creating | VmState::Starting => {
+                    core.change_vm(vm.id, VmEvent::Failed, Some(interrupted())).await;
+                }
+                VmState::Stopping => core.change_vm(vm.id, VmEvent::Stopped, None).await,
+                VmState::Deleting => delete(core, vm.id).await,
+                VmState::Stopped | VmState::Failed | VmState::Deleted => {}
+            }
+        }
+        match vms.next {
+            Some(cursor) => page.after = Some(cursor),
+            None => return Ok(()),
+        }
+    }
+}
+
+async fn remove(driver: &Arc<dyn Driver>, id: VmId) {
+    if let Err(error) = driver.delete(id).await {
+        tracing::error!(vm.id = %id, error = fault::chain(&error), "remove a machine");
+    }
+}
+
+/// Runs until the worker closes: times to live, leases of the dead, dispatches of the dead.
+pub(crate) async fn keep(core: Arc<Core>, mut events: Box<dyn Subscription>) {
+    loop {
+        let expiry = next_expiry(&core).await;
+        tokio::select! {
+            () = core.draining.cancelled() => return,
+            () = tokio::time::sleep(expiry.min(SWEEP)) => {}
+            // A new VM may expire before the timer that was set without it.
+            () = vm_event(&mut events) => continue,
+        }
+        if let Err(error) = sweep(&core).await {
+            tracing::error!(error = fault::chain(&error), "reconcile");
+        }
+    }
+}
+
+async fn vm_event(events: &mut Box<dyn Subscription>) {
+    loop {
+        match events.next().await {
+            Received::Event(Event::Vm { state: VmState::Running, .. }) | Received::Missed(_) => {
+                return;
+            }
+            Received::Event(_) => {}
+            Received::Closed => std::future::pending().await,
+        }
+    }
+}
+
+async fn next_expiry(core: &Core) -> Duration {
+    match core.parts.store.next_expiry().await {
+        Ok(Some(at)) => {
+            let left = at.unix_ms().saturating_sub(Timestamp::now().unix_ms());
+            Duration::from_millis(u64::try_from(left).unwrap_or(0))
+        }
+        Ok(None) => SWEEP,
+        Err(error) => {
+            tracing::warn!(error = fault::chain(&error), "read the next expiry");
+            SWEEP
+        }
+    }
+}
+
+async fn sweep(core: &Arc<Core>) -> Result<(), WorkerError> {
+    core.parts.queue.sweep().await?;
+    dispatch(core, core.parts.store.undispatched(limits::PAGE_LIMIT_MAX).await?).await?;
+    for id in core.parts.store.expired_vms(Timestamp::now()).await? {
+        tracing::info!(vm.id = %id, "the VM's time to live is over");
+        delete(core, id).await;
+    }
+    Ok(())
+}
+
+async fn dispatch(core: &Core, tasks: Vec<Task>) -> Result<(), WorkerError> {
+    let mut entries = Vec::with_capacity(tasks.len());
+    for task in &tasks {
+        let vm = core.parts.store.vm(task.vm_id).await?;
+        let worker = vm.and_then(|vm| vm.worker_id);
+        let lane = worker.map_or(Lane::Shared, Lane::Worker);
+        entries.push(Entry { task: task.id, lane, priority: task.priority, delay: Duration::ZERO });
+    }
+    if entries.is_empty() {
+        return Ok(());
+    }
+    core.parts.queue.enqueue(&entries).await?;
+    let ids: Vec<TaskId> = tasks.iter().map(|task| task.id).collect();
+    core.parts.store.confirm_dispatched(&ids).await?;
+    Ok(())
+}
+
+/// Asks for a VM's deletion as a client would.
+async fn delete(core: &Core, id: VmId) {
+    let task = NewTask {
+        id: TaskId::new(),
+        kind: TaskKind::VmDelete,
+        priority: aether_types::Priority::High,
+        max_attempts: limits::TASK_ATTEMPTS_MAX,
+    };
+    let recorded = match core.parts.store.request_on_vm(id, task, None).await {
+        Ok(accepted) => Ok(accepted),
+        Err(StoreError::VmNotFound) => return,
+        Err(error) => Err(error),
+    };
+    let dispatched = match recorded {
+        Ok(accepted) if accepted.task.state.is_end() => Ok(()),
+        Ok(accepted) => {
+            for cancelled in &accepted.cancelled {
+                core.publish_task(cancelled).await;
+            }
+            core.publish_vm(&accepted.vm).await;
+            dispatch(core, vec![accepted.task]).await
+        }
+        Err(error) => Err(error.into()),
+    };
+    if let Err(error) = dispatched {
+        tracing::error!(vm.id = %id, error = fault::chain(&error), "delete a VM");
+    }
+}
+
+fn gone() -> Fault {
+    Fault::new(ErrorCode::VmmExited, "the VM's process was gone when the worker started")
+}
+
+fn interrupted() -> Fault {
+    Fault::new(ErrorCode::VmStartFailed, "the worker ended while the VM was being started")
+}

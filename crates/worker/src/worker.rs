@@ -1,0 +1,215 @@
+//! A worker's life: adopt, claim, and stop in order.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use aether_queue::Lease;
+use aether_streams::GuestLink;
+use aether_types::{ErrorCode, Fault, TaskId, VmEvent, VmId, VmState};
+use tokio::{
+    sync::Semaphore,
+    time::{Instant, timeout_at},
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::{
+    WorkerError, WorkerParts, claims, fault,
+    guest::{GuestLinks, Guests},
+    reconcile,
+};
+
+/// What becomes of running VMs when the worker ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ShutdownMode {
+    /// They are stopped, and their disks stay.
+    StopVms,
+    /// They run on, with the commands in them; the next start adopts both.
+    KeepVms,
+}
+
+/// How a worker ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ShutdownReport {
+    pub vms_stopped: usize,
+    pub vms_kept: usize,
+    /// Work that did not end before the deadline; its leases run out and it is taken up again.
+    pub tasks_left: usize,
+}
+
+/// What all parts of the worker share.
+pub(crate) struct Core {
+    pub(crate) parts: WorkerParts,
+    pub(crate) guests: Arc<Guests>,
+    pub(crate) attempts: Attempts,
+    pub(crate) boots: Semaphore,
+    pub(crate) tasks: TaskTracker,
+    /// No new work.
+    pub(crate) draining: CancellationToken,
+    /// Commands are left to the next process.
+    pub(crate) leaving: CancellationToken,
+    /// Everything ends.
+    pub(crate) closing: CancellationToken,
+}
+
+/// The attempts in hand, by task.
+#[derive(Default)]
+pub(crate) struct Attempts {
+    running: Mutex<HashMap<TaskId, (Lease, CancellationToken)>>,
+}
+
+impl Attempts {
+    pub(crate) fn begin(&self, lease: &Lease) -> CancellationToken {
+        let token = CancellationToken::new();
+        self.lock().insert(lease.task, (lease.clone(), token.clone()));
+        token
+    }
+
+    pub(crate) fn end(&self, task: TaskId) {
+        self.lock().remove(&task);
+    }
+
+    pub(crate) fn cancel(&self, task: TaskId) {
+        if let Some((_, token)) = self.lock().get(&task) {
+            token.cancel();
+        }
+    }
+
+    pub(crate) fn leases(&self) -> Vec<Lease> {
+        self.lock().values().map(|(lease, _)| lease.clone()).collect()
+    }
+
+    fn count(&self) -> usize {
+        self.lock().len()
+    }
+
+    // Nothing panics while the lock is held.
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<TaskId, (Lease, CancellationToken)>> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A running worker. Dropping it without [`Worker::shutdown`] is what a crash would be.
+pub struct Worker {
+    core: Arc<Core>,
+}
+
+impl fmt::Debug for Worker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Worker").field("id", &self.core.parts.id).finish_non_exhaustive()
+    }
+}
+
+impl Worker {
+    /// Adopts what runs, repairs what an earlier process left half done, and begins to claim.
+    pub async fn start(parts: WorkerParts) -> Result<Self, WorkerError> {
+        let core = Arc::new(Core {
+            guests: Arc::new(Guests::default()),
+            attempts: Attempts::default(),
+            boots: Semaphore::new(parts.config.boots_at_once),
+            tasks: TaskTracker::new(),
+            draining: CancellationToken::new(),
+            leaving: CancellationToken::new(),
+            closing: CancellationToken::new(),
+            parts,
+        });
+        reconcile::at_start(&core).await?;
+        core.tasks.spawn(claims::claim(Arc::clone(&core)));
+        core.tasks.spawn(claims::renew(Arc::clone(&core)));
+        core.tasks.spawn(claims::listen(Arc::clone(&core), core.parts.bus.subscribe()));
+        core.tasks.spawn(reconcile::keep(Arc::clone(&core), core.parts.bus.subscribe()));
+        Ok(Self { core })
+    }
+
+    /// The way to this worker's guests, for files.
+    #[must_use]
+    pub fn links(&self) -> Arc<dyn GuestLink> {
+        let guests = Arc::clone(&self.core.guests);
+        Arc::new(GuestLinks { guests, limit: self.core.parts.config.guest_limit })
+    }
+
+    /// VMs that run here now.
+    #[must_use]
+    pub fn vm_ids(&self) -> Vec<VmId> {
+        self.core.guests.all().iter().map(|guest| guest.id).collect()
+    }
+
+    /// Stops claiming, ends or leaves the work in hand, stops or leaves the VMs, and gives back
+    /// what the drivers hold. Not longer than `limit`; past it, what is left is as after a crash.
+    pub async fn shutdown(self, mode: ShutdownMode, limit: Duration) -> ShutdownReport {
+        let deadline = Instant::now() + limit;
+        let core = &self.core;
+        core.draining.cancel();
+        let mut report = ShutdownReport::default();
+        match mode {
+            ShutdownMode::KeepVms => {
+                core.leaving.cancel();
+                report.vms_kept = core.guests.all().len();
+            }
+            ShutdownMode::StopVms => {
+                report.vms_stopped = self.stop_all(deadline).await;
+                core.leaving.cancel();
+            }
+        }
+        core.closing.cancel();
+        core.tasks.close();
+        let _ = timeout_at(deadline, core.tasks.wait()).await;
+        if mode == ShutdownMode::StopVms {
+            // A boot may have ended between the word to end and the list of those that run.
+            report.vms_stopped += self.stop_all(deadline).await;
+        }
+        report.tasks_left = core.attempts.count();
+        if mode == ShutdownMode::StopVms {
+            for driver in &core.parts.drivers {
+                match timeout_at(deadline, driver.release()).await {
+                    Ok(Ok(())) => {}
+                    Ok(Err(error)) => {
+                        tracing::error!(error = fault::chain(&error), "release host resources");
+                    }
+                    Err(_) => tracing::error!("no time was left to release host resources"),
+                }
+            }
+        }
+        report
+    }
+
+    async fn stop_all(&self, deadline: Instant) -> usize {
+        let why = Fault::new(ErrorCode::VmStopped, "the platform was shut down");
+        let guests = self.core.guests.all();
+        let stops = guests.iter().map(|guest| {
+            let (core, id, why) = (Arc::clone(&self.core), guest.id, why.clone());
+            async move {
+                // An operation in hand on this VM comes first; it is short or it is a boot.
+                let order = core.guests.order(id);
+                let _turn = timeout_at(deadline, order.lock()).await.ok()?;
+                core.stop_for_shutdown(id, why).await.then_some(())
+            }
+        });
+        let stops: Vec<_> = stops.map(|stop| self.core.tasks.spawn(stop)).collect();
+        let mut stopped = 0;
+        for stop in stops {
+            if let Ok(Ok(Some(()))) = timeout_at(deadline, stop).await {
+                stopped += 1;
+            }
+        }
+        stopped
+    }
+}
+
+impl Core {
+    async fn stop_for_shutdown(&self, id: VmId, why: Fault) -> bool {
+        let Ok(Some(vm)) = self.parts.store.vm(id).await else { return false };
+        if !matches!(vm.state, VmState::Running | VmState::Paused) {
+            return false;
+        }
+        if let Err(failure) = self.stop(&vm, why.clone()).await {
+            tracing::error!(vm.id = %id, code = %failure.fault.code, "stop a VM at shutdown");
+            return false;
+        }
+        self.change_vm(id, VmEvent::Stopped, Some(why)).await;
+        true
+    }
+}
