@@ -1,4 +1,4 @@
-//! Builds the images: `build-image STORE AGENT [TEST_KERNEL]`.
+//! Builds the images, and a layer to boot one with: `build-image STORE AGENT [TEST_KERNEL [LAYER]]`.
 
 use std::io::Write;
 use std::time::Instant;
@@ -8,7 +8,7 @@ use aether_images::{BuildRequest, ImageError, ImageStore};
 fn main() -> Result<(), ImageError> {
     let mut args = std::env::args_os().skip(1);
     let (Some(root), Some(agent)) = (args.next(), args.next()) else {
-        say("build-image STORE AGENT [TEST_KERNEL]");
+        say("build-image STORE AGENT [TEST_KERNEL [LAYER]]");
         return Ok(());
     };
     let start = Instant::now();
@@ -29,6 +29,10 @@ fn main() -> Result<(), ImageError> {
             image.packages.len(),
         ));
         progress(&format!("{:?}", store.resolve(&image.name)?));
+    }
+    if let Some(layer) = args.next() {
+        store.seed(10 * 1024)?.write_layer(layer.as_ref())?;
+        progress("a layer of 10 GiB is made");
     }
     Ok(())
 }

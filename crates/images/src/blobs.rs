@@ -147,6 +147,29 @@ pub(crate) fn scratch_path(tmp: &Path, what: &str) -> PathBuf {
     tmp.join(format!("{what}-{}-{count}", std::process::id()))
 }
 
+/// Removes a folder of a build with all that is in it, unless something is mounted there: programs
+/// that install packages mount the host's own `/dev` and `/proc`, and one that was killed may not
+/// have had the time to undo it.
+pub(crate) fn remove_tree(path: &Path) -> io::Result<()> {
+    let folder = path.canonicalize()?;
+    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+    if let Some(mount) = mounted_under(&mounts, &folder) {
+        return Err(io::Error::new(
+            io::ErrorKind::ResourceBusy,
+            format!("{mount} is mounted; unmount it first"),
+        ));
+    }
+    fs::remove_dir_all(&folder)
+}
+
+/// The first mount point at or under a folder. Spaces in mount points are written `\\040`.
+fn mounted_under<'a>(mountinfo: &'a str, folder: &Path) -> Option<&'a str> {
+    mountinfo
+        .lines()
+        .filter_map(|line| line.split(' ').nth(4))
+        .find(|mount| Path::new(&mount.replace("\\040", " ")).starts_with(folder))
+}
+
 /// Removes what a builder that died has left. What cannot be removed now (its programs may still
 /// be running and writing) is left to the next sweep.
 pub(crate) fn sweep(tmp: &Path) {
@@ -154,12 +177,27 @@ pub(crate) fn sweep(tmp: &Path) {
     for entry in entries.flatten() {
         let path = entry.path();
         let removed = if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            fs::remove_dir_all(&path)
+            remove_tree(&path)
         } else {
             fs::remove_file(&path)
         };
         if let Err(error) = removed {
             tracing::warn!(path = %path.display(), %error, "leave a stale file to the next sweep");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn folder_with_a_mount_in_it_is_left_alone() {
+        let mounts = "22 1 0:21 / / rw - ext4 /dev/vda rw\n\
+                      23 22 0:22 / /store\\040x/tmp/rootfs-1-1/tree/proc rw - proc proc rw\n";
+        let found = mounted_under(mounts, Path::new("/store x/tmp/rootfs-1-1"));
+        assert_eq!(found, Some("/store\\040x/tmp/rootfs-1-1/tree/proc"));
+        assert_eq!(mounted_under(mounts, Path::new("/store x/tmp/rootfs-1-10")), None);
+        assert_eq!(mounted_under(mounts, Path::new("/store x/tmp/rootfs-1")), None);
     }
 }

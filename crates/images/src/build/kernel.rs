@@ -5,6 +5,7 @@ use std::path::Path;
 
 use super::apt::{Apt, Sources};
 use super::{BuildRequest, KernelParts, RECIPE, modules, stage};
+use crate::blobs::remove_tree;
 use crate::manifest::KernelFlavour;
 use crate::program::{Program, read};
 use crate::store::{ImageStore, file_names};
@@ -195,7 +196,7 @@ fn banner_version(vmlinux: &[u8]) -> Option<String> {
 }
 
 fn remove(folder: &Path) -> Result<(), ImageError> {
-    fs::remove_dir_all(folder).map_err(ImageError::io("remove", folder))
+    remove_tree(folder).map_err(ImageError::io("remove", folder))
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::apt::{Sources, keyring};
 use super::{BuildRequest, RECIPE, stage};
+use crate::blobs::remove_tree;
 use crate::manifest::Blob;
 use crate::program::{Program, read_if_there};
 use crate::store::ImageStore;
@@ -129,7 +130,7 @@ pub(crate) fn build(
         .output()?;
     let rootfs = Rootfs { blob: store.blobs.put_file(&image)?, packages };
     stage::keep(store, "rootfs", &key, &[&rootfs.blob], &rootfs)?;
-    fs::remove_dir_all(&scratch).map_err(ImageError::io("remove", &scratch))?;
+    remove_tree(&scratch).map_err(ImageError::io("remove", &scratch))?;
     Ok(rootfs)
 }
 
@@ -252,7 +253,7 @@ fn empty_folder(tree: &Path, name: &str, mode: u32) -> Result<(), ImageError> {
 /// Removes a file, a link or a folder with all in it, where there is one.
 fn remove(path: &Path) -> Result<(), ImageError> {
     let removed = match fs::symlink_metadata(path) {
-        Ok(meta) if meta.is_dir() => fs::remove_dir_all(path),
+        Ok(meta) if meta.is_dir() => remove_tree(path),
         Ok(_) => fs::remove_file(path),
         Err(error) => Err(error),
     };
