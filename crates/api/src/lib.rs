@@ -27,8 +27,8 @@ pub use health::{ComponentHealth, Health, HealthStatus};
 pub use page::Page;
 pub use problem::{PROBLEM_MEDIA_TYPE, Problem};
 pub use stream::{
-    CHANNEL_STDERR, CHANNEL_STDIN, CHANNEL_STDOUT, NDJSON_MEDIA_TYPE, StreamEnd, StreamEvent,
-    TerminalControl, TerminalStart,
+    CHANNEL_STDERR, CHANNEL_STDIN, CHANNEL_STDOUT, NDJSON_MEDIA_TYPE, STDIN_WINDOW_BYTES,
+    StreamEnd, StreamEvent, TerminalControl, TerminalStart,
 };
 pub use task::{Accepted, TaskView};
 pub use vm::{CreateVm, VmView};
@@ -45,6 +45,12 @@ pub const IDEMPOTENCY_KEY_HEADER: &str = "idempotency-key";
 
 /// Given by the client or made by the server; in every answer.
 pub const REQUEST_ID_HEADER: &str = "x-request-id";
+
+/// Of output that is read raw: bytes written in all, bytes of them not kept, and where in the
+/// answer those are missing.
+pub const OUTPUT_BYTES_HEADER: &str = "x-output-bytes";
+pub const OUTPUT_CUT_BYTES_HEADER: &str = "x-output-cut-bytes";
+pub const OUTPUT_CUT_AT_HEADER: &str = "x-output-cut-at";
 
 /// Of a file that is read: its size and its permission bits (octal) when it was opened.
 pub const FILE_SIZE_HEADER: &str = "x-file-size";

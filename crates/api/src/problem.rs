@@ -1,6 +1,6 @@
 use std::fmt;
 
-use aether_types::{ErrorCode, VmState};
+use aether_types::{ErrorCode, TaskId, VmId, VmState};
 use serde::{Deserialize, Serialize};
 
 pub const PROBLEM_MEDIA_TYPE: &str = "application/problem+json";
@@ -28,6 +28,12 @@ pub struct Problem {
     /// The state that does not allow the request.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vm_state: Option<VmState>,
+    /// The task that failed, where there was one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub task_id: Option<TaskId>,
+    /// Its VM, which may have to be deleted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vm_id: Option<VmId>,
     /// Try again after this long.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retry_after_s: Option<u64>,

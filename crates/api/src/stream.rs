@@ -4,6 +4,10 @@
 //! then the bytes, and everything else as text messages with one [`StreamEvent`]. The client's
 //! first message is a text with a [`TerminalStart`]; then come binary messages, [`CHANNEL_STDIN`]
 //! and the bytes, and texts with a [`TerminalControl`].
+//!
+//! A client has at most [`STDIN_WINDOW_BYTES`] of standard input on the way that the server has not
+//! yet said it has taken. So the server never has to stop reading, and hears of a signal, a resize
+//! and the client's end however full the command's standard input is.
 
 use std::collections::BTreeMap;
 
@@ -21,6 +25,8 @@ pub const NDJSON_MEDIA_TYPE: &str = "application/x-ndjson";
 pub const CHANNEL_STDIN: u8 = 0;
 pub const CHANNEL_STDOUT: u8 = 1;
 pub const CHANNEL_STDERR: u8 = 2;
+
+pub const STDIN_WINDOW_BYTES: u32 = 256 * 1024;
 
 /// What a client that follows an execution is told, in this order: `accepted`, `started`, output
 /// in any mixture, and one of `end` and `detached`. A stream that ends without either was cut off.
@@ -47,6 +53,10 @@ pub enum StreamEvent {
     /// Bytes of the output that this stream cannot show.
     Skipped {
         stream: OutputStream,
+        bytes: u64,
+    },
+    /// Only on a terminal: this much more of the standard input has gone on its way.
+    StdinTaken {
         bytes: u64,
     },
     End(StreamEnd),

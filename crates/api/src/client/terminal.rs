@@ -1,12 +1,14 @@
 //! An interactive execution on a WebSocket.
 
+use std::sync::Arc;
+
 use bytes::{BufMut as _, Bytes, BytesMut};
 use futures::{
     SinkExt as _, StreamExt as _,
     stream::{SplitSink, SplitStream},
 };
 use reqwest::header::AUTHORIZATION;
-use tokio::net::TcpStream;
+use tokio::{net::TcpStream, sync::Semaphore};
 use tokio_tungstenite::{
     MaybeTlsStream, WebSocketStream,
     tungstenite::{self, Message, client::IntoClientRequest as _},
@@ -15,8 +17,8 @@ use tokio_tungstenite::{
 use super::http::{bearer, segment};
 use super::{Client, ClientError};
 use crate::{
-    CHANNEL_STDERR, CHANNEL_STDIN, CHANNEL_STDOUT, PREFIX, Problem, StreamEvent, TerminalControl,
-    TerminalStart,
+    CHANNEL_STDERR, CHANNEL_STDIN, CHANNEL_STDOUT, PREFIX, Problem, STDIN_WINDOW_BYTES,
+    StreamEvent, TerminalControl, TerminalStart,
 };
 
 type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
@@ -25,13 +27,19 @@ type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
 #[derive(Debug)]
 pub struct TerminalInput {
     sink: SplitSink<Socket, Message>,
+    credit: Arc<Semaphore>,
 }
 
-/// The half that hears of it. It also answers the server's pings: keep it going.
+/// The half that hears of it. It also answers the server's pings and brings the credit for
+/// standard input: keep it going.
 #[derive(Debug)]
 pub struct TerminalOutput {
     stream: SplitStream<Socket>,
+    credit: Arc<Semaphore>,
 }
+
+/// One message of standard input.
+const STDIN_CHUNK_BYTES: usize = 64 * 1024;
 
 pub(super) async fn open(
     client: &Client,
@@ -53,15 +61,39 @@ pub(super) async fn open(
             .map_err(|error| refused(client, error))?;
     socket.send(text(start)?).await.map_err(lost)?;
     let (sink, stream) = socket.split();
-    Ok((TerminalInput { sink }, TerminalOutput { stream }))
+    let window = usize::try_from(STDIN_WINDOW_BYTES).unwrap_or(usize::MAX);
+    let credit = Arc::new(Semaphore::new(window));
+    let input = TerminalInput { sink, credit: Arc::clone(&credit) };
+    Ok((input, TerminalOutput { stream, credit }))
 }
 
 impl TerminalInput {
-    pub async fn stdin(&mut self, data: Bytes) -> Result<(), ClientError> {
-        let mut message = BytesMut::with_capacity(data.len() + 1);
-        message.put_u8(CHANNEL_STDIN);
-        message.put(data);
-        self.sink.send(Message::Binary(message.freeze())).await.map_err(lost)
+    /// Waits while the command has not taken what came before. Cancel-safe only as a whole: a
+    /// dropped call may have sent a part.
+    pub async fn stdin(&mut self, mut data: Bytes) -> Result<(), ClientError> {
+        while !data.is_empty() {
+            let room = self.room().await?;
+            let chunk = data.split_to(data.len().min(room).min(STDIN_CHUNK_BYTES));
+            if let Ok(taken) = u32::try_from(chunk.len())
+                && let Ok(permits) = self.credit.try_acquire_many(taken)
+            {
+                permits.forget();
+            }
+            let mut message = BytesMut::with_capacity(chunk.len() + 1);
+            message.put_u8(CHANNEL_STDIN);
+            message.put(chunk);
+            self.sink.send(Message::Binary(message.freeze())).await.map_err(lost)?;
+        }
+        Ok(())
+    }
+
+    /// At least one byte. Nobody else takes from the credit.
+    async fn room(&self) -> Result<usize, ClientError> {
+        match self.credit.acquire().await {
+            Ok(permit) => drop(permit),
+            Err(error) => return Err(ClientError::transport("use the terminal")(error.into())),
+        }
+        Ok(self.credit.available_permits().max(1))
     }
 
     pub async fn stdin_eof(&mut self) -> Result<(), ClientError> {
@@ -100,12 +132,33 @@ impl TerminalOutput {
                         Some(_) | None => Err(ClientError::unexpected("an unknown channel")),
                     };
                 }
-                Message::Text(text) => return event(text.as_str()).map(Some),
+                Message::Text(text) => match event(text.as_str())? {
+                    StreamEvent::StdinTaken { bytes } => self.give_back(bytes)?,
+                    event => return Ok(Some(event)),
+                },
                 Message::Close(_) => return Ok(None),
                 Message::Ping(_) | Message::Pong(_) | Message::Frame(_) => {}
             }
         }
         Ok(None)
+    }
+
+    fn give_back(&self, bytes: u64) -> Result<(), ClientError> {
+        let window = u64::from(STDIN_WINDOW_BYTES);
+        match usize::try_from(bytes) {
+            Ok(taken) if bytes.saturating_add(self.credit.available_permits() as u64) <= window => {
+                self.credit.add_permits(taken);
+                Ok(())
+            }
+            Ok(_) | Err(_) => Err(ClientError::unexpected("more input was taken than was sent")),
+        }
+    }
+}
+
+impl Drop for TerminalOutput {
+    fn drop(&mut self) {
+        // Nobody is left to bring credit.
+        self.credit.close();
     }
 }
 
