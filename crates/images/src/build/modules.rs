@@ -121,8 +121,8 @@ fn key(name: &str) -> String {
     name.replace('-', "_")
 }
 
-/// The kernel would check the signature against a key that it trusts, which takes longer under
-/// emulation than loading the module, and gains nothing: the initramfs itself is what is trusted.
+/// Nothing is gained by the kernel's check of the signature: the initramfs itself is what is
+/// trusted, and it has the program that runs as init.
 fn without_signature(bytes: &[u8]) -> &[u8] {
     let Some(rest) = bytes.strip_suffix(SIGNATURE_MARK) else { return bytes };
     let Some((_, length)) = rest.split_last_chunk::<4>() else { return bytes };
