@@ -10,14 +10,18 @@
 //!   the shared one.
 //! - `enqueue` is idempotent by task id.
 
+pub mod clock;
 mod error;
+mod schedule;
 pub mod sqlite;
+mod waiters;
 
 use std::time::Duration;
 
 use aether_types::{Priority, TaskId, WorkerId};
 use async_trait::async_trait;
 
+pub use clock::{Clock, ManualClock, SystemClock};
 pub use error::QueueError;
 pub use sqlite::SqliteQueue;
 
@@ -58,6 +62,7 @@ pub struct Depth {
 
 #[async_trait]
 pub trait Queue: Send + Sync + 'static {
+    /// A task that is here already keeps its entry, or its lease, as it is.
     async fn enqueue(&self, entries: &[Entry]) -> Result<(), QueueError>;
 
     /// Waits up to `wait` for work for `worker`. Cancel-safe: a future that is dropped claims
@@ -69,7 +74,8 @@ pub trait Queue: Send + Sync + 'static {
         wait: Duration,
     ) -> Result<Option<Lease>, QueueError>;
 
-    /// Extends the lease. `Lost` where it has run out and was taken back.
+    /// The lease runs for its whole duration from now. `Lost` where it has run out and was taken
+    /// back.
     async fn renew(&self, lease: &Lease) -> Result<(), QueueError>;
 
     /// The task has ended (in the store); the entry goes. `Lost` as above.
@@ -81,8 +87,11 @@ pub trait Queue: Send + Sync + 'static {
     /// Removes an entry that nobody has claimed. `false`: none such.
     async fn remove(&self, task: TaskId) -> Result<bool, QueueError>;
 
-    /// Takes back leases that ran out. Returns how many.
+    /// Takes back leases that ran out. Returns how many. They keep their place in the order.
     async fn sweep(&self) -> Result<u64, QueueError>;
+
+    /// In how long the next lease runs out: when to sweep. `None`: nothing is leased.
+    async fn next_lease_end(&self) -> Result<Option<Duration>, QueueError>;
 
     /// Takes back every lease of a worker that starts anew under the same id: a process that has
     /// just started holds none.

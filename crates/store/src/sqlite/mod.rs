@@ -97,7 +97,11 @@ impl SqliteStore {
             .pragma("temp_store", "memory")
             .disable_statement_logging();
         let mut writer = options.clone().connect().await.context("open the store")?;
-        MIGRATIONS.run(&mut writer).await.map_err(|e| StoreError::Migration(Box::new(e)))?;
+        // Not `run`: its future is not `Send` for every lifetime, and callers spawn.
+        MIGRATIONS
+            .run_direct(None, &mut writer, false)
+            .await
+            .map_err(|e| StoreError::Migration(Box::new(e)))?;
         let readers = SqlitePoolOptions::new()
             .max_connections(READERS_MAX)
             .min_connections(1)
