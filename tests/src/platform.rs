@@ -1,0 +1,314 @@
+//! A running `aether up` in a data directory of its own.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    os::{fd::AsFd as _, unix::net::UnixDatagram},
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Stdio},
+    time::Duration,
+};
+
+use aether_api::{
+    CreateVm, ExecuteRequest, ExecutionView, StreamEvent, VmView,
+    client::{CallOptions, Client, Waited, WriteOptions},
+};
+use anyhow::{Context, Result, bail, ensure};
+use bytes::Bytes;
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    process::{Pid, PidfdFlags, Signal, pidfd_open},
+};
+use tempfile::TempDir;
+
+use crate::wire;
+
+/// A boot in software emulation on a busy machine; far from what is usual.
+const LONG: Duration = Duration::from_secs(240);
+
+/// Where the bare agent listens in the guest, and where it is.
+pub const BARE_PORT: u16 = 2000;
+const BARE_PATH: &str = "/usr/local/bin/bare-agent";
+
+/// What a platform is started with.
+#[derive(Debug, Clone)]
+pub struct Setup {
+    pub driver: &'static str,
+    pub args: Vec<String>,
+}
+
+impl Setup {
+    #[must_use]
+    pub fn sim() -> Self {
+        Self { driver: "sim", args: Vec::new() }
+    }
+
+    #[must_use]
+    pub fn qemu() -> Self {
+        Self { driver: "qemu", args: Vec::new() }
+    }
+
+    #[must_use]
+    pub fn with(mut self, args: &[&str]) -> Self {
+        self.args.extend(args.iter().map(|&arg| arg.to_owned()));
+        self
+    }
+}
+
+#[derive(Debug)]
+pub struct Platform {
+    dir: TempDir,
+    setup: Setup,
+    child: Option<Child>,
+    client: Option<Client>,
+    namespaces: BTreeSet<String>,
+}
+
+/// Where real guests can run: the program, the agent and an image are there, and this is root.
+/// Prints why not.
+pub fn can_run_guests() -> bool {
+    let reason = if !rustix::process::geteuid().is_root() {
+        "real guests need root for their network"
+    } else if env_path("AETHER_AGENT").is_none_or(|path| !path.exists()) {
+        "AETHER_AGENT names no guest agent; ./dev test builds one"
+    } else {
+        return true;
+    };
+    #[expect(clippy::print_stdout, reason = "how a test says that it skipped")]
+    {
+        println!("skipped: {reason}");
+    }
+    false
+}
+
+#[expect(clippy::disallowed_methods, reason = "tests are configured by their environment")]
+pub fn env_path(name: &str) -> Option<PathBuf> {
+    std::env::var(name).ok().filter(|value| !value.is_empty()).map(PathBuf::from)
+}
+
+/// The program under test: `AETHER_BIN`, or the one beside the tests.
+pub fn program() -> Result<PathBuf> {
+    if let Some(path) = env_path("AETHER_BIN") {
+        return Ok(path);
+    }
+    let mut path = std::env::current_exe()?;
+    while path.pop() {
+        let candidate = path.join("aether");
+        if candidate.is_file() {
+            return Ok(candidate);
+        }
+    }
+    bail!("no aether program: set AETHER_BIN or build it")
+}
+
+impl Platform {
+    pub fn start(setup: Setup) -> Result<Self> {
+        let dir = TempDir::with_prefix("aether-test-")?;
+        let mut platform =
+            Self { dir, setup, child: None, client: None, namespaces: BTreeSet::new() };
+        platform.restart()?;
+        Ok(platform)
+    }
+
+    /// Starts the program on the data directory, new or left by an earlier one, and returns when
+    /// it says that it is ready.
+    pub fn restart(&mut self) -> Result<()> {
+        ensure!(self.child.is_none(), "it runs already");
+        let notify = self.dir.path().join("notify");
+        let _ = fs::remove_file(&notify);
+        let ready = UnixDatagram::bind(&notify)?;
+        let log = fs::OpenOptions::new().create(true).append(true).open(self.log_path())?;
+        let child = Command::new(program()?)
+            .arg("up")
+            .arg("--data-dir")
+            .arg(self.data_dir())
+            .args(["--listen", "127.0.0.1:0", "--driver", self.setup.driver])
+            .args(&self.setup.args)
+            .env("NOTIFY_SOCKET", &notify)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .context("start aether up")?;
+        self.child = Some(child);
+        self.await_ready(&ready)?;
+        let address = fs::read_to_string(self.data_dir().join("listen"))?;
+        let key = fs::read_to_string(self.data_dir().join("admin-key"))?;
+        self.namespaces.extend(wire::namespaces_of(&self.data_dir()));
+        self.client = Some(Client::new(&format!("http://{}", address.trim()), Some(key.trim()))?);
+        Ok(())
+    }
+
+    /// Waits for the word that it is ready, or for its end.
+    fn await_ready(&mut self, ready: &UnixDatagram) -> Result<()> {
+        let pid = self.pid().context("it does not run")?;
+        let process = pidfd_open(pid, PidfdFlags::empty())?;
+        let limit = Timespec::try_from(LONG)?;
+        let mut buffer = [0; 256];
+        loop {
+            let mut watched = [
+                PollFd::new(ready, PollFlags::IN),
+                PollFd::from_borrowed_fd(process.as_fd(), PollFlags::IN),
+            ];
+            let events = poll(&mut watched, Some(&limit))?;
+            if !watched[0].revents().contains(PollFlags::IN) {
+                bail!("aether up did not become ready ({events} events): {}", self.log());
+            }
+            let count = ready.recv(&mut buffer)?;
+            if buffer[..count].starts_with(b"READY=1") {
+                return Ok(());
+            }
+        }
+    }
+
+    /// The network namespaces that it has had.
+    pub fn namespaces(&self) -> &BTreeSet<String> {
+        &self.namespaces
+    }
+
+    pub fn data_dir(&self) -> PathBuf {
+        self.dir.path().join("data")
+    }
+
+    pub fn log_path(&self) -> PathBuf {
+        self.dir.path().join("log")
+    }
+
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.log_path()).unwrap_or_default()
+    }
+
+    pub fn client(&self) -> &Client {
+        self.client.as_ref().expect("the platform runs")
+    }
+
+    pub fn pid(&self) -> Option<Pid> {
+        self.child.as_ref().and_then(|child| Pid::from_raw(child.id().cast_signed()))
+    }
+
+    /// What a crash is.
+    pub fn kill(&mut self) -> Result<()> {
+        self.end(Signal::KILL)?;
+        Ok(())
+    }
+
+    pub fn terminate(&mut self) -> Result<ExitStatus> {
+        self.end(Signal::TERM)
+    }
+
+    fn end(&mut self, signal: Signal) -> Result<ExitStatus> {
+        let pid = self.pid().context("it does not run")?;
+        rustix::process::kill_process(pid, signal)?;
+        let mut child = self.child.take().context("it does not run")?;
+        self.client = None;
+        Ok(child.wait()?)
+    }
+
+    /// Ends the platform and shows that nothing of it is left on the host.
+    pub fn finish(mut self) -> Result<()> {
+        let status = self.terminate()?;
+        ensure!(status.success(), "aether up ended with {status}: {}", self.log());
+        let left = self.leftovers()?;
+        ensure!(left.is_empty(), "left over: {left:#?}\n{}", self.log());
+        Ok(())
+    }
+
+    /// Processes, mounts, links and files of this platform's VMs.
+    pub fn leftovers(&self) -> Result<Vec<String>> {
+        let mut left = wire::host_leftovers(&self.data_dir(), &self.namespaces)?;
+        let vms = self.data_dir().join("vms");
+        if let Ok(entries) = fs::read_dir(&vms) {
+            for entry in entries {
+                let path = entry?.path();
+                if path.is_dir() {
+                    left.push(format!("directory {}", path.display()));
+                }
+            }
+        }
+        Ok(left)
+    }
+
+    pub async fn create(&self, request: &CreateVm) -> Result<VmView> {
+        match self.client().create_vm(request, &CallOptions::waiting(LONG)).await? {
+            Waited::Done(vm) => Ok(vm),
+            Waited::Accepted(accepted) => bail!("the VM is not ready in time: {accepted:?}"),
+        }
+    }
+
+    pub async fn delete(&self, vm: &str) -> Result<()> {
+        match self.client().delete_vm(vm, &CallOptions::waiting(LONG)).await? {
+            Waited::Done(_) => Ok(()),
+            Waited::Accepted(accepted) => bail!("the VM is not deleted in time: {accepted:?}"),
+        }
+    }
+
+    pub async fn execute(&self, vm: &str, command: &[&str]) -> Result<ExecutionView> {
+        let (command, args) = command.split_first().context("a command")?;
+        let request = ExecuteRequest {
+            command: (*command).to_owned(),
+            args: args.iter().map(|&arg| arg.to_owned()).collect(),
+            ..ExecuteRequest::default()
+        };
+        self.execute_request(vm, &request).await
+    }
+
+    pub async fn execute_request(
+        &self,
+        vm: &str,
+        request: &ExecuteRequest,
+    ) -> Result<ExecutionView> {
+        match self.client().execute(vm, request, &CallOptions::waiting(LONG)).await? {
+            Waited::Done(execution) => Ok(execution),
+            Waited::Accepted(accepted) => bail!("the command did not end in time: {accepted:?}"),
+        }
+    }
+}
+
+impl Platform {
+    /// Its namespace, where it has had just one.
+    pub fn namespace(&self) -> Result<String> {
+        let names: Vec<&String> = self.namespaces.iter().collect();
+        let [name] = names.as_slice() else { bail!("not one namespace: {names:?}") };
+        Ok((*name).clone())
+    }
+
+    /// Brings the bare agent into a VM and starts it there.
+    pub async fn run_bare_agent(&self, vm: &str) -> Result<()> {
+        let program = fs::read(bare_agent()?)?;
+        let options = WriteOptions { mode: Some(0o755), ..WriteOptions::default() };
+        let body = futures::stream::iter([Ok::<_, std::io::Error>(Bytes::from(program))]);
+        self.client().write_file(vm, BARE_PATH, &options, body).await?;
+        // It runs until the VM ends; its first line of output says that it listens.
+        let request = ExecuteRequest { command: BARE_PATH.into(), ..ExecuteRequest::default() };
+        let mut follow = self.client().execute_stream(vm, &request, None).await?;
+        while let Some(event) = follow.next().await? {
+            if matches!(event, StreamEvent::Stdout { .. }) {
+                return Ok(());
+            }
+        }
+        bail!("the bare agent ended")
+    }
+}
+
+/// A VM as small as tests need it.
+#[must_use]
+pub fn small_vm(name: &str) -> CreateVm {
+    CreateVm { name: Some(name.to_owned()), memory_mb: Some(256), ..CreateVm::default() }
+}
+
+impl Drop for Platform {
+    fn drop(&mut self) {
+        // A failed test must not leave machines: a clean end removes them, a crash would not.
+        if self.child.is_some() {
+            let _ = self.terminate();
+        }
+    }
+}
+
+/// The agent that the benchmarks compare with.
+pub fn bare_agent() -> Result<PathBuf> {
+    let path =
+        env_path("AETHER_BARE_AGENT").context("AETHER_BARE_AGENT is not set; ./dev bench")?;
+    ensure!(Path::new(&path).exists(), "{} is not there", path.display());
+    Ok(path)
+}
