@@ -1,0 +1,104 @@
+//! One output stream of a simulated run: what was written, what was sent, and the bound on both.
+
+use std::sync::{Mutex, PoisonError};
+
+use aether_protocol::limits::RETAINED_BYTES_MAX;
+use bytes::Bytes;
+use tokio::sync::Notify;
+
+#[derive(Debug, Default)]
+struct State {
+    /// Offset of the first byte kept.
+    base: u64,
+    kept: Vec<u8>,
+    /// Offset after the last byte that some connection has sent.
+    sent: u64,
+}
+
+impl State {
+    fn end(&self) -> u64 {
+        self.base + self.kept.len() as u64
+    }
+}
+
+/// Output that was never sent is never dropped: a writer waits for room.
+#[derive(Debug, Default)]
+pub(super) struct OutputStream {
+    state: Mutex<State>,
+    room: Notify,
+}
+
+impl OutputStream {
+    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Appends what fits now; the rest is returned.
+    fn push<'a>(&self, data: &'a [u8]) -> &'a [u8] {
+        let mut state = self.lock();
+        let unsent = usize::try_from(state.end() - state.sent).unwrap_or(usize::MAX);
+        let take = RETAINED_BYTES_MAX.saturating_sub(unsent).min(data.len());
+        state.kept.extend_from_slice(&data[..take]);
+        // What was sent makes room for what is newer.
+        let excess = state.kept.len().saturating_sub(RETAINED_BYTES_MAX);
+        state.kept.drain(..excess);
+        state.base += excess as u64;
+        &data[take..]
+    }
+
+    /// Appends all of `data`, waiting for room where there is none; `grown` wakes the reader.
+    pub(super) async fn write(&self, mut data: &[u8], grown: &Notify) {
+        while !data.is_empty() {
+            let room = self.room.notified();
+            data = self.push(data);
+            grown.notify_waiters();
+            if !data.is_empty() {
+                room.await;
+            }
+        }
+    }
+
+    /// Where a reader that wants `offset` can begin.
+    pub(super) fn start_at(&self, offset: u64) -> u64 {
+        let state = self.lock();
+        offset.clamp(state.base, state.end())
+    }
+
+    /// Bytes from `offset` on, at most `max`; empty at the end.
+    pub(super) fn read(&self, offset: u64, max: usize) -> Bytes {
+        let state = self.lock();
+        let from = usize::try_from(offset.saturating_sub(state.base)).unwrap_or(usize::MAX);
+        let from = from.min(state.kept.len());
+        let to = from.saturating_add(max).min(state.kept.len());
+        Bytes::copy_from_slice(&state.kept[from..to])
+    }
+
+    pub(super) fn mark_sent(&self, offset: u64) {
+        let mut state = self.lock();
+        state.sent = state.sent.max(offset);
+        drop(state);
+        self.room.notify_waiters();
+    }
+
+    pub(super) fn end(&self) -> u64 {
+        self.lock().end()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn unsent_output_blocks_its_writer_and_sent_output_makes_room() {
+        let stream = OutputStream::default();
+        let grown = Notify::new();
+        let data = vec![7; RETAINED_BYTES_MAX];
+        stream.write(&data, &grown).await;
+        assert_eq!(stream.push(b"more"), b"more");
+        stream.mark_sent(4);
+        stream.write(b"more", &grown).await;
+        assert_eq!(stream.start_at(0), 4);
+        assert_eq!(stream.read(RETAINED_BYTES_MAX as u64, 100), &b"more"[..]);
+    }
+}
