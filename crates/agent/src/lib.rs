@@ -58,5 +58,5 @@ pub fn serve_for_tests(mut args: impl Iterator<Item = OsString>) -> io::Result<(
     let token = Token::from_hex(&token).map_err(io::Error::other)?;
     let listener = UnixListener::bind(path)?;
     let agent = server::Agent::new(token, "test.1".to_owned());
-    server::serve(&agent, server::Listener::unix(listener))
+    server::serve(&agent, &server::Listener::unix(listener))
 }

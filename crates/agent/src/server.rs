@@ -38,6 +38,8 @@ pub struct Agent {
 impl Agent {
     pub fn new(token: Token, boot_id: String) -> Arc<Self> {
         sys::use_one_arena();
+        sys::stop_ignoring_signals();
+        sys::keep_descriptors_private();
         let (guest, registry) = (Guest::default(), Registry::default());
         Arc::new(Self { token, boot_id, connections: AtomicUsize::new(0), guest, registry })
     }
@@ -88,7 +90,7 @@ impl Listener {
 }
 
 /// Serves for ever; returns only where the listener itself breaks.
-pub fn serve(agent: &Arc<Agent>, listener: Listener) -> io::Result<()> {
+pub fn serve(agent: &Arc<Agent>, listener: &Listener) -> io::Result<()> {
     loop {
         let socket = match listener.accept() {
             Ok(socket) => socket,

@@ -107,6 +107,31 @@ pub(crate) fn use_one_arena() {
     unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
 }
 
+/// Undoes what whoever started this process ignores, because commands would ignore it too.
+/// `SIGPIPE` stays ignored here, as std has it, and is restored for each command.
+#[expect(unsafe_code, reason = "no safe form")]
+pub(crate) fn stop_ignoring_signals() {
+    for signal in (1..=libc::SIGSYS).filter(|&signal| signal != libc::SIGPIPE) {
+        // SAFETY: plain calls on a local value; a handler that somebody has set is left alone.
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            let read = libc::sigaction(signal, std::ptr::null(), &raw mut action);
+            if read == 0 && action.sa_sigaction == libc::SIG_IGN {
+                libc::signal(signal, libc::SIG_DFL);
+            }
+        }
+    }
+}
+
+/// Keeps from commands whatever descriptors this process was started with.
+#[expect(unsafe_code, reason = "no safe form")]
+pub(crate) fn keep_descriptors_private() {
+    // SAFETY: sets a flag on descriptors and closes none.
+    unsafe {
+        libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC)
+    };
+}
+
 /// Credits entropy and has the kernel's generator take it at once.
 #[expect(unsafe_code, reason = "ioctls of the random device")]
 pub(crate) fn reseed(random: BorrowedFd<'_>, entropy: &[u8]) -> io::Result<()> {

@@ -50,7 +50,7 @@ fn resolve(wanted: &str, passwd: &str, group: &str) -> Result<User, Fail> {
     let mut user = match (entry(passwd, name), name.parse::<u32>()) {
         (Some(user), _) => user,
         // The kernel takes the highest id for "do not change".
-        (None, Ok(u32::MAX)) | (None, Err(_)) => return Err(unknown()),
+        (None, Ok(u32::MAX) | Err(_)) => return Err(unknown()),
         // A number without an entry is a user without a name or a home.
         (None, Ok(uid)) => {
             User { name: uid.to_string(), uid, gid: uid, home: "/".into(), ..root() }

@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use std::fs::{self, DirBuilder, Permissions};
 use std::io;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
-use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::Path;
 
 use aether_protocol::limits::LIST_ENTRIES_MAX;
@@ -145,10 +145,12 @@ pub(crate) fn remove(request: &Remove) -> Result<Done, Fail> {
     act_as(request.user.as_deref())?;
     let path = Path::new(&request.path);
     let what = || format!("remove {}", request.path);
-    if path.components().all(|part| !matches!(part, std::path::Component::Normal(_))) {
+    let metadata = fs::symlink_metadata(path).map_err(Fail::io(what()))?;
+    let root = fs::metadata("/").map_err(Fail::io(what()))?;
+    // However it is written: `/`, `//`, `/usr/..`.
+    if (metadata.dev(), metadata.ino()) == (root.dev(), root.ino()) {
         return Err(Fail::new(ErrorCode::InvalidPath, "the root directory stays"));
     }
-    let metadata = fs::symlink_metadata(path).map_err(Fail::io(what()))?;
     let removed = match (metadata.is_dir(), request.recursive) {
         (false, _) => fs::remove_file(path),
         (true, false) => fs::remove_dir(path),

@@ -22,7 +22,6 @@ const SHORT_LIFE: Duration = Duration::from_secs(1);
 const SHORT_LIVES_MAX: u32 = 10;
 
 /// Does not return: the kernel panics when PID 1 ends.
-#[expect(clippy::exit, reason = "the main of a process that may never return")]
 pub fn main() -> ! {
     log::use_kernel_log();
     match bring_up() {
@@ -106,6 +105,6 @@ fn serve(command_line: &CommandLine, instance: u32) -> io::Result<Infallible> {
     if let Err(error) = channel::say_ready(&command_line.channel, &boot_id) {
         kmsg!("say that the guest is ready: {error}");
     }
-    server::serve(&agent, listener)?;
+    server::serve(&agent, &listener)?;
     Err(io::Error::other("the listener has ended"))
 }

@@ -44,6 +44,7 @@ const EXIT_NOT_FOUND: i32 = 127;
 const EXIT_NOT_EXECUTABLE: i32 = 126;
 
 /// Starts a command and serves it to its end. The connection comes back only where it is refused.
+#[expect(clippy::result_large_err, reason = "the connection is handed back once, by its owner")]
 pub(crate) fn serve(
     agent: &Agent,
     attachment: Attachment,

@@ -7,7 +7,7 @@
 
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::io;
-use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd as _, OwnedFd, RawFd};
 use std::ptr;
 
 use super::command::{Command, Directory};
@@ -112,7 +112,7 @@ fn try_spawn(
         env: pointers(&command.env),
         directory,
         may_fall_back,
-        stdio: [stdio.stdin, stdio.stdout, stdio.stderr].map(|fd| fd.as_raw_fd()),
+        stdio: [stdio.stdin, stdio.stdout, stdio.stderr].map(AsRawFd::as_raw_fd),
         is_terminal: stdio.is_terminal,
         uid: command.user.uid,
         gid: command.user.gid,
@@ -209,7 +209,8 @@ unsafe fn prepare_and_exec(plan: &Plan) -> Failure {
         }
         // As the user, who may not be allowed in.
         let is_there = libc::chdir(plan.directory) == 0;
-        if !is_there && !(plan.may_fall_back && libc::chdir(c"/".as_ptr()) == 0) {
+        let is_there = is_there || (plan.may_fall_back && libc::chdir(c"/".as_ptr()) == 0);
+        if !is_there {
             return fail(Stage::Directory);
         }
         libc::umask(0o022);

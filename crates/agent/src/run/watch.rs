@@ -89,6 +89,7 @@ struct Input {
 
 /// Which of the descriptors that were polled have something.
 #[derive(Default)]
+#[expect(clippy::struct_excessive_bools, reason = "one for each descriptor that is polled")]
 struct Ready {
     socket_in: bool,
     socket_out: bool,
@@ -411,10 +412,12 @@ impl<'a> Watch<'a> {
                 return is_within;
             }
             Some(ToGuestBody::StdinEof(_)) => {
+                // To a terminal the end is a key like any other, and more may follow.
                 if self.is_terminal {
                     self.input.pending.push_back(Bytes::from_static(TERMINAL_EOF));
+                } else {
+                    self.input.is_at_end = true;
                 }
-                self.input.is_at_end = true;
                 self.feed();
             }
             Some(ToGuestBody::Signal(signal)) => self.signal(signal.number),
@@ -513,9 +516,11 @@ impl<'a> Watch<'a> {
                 source.queue_retained(conn);
             }
             self.input.report(conn);
-            let has_more = conn.unsent() > before;
+            let is_idle = before == 0 && conn.unsent() == 0;
             self.flush();
-            if !has_more || self.conn.as_ref().is_none_or(|conn| conn.unsent() > 0) {
+            // What was waiting may have gone just now and have made room: only a socket that is full,
+            // or nothing left to send, ends this, as otherwise no event would ever continue it.
+            if is_idle || self.conn.as_ref().is_none_or(|conn| conn.unsent() > 0) {
                 return;
             }
         }
