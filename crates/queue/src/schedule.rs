@@ -298,6 +298,8 @@ fn index(priority: Priority) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn claim(schedule: &mut Schedule, worker: WorkerId) -> Option<TaskId> {
@@ -347,6 +349,36 @@ mod tests {
             let run: Vec<_> = (0..=own).map(|_| claim(&mut schedule, worker).unwrap()).collect();
             assert!(run[..own].iter().all(|t| !shared.contains(t)));
             assert!(shared.contains(&run[own]));
+        }
+    }
+
+    proptest! {
+        /// However entries come and whatever priorities have work, the first of a priority is
+        /// claimed within two rounds.
+        #[test]
+        fn no_priority_starves(arrivals in prop::collection::vec(prop::collection::vec(0..4_usize, 0..3), 0..200)) {
+            let mut schedule = Schedule::default();
+            let mut waiting: HashMap<TaskId, usize> = HashMap::new();
+            let mut waited = [0_u32; PRIORITIES];
+            let worker = WorkerId::new();
+            let mut seq = 0;
+            let drain = std::iter::repeat_n(Vec::new(), 400);
+            for arriving in arrivals.into_iter().chain(drain) {
+                for priority in arriving {
+                    let task = TaskId::new();
+                    seq += 1;
+                    schedule.insert(task, Lane::Shared, Priority::ALL[priority], seq, Place::Ready);
+                    waiting.insert(task, priority);
+                }
+                let Some(task) = claim(&mut schedule, worker) else { continue };
+                let claimed = waiting.remove(&task).unwrap();
+                for (priority, waited) in waited.iter_mut().enumerate() {
+                    let waits = waiting.values().any(|p| *p == priority);
+                    *waited = if waits && priority != claimed { *waited + 1 } else { 0 };
+                    prop_assert!(*waited <= 30, "priority {} waits for {} claims", priority, waited);
+                }
+            }
+            prop_assert!(waiting.is_empty());
         }
     }
 }
