@@ -106,7 +106,7 @@ pub(crate) async fn a_task_given_back_is_owed_again(store: &impl Store) {
         .unwrap();
     assert_eq!((task.state, task.attempts), (TaskState::Pending, 1));
     assert_eq!(task.error.as_ref().unwrap().code, ErrorCode::Unavailable);
-    assert_eq!(store.undispatched(10).await.unwrap(), [task.clone()]);
+    assert_eq!(store.undispatched(10).await.unwrap(), std::slice::from_ref(&task));
     assert_eq!(store.vm(made.vm.id).await.unwrap().unwrap().state, VmState::Creating);
     let late = store.end_attempt(task.id, 1, completed(None)).await;
     assert!(matches!(late, Err(StoreError::Fenced)));

@@ -1,6 +1,8 @@
 //! What every store keeps, whatever is under it. A new implementation is done when this passes:
 //! add a module like `sqlite` at the end.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod support;
 
 mod attempts;

@@ -32,8 +32,8 @@ pub(crate) fn new_task(kind: TaskKind) -> NewTask {
     NewTask { id: TaskId::new(), kind, priority: Priority::Default, max_attempts: 3 }
 }
 
-pub(crate) fn key(text: &str, digest: u8) -> Option<Idempotency> {
-    Some(Idempotency { key: text.into(), request_digest: [digest; 32] })
+pub(crate) fn key(text: &str, digest: u8) -> Idempotency {
+    Idempotency { key: text.into(), request_digest: [digest; 32] }
 }
 
 pub(crate) fn fault(code: ErrorCode) -> Fault {

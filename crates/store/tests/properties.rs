@@ -1,0 +1,284 @@
+//! Random sequences of what clients, workers and guests do: whatever the order, the invariants
+//! hold.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+#[path = "contract/support.rs"]
+#[expect(dead_code, reason = "shared with the contract suite, which uses all of it")]
+mod support;
+
+use std::collections::{HashMap, HashSet};
+
+use aether_store::{
+    AttemptEnd, Begin, Durability, NewExecution, PageRequest, SqliteStore, Store, StoreError,
+    TaskFilter, VmChange, VmFilter, VmPatch,
+};
+use aether_types::{
+    ErrorCode, ExecutionId, ExecutionSpec, Task, TaskId, TaskKind, TaskState, VmEvent, VmId,
+    VmState, WorkerId,
+};
+use proptest::prelude::*;
+
+const EVENTS: [VmEvent; 9] = [
+    VmEvent::Started,
+    VmEvent::StartRequested,
+    VmEvent::PauseDone,
+    VmEvent::ResumeDone,
+    VmEvent::StopRequested,
+    VmEvent::Stopped,
+    VmEvent::Failed,
+    VmEvent::DeleteRequested,
+    VmEvent::Deleted,
+];
+
+const REQUESTS: [TaskKind; 5] = [
+    TaskKind::VmStart,
+    TaskKind::VmStop,
+    TaskKind::VmPause,
+    TaskKind::VmResume,
+    TaskKind::VmDelete,
+];
+
+/// What a worker says at the end of a task of this kind that went well.
+fn done(kind: TaskKind) -> Option<VmEvent> {
+    match kind {
+        TaskKind::VmCreate | TaskKind::VmStart => Some(VmEvent::Started),
+        TaskKind::VmStop => Some(VmEvent::Stopped),
+        TaskKind::VmPause => Some(VmEvent::PauseDone),
+        TaskKind::VmResume => Some(VmEvent::ResumeDone),
+        TaskKind::VmDelete => Some(VmEvent::Deleted),
+        TaskKind::VmExecute => None,
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Op {
+    Create { name: usize },
+    Request { vm: usize, kind: usize },
+    Execute { vm: usize },
+    Cancel { task: usize },
+    Begin { task: usize, ahead: i64 },
+    ExecutionStarted { task: usize, boot: usize },
+    End { task: usize, behind: i64, well: bool },
+    Retry { task: usize, behind: i64 },
+    Change { vm: usize, event: usize },
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let at = any::<usize>;
+    let behind = || prop_oneof![4 => Just(0_i64), 1 => 1..3_i64];
+    prop_oneof![
+        2 => (0..3_usize).prop_map(|name| Op::Create { name }),
+        3 => (at(), 0..REQUESTS.len()).prop_map(|(vm, kind)| Op::Request { vm, kind }),
+        3 => at().prop_map(|vm| Op::Execute { vm }),
+        1 => at().prop_map(|task| Op::Cancel { task }),
+        6 => (at(), -1..3_i64).prop_map(|(task, ahead)| Op::Begin { task, ahead }),
+        1 => (at(), 0..2_usize).prop_map(|(task, boot)| Op::ExecutionStarted { task, boot }),
+        6 => (at(), behind(), any::<bool>())
+            .prop_map(|(task, behind, well)| Op::End { task, behind, well }),
+        2 => (at(), behind()).prop_map(|(task, behind)| Op::Retry { task, behind }),
+        1 => (at(), 0..EVENTS.len()).prop_map(|(vm, event)| Op::Change { vm, event }),
+    ]
+}
+
+struct World {
+    store: SqliteStore,
+    vms: Vec<VmId>,
+    tasks: Vec<TaskId>,
+    /// As they were when they ended.
+    ended: HashMap<TaskId, Task>,
+    generations: HashMap<VmId, i64>,
+}
+
+fn pick<T: Copy>(of: &[T], at: usize) -> Option<T> {
+    (!of.is_empty()).then(|| of[at % of.len()])
+}
+
+/// Refusals that a caller must expect; anything else is a defect.
+fn refused<T>(answer: Result<T, StoreError>) -> Option<T> {
+    match answer {
+        Ok(value) => Some(value),
+        Err(
+            StoreError::NameTaken { .. }
+            | StoreError::WrongState { .. }
+            | StoreError::NotCancellable { .. }
+            | StoreError::Fenced
+            | StoreError::AlreadyStarted,
+        ) => None,
+        Err(other) => panic!("{other:?}"),
+    }
+}
+
+impl World {
+    async fn task(&self, at: usize) -> Option<Task> {
+        let id = pick(&self.tasks, at)?;
+        self.store.task(id).await.unwrap()
+    }
+
+    async fn apply(&mut self, op: Op) {
+        let store = &self.store;
+        match op {
+            Op::Create { name } => {
+                let new = support::new_vm(&format!("vm-{name}"));
+                let task = support::new_task(TaskKind::VmCreate);
+                if let Some(made) = refused(store.create_vm(new, task, None).await) {
+                    self.vms.push(made.vm.id);
+                    self.tasks.push(made.task.id);
+                }
+            }
+            Op::Request { vm, kind } => {
+                let Some(vm) = pick(&self.vms, vm) else { return };
+                let task = support::new_task(REQUESTS[kind]);
+                if let Some(made) = refused(store.request_on_vm(vm, task, None).await)
+                    && !made.repeated
+                {
+                    self.tasks.push(made.task.id);
+                }
+            }
+            Op::Execute { vm } => {
+                let Some(vm) = pick(&self.vms, vm) else { return };
+                let new = NewExecution { id: ExecutionId::new(), spec: ExecutionSpec::default() };
+                let task = support::new_task(TaskKind::VmExecute);
+                if let Some((made, _)) = refused(store.request_execution(vm, new, task, None).await)
+                {
+                    self.tasks.push(made.task.id);
+                }
+            }
+            Op::Cancel { task } => {
+                let Some(task) = pick(&self.tasks, task) else { return };
+                refused(store.cancel_task(task).await);
+            }
+            Op::Begin { task, ahead } => {
+                let Some(before) = self.task(task).await else { return };
+                let epoch = before.epoch + ahead;
+                match store.begin_attempt(before.id, WorkerId::new(), epoch).await.unwrap() {
+                    Begin::Go(after) => {
+                        assert!(epoch > before.epoch && !before.state.is_end());
+                        assert_eq!(after.attempts, before.attempts + 1);
+                        assert!(after.attempts <= after.max_attempts);
+                    }
+                    Begin::Ended(after) => {
+                        assert!(after.state.is_end());
+                        let used_up = before.attempts == before.max_attempts;
+                        assert!(before.state.is_end() || (used_up && epoch > before.epoch));
+                    }
+                    Begin::Fenced => assert!(epoch <= before.epoch && !before.state.is_end()),
+                }
+            }
+            Op::ExecutionStarted { task, boot } => {
+                let Some(task) = self.task(task).await else { return };
+                let Some(execution) = task.execution_id else { return };
+                let boot = ["one", "two"][boot];
+                refused(store.execution_started(task.id, task.epoch, execution, boot).await);
+            }
+            Op::End { task, behind, well } => {
+                let Some(before) = self.task(task).await else { return };
+                let end = if well {
+                    support::completed(done(before.kind))
+                } else {
+                    support::failed(ErrorCode::Internal, Some(VmEvent::Failed))
+                };
+                let state = end.state;
+                let answer = store.end_attempt(before.id, before.epoch - behind, end).await;
+                let counts = before.state == TaskState::Running && behind == 0;
+                match refused(answer) {
+                    Some(after) => {
+                        assert!(counts, "a late answer was taken: {before:?}");
+                        assert_eq!(after.state, state);
+                    }
+                    None => assert!(!counts, "the answer that counts was refused: {before:?}"),
+                }
+            }
+            Op::Retry { task, behind } => {
+                let Some(before) = self.task(task).await else { return };
+                let fault = support::fault(ErrorCode::Unavailable);
+                let otherwise: AttemptEnd = support::failed(ErrorCode::Internal, None);
+                let epoch = before.epoch - behind;
+                let answer = store.retry_attempt(before.id, epoch, fault, otherwise).await;
+                let counts = before.state == TaskState::Running && behind == 0;
+                assert_eq!(refused(answer).is_some(), counts);
+            }
+            Op::Change { vm, event } => {
+                let Some(vm) = pick(&self.vms, vm) else { return };
+                let patch = VmPatch::default();
+                let change = VmChange { event: EVENTS[event], reason: None, patch };
+                refused(store.change_vm(vm, change).await);
+            }
+        }
+    }
+
+    async fn check(&mut self) {
+        let store = &self.store;
+        let all = PageRequest { limit: 500, after: None };
+        let states = VmState::ALL.to_vec();
+        let filter = VmFilter { states, ..Default::default() };
+        let vms = store.vms(filter, all).await.unwrap().items;
+        assert_eq!(vms.len(), self.vms.len());
+        let live: Vec<_> = vms.iter().filter(|v| v.state != VmState::Deleted).collect();
+        let names: HashSet<_> = live.iter().map(|v| &v.name).collect();
+        assert_eq!(names.len(), live.len(), "a name was given twice");
+
+        let tasks = store.tasks(TaskFilter::default(), all).await.unwrap().items;
+        assert_eq!(tasks.len(), self.tasks.len());
+        let tasks: HashMap<_, _> = tasks.into_iter().map(|t| (t.id, t)).collect();
+        for task in tasks.values().filter(|t| t.state.is_end()) {
+            assert!(task.finished_at.is_some());
+            let first = self.ended.entry(task.id).or_insert_with(|| task.clone());
+            assert_eq!(first, task, "a task that had ended was changed");
+        }
+        assert!(self.ended.keys().all(|id| tasks[id].state.is_end()));
+        let open: HashSet<_> = store.open_tasks().await.unwrap().iter().map(|t| t.id).collect();
+        assert_eq!(open, tasks.values().filter(|t| !t.state.is_end()).map(|t| t.id).collect());
+        // Nothing was confirmed, so what is pending is owed, and nothing else.
+        let owed = store.undispatched(500).await.unwrap();
+        let owed: HashSet<_> = owed.iter().map(|t| t.id).collect();
+        let pending = tasks.values().filter(|t| t.state == TaskState::Pending).map(|t| t.id);
+        assert_eq!(owed, pending.collect());
+
+        for vm in &vms {
+            let history = store.vm_history(vm.id).await.unwrap();
+            assert_eq!(history.last().unwrap().state, vm.state);
+            assert_eq!(history.last().unwrap().reason, vm.reason);
+            for pair in history.windows(2) {
+                let exists = EVENTS.iter().any(|e| pair[0].state.apply(*e) == Some(pair[1].state));
+                assert!(exists, "no transition from {} to {}", pair[0].state, pair[1].state);
+            }
+            let generation = self.generations.entry(vm.id).or_default();
+            assert!(*generation <= vm.generation);
+            *generation = vm.generation;
+            for execution in store.executions(vm.id, all).await.unwrap().items {
+                let task = &tasks[&execution.task_id];
+                assert_eq!(task.execution_id, Some(execution.id));
+                assert_eq!(execution.state.is_end(), task.state.is_end(), "{execution:?} {task:?}");
+            }
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 20, ..ProptestConfig::default() })]
+
+    #[test]
+    fn invariants_hold_after_any_sequence(ops in prop::collection::vec(op(), 1..100)) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join("store.db");
+            let store = SqliteStore::open(&path, Durability::Process).await.unwrap();
+            let mut world = World {
+                store,
+                vms: Vec::new(),
+                tasks: Vec::new(),
+                ended: HashMap::new(),
+                generations: HashMap::new(),
+            };
+            for (i, op) in ops.into_iter().enumerate() {
+                world.apply(op).await;
+                if i % 8 == 0 {
+                    world.check().await;
+                }
+            }
+            world.check().await;
+        });
+    }
+}
