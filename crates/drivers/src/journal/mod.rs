@@ -24,10 +24,14 @@ use std::{
     os::unix::fs::{FileExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use aether_types::{NetworkPolicy, VmId};
-use rustix::fs::{FlockOperation, flock};
+use rustix::{
+    fs::{FlockOperation, flock},
+    io::Errno,
+};
 use serde::{Deserialize, Serialize};
 
 use self::record::Record;
@@ -170,6 +174,8 @@ impl Holdings {
 const COMPACT_BYTES_MIN: u64 = 1024 * 1024;
 const COMPACT_FACTOR: u64 = 8;
 
+const LOCK_LIMIT: Duration = Duration::from_secs(5);
+
 struct State {
     holdings: Holdings,
     file: File,
@@ -180,8 +186,14 @@ struct State {
 struct Shared {
     path: PathBuf,
     state: Mutex<State>,
-    /// Held for its lock.
-    _lock: File,
+    lock: File,
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        // Closing alone would leave it to a child that another thread is just forking.
+        let _ = flock(&self.lock, FlockOperation::Unlock);
+    }
 }
 
 /// Cheap to clone. Calls block for one small write.
@@ -218,7 +230,7 @@ impl Journal {
         }
         let (file, length) = compact(&path, &holdings)?;
         let state = Mutex::new(State { holdings, file, length, length_compacted: length });
-        Ok(Self(Arc::new(Shared { path, state, _lock: lock })))
+        Ok(Self(Arc::new(Shared { path, state, lock })))
     }
 
     /// Writes down that `resource` is about to be made. Repeating it writes nothing.
@@ -330,14 +342,18 @@ fn lock(path: &Path) -> Result<File, DriverError> {
         .map_err(|e| file_error("open", &lock_path, e))?;
     match flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => {}
-        Err(rustix::io::Errno::WOULDBLOCK) => {
-            let mut holder = String::new();
-            file.read_to_string(&mut holder).map_err(|e| file_error("read", &lock_path, e))?;
-            return Err(DriverError::Unavailable(format!(
-                "the data directory {} is in use by process {}; stop it or use another directory",
-                path.parent().unwrap_or(path).display(),
-                holder.trim(),
-            )));
+        Err(Errno::WOULDBLOCK) => {
+            let mut text = String::new();
+            file.read_to_string(&mut text).map_err(|e| file_error("read", &lock_path, e))?;
+            let holder = text.trim();
+            let gone = !Path::new("/proc").join(holder).exists();
+            if holder.is_empty() || !gone || !wait_for_lock(&file) {
+                return Err(DriverError::Unavailable(format!(
+                    "the data directory {} is in use by process {holder}; stop it or use another \
+                     directory",
+                    path.parent().unwrap_or(path).display(),
+                )));
+            }
         }
         Err(error) => return Err(file_error("lock", &lock_path, error.into())),
     }
@@ -347,6 +363,21 @@ fn lock(path: &Path) -> Result<File, DriverError> {
         .and_then(|()| writeln!(file, "{}", std::process::id()));
     named.map_err(|e| file_error("write", &lock_path, e))?;
     Ok(file)
+}
+
+/// A process that was killed may have left a child that has not come to its `exec`, or to its end,
+/// and holds the lock until then.
+fn wait_for_lock(file: &File) -> bool {
+    let Ok(file) = file.try_clone() else { return false };
+    let (locked, lock) = std::sync::mpsc::sync_channel(1);
+    // Where the limit passes, the thread stays until the lock is free and then unlocks it.
+    std::thread::spawn(move || {
+        let result = flock(&file, FlockOperation::LockExclusive);
+        if locked.send(result.is_ok()).is_err() {
+            let _ = flock(&file, FlockOperation::Unlock);
+        }
+    });
+    lock.recv_timeout(LOCK_LIMIT).unwrap_or(false)
 }
 
 fn write_new(path: &Path, bytes: &[u8]) -> io::Result<File> {

@@ -96,9 +96,9 @@ impl FromStr for Ipv4Range {
     type Err = ParseRangeError;
 
     fn from_str(text: &str) -> Result<Self, ParseRangeError> {
-        let parsed = text.split_once('/').and_then(|(base, prefix)| {
-            Self::new(base.parse().ok()?, prefix.parse().ok()?)
-        });
+        let parsed = text
+            .split_once('/')
+            .and_then(|(base, prefix)| Self::new(base.parse().ok()?, prefix.parse().ok()?));
         parsed.ok_or_else(|| ParseRangeError(text.chars().take(64).collect()))
     }
 }
