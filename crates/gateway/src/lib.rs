@@ -1,1 +1,41 @@
-//! placeholder
+//! The front door: REST and WebSocket, on axum.
+//!
+//! ```text
+//!   edge (id, host, bound, panic) → auth → route
+//!     route: validate → Store records task and outbox → Queue::enqueue → EventBus
+//!                                        └─ if that fails: Dispatcher, later
+//!     wait:   subscribe → record → event → read the store
+//!     follow: Sessions::open → record → live output → end, or what the store kept
+//! ```
+//!
+//! Invariants
+//! - What was answered with 202 is in the store, with its dispatch owed. No step after that can
+//!   lose it, and none is cut short because the client went away.
+//! - Nothing but health is answered without a key, unknown paths included.
+//! - Every error is a problem document, made in `problem.rs` alone.
+//! - Nothing waits by polling, and everything that waits has a bound.
+//!
+//! What this crate does not do: it never carries out work on a VM, never reads configuration and
+//! names no back end.
+
+mod admission;
+mod auth;
+mod catalogue;
+mod dispatch;
+mod edge;
+mod extract;
+mod follow;
+mod health;
+mod hosts;
+mod parts;
+mod problem;
+mod routes;
+mod serve;
+mod submit;
+mod wait;
+
+pub use auth::{AuthSecret, CreateKeyError, KeyRing, create_key};
+pub use catalogue::{Catalogue, DriverInfo, HostLimits};
+pub use health::Probe;
+pub use hosts::HostCheck;
+pub use parts::{Gateway, GatewayConfig, GatewayParts};

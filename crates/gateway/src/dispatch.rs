@@ -1,0 +1,192 @@
+//! From the outbox to the queue.
+//!
+//! A request enqueues its own task at once, and this loop only confirms that, many in one
+//! transaction and off the way of the answer. What could not be enqueued, or was given back by a
+//! worker, or was recorded by a gateway that died before the next line, is enqueued here: at the
+//! start, when woken, and at a slow beat. Enqueueing is idempotent, so nothing is lost by doing it
+//! twice, and a task that is confirmed late may only be offered once more and be refused.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use aether_queue::{Entry, Lane, Queue};
+use aether_store::Store;
+use aether_types::{Task, TaskId, VmId, WorkerId};
+use tokio::{
+    sync::{Notify, mpsc},
+    time::{Instant, sleep_until},
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::problem::chain;
+
+/// Confirmations gathered for one transaction. They compete with the workers' writes, and nobody
+/// waits for them.
+const GATHER: Duration = Duration::from_millis(100);
+const CONFIRMATIONS_MAX: usize = 1024;
+
+/// Tasks read from the outbox at once.
+const BATCH: u32 = 256;
+
+/// After a failure: doubled each time, up to the beat.
+const RETRY_MIN: Duration = Duration::from_millis(50);
+
+/// The outbox is looked at this often though nobody said that there is something in it.
+const BEAT: Duration = Duration::from_secs(5);
+
+#[derive(Clone)]
+pub(crate) struct Dispatcher(Arc<Inner>);
+
+struct Inner {
+    queue: Arc<dyn Queue>,
+    owed: Arc<Notify>,
+    confirmed: mpsc::Sender<TaskId>,
+}
+
+pub(crate) struct DispatchLoop {
+    store: Arc<dyn Store>,
+    queue: Arc<dyn Queue>,
+    owed: Arc<Notify>,
+    confirmed: mpsc::Receiver<TaskId>,
+}
+
+impl Dispatcher {
+    pub(crate) fn new(store: Arc<dyn Store>, queue: Arc<dyn Queue>) -> (Self, DispatchLoop) {
+        let (sender, confirmed) = mpsc::channel(CONFIRMATIONS_MAX);
+        let owed = Arc::new(Notify::new());
+        let inner = Inner { queue: Arc::clone(&queue), owed: Arc::clone(&owed), confirmed: sender };
+        (Self(Arc::new(inner)), DispatchLoop { store, queue, owed, confirmed })
+    }
+
+    /// Enqueues a task that was just recorded; leaves it to the loop where that fails.
+    pub(crate) async fn dispatch(&self, task: &Task, worker: Option<WorkerId>) {
+        match self.0.queue.enqueue(&[entry(task, worker)]).await {
+            // Where there is no room the loop finds it in the outbox once more.
+            Ok(()) => drop(self.0.confirmed.try_send(task.id)),
+            Err(error) => {
+                tracing::warn!(task.id = %task.id, error = chain(&error), "enqueue later");
+                self.0.owed.notify_one();
+            }
+        }
+    }
+
+    /// A task ended before it was claimed.
+    pub(crate) async fn withdraw(&self, task: TaskId) {
+        // An entry that stays is refused when it is claimed.
+        if let Err(error) = self.0.queue.remove(task).await {
+            tracing::debug!(task.id = %task, error = chain(&error), "an entry stays");
+        }
+    }
+}
+
+fn entry(task: &Task, worker: Option<WorkerId>) -> Entry {
+    Entry {
+        task: task.id,
+        lane: worker.map_or(Lane::Shared, Lane::Worker),
+        priority: task.priority,
+        delay: Duration::ZERO,
+    }
+}
+
+impl DispatchLoop {
+    /// Runs until it is told to stop, and confirms what is left then.
+    pub(crate) async fn run(mut self, stop: CancellationToken) {
+        let mut gathered = Vec::new();
+        let mut gather_until = None;
+        let mut retry = RETRY_MIN;
+        let mut next_sweep = Instant::now();
+        loop {
+            // Cancel-safe, each arm.
+            tokio::select! {
+                () = stop.cancelled() => break,
+                count = self.confirmed.recv_many(&mut gathered, CONFIRMATIONS_MAX),
+                    if gathered.len() < CONFIRMATIONS_MAX =>
+                {
+                    if count == 0 {
+                        break;
+                    }
+                    gather_until.get_or_insert_with(|| Instant::now() + GATHER);
+                }
+                () = at(gather_until) => {
+                    self.confirm(&mut gathered).await;
+                    gather_until = None;
+                }
+                () = self.owed.notified() => {
+                    next_sweep = next_sweep.min(Instant::now() + retry);
+                }
+                () = sleep_until(next_sweep) => {
+                    self.confirm(&mut gathered).await;
+                    gather_until = None;
+                    let wait = if self.sweep().await {
+                        retry = RETRY_MIN;
+                        BEAT
+                    } else {
+                        retry = (retry * 2).min(BEAT);
+                        retry
+                    };
+                    next_sweep = Instant::now() + wait;
+                }
+            }
+        }
+        while let Ok(id) = self.confirmed.try_recv() {
+            gathered.push(id);
+        }
+        self.confirm(&mut gathered).await;
+    }
+
+    async fn confirm(&self, gathered: &mut Vec<TaskId>) {
+        if gathered.is_empty() {
+            return;
+        }
+        let ids = std::mem::take(gathered);
+        if let Err(error) = self.store.confirm_dispatched(&ids).await {
+            // The outbox still has them; a sweep enqueues them once more, to no effect.
+            tracing::warn!(error = chain(&error), "confirm dispatched tasks");
+        }
+    }
+
+    /// Empties the outbox. `false`: something failed, try again soon.
+    async fn sweep(&self) -> bool {
+        loop {
+            match self.sweep_page().await {
+                Ok(count) if count < BATCH as usize => return true,
+                Ok(_) => {}
+                Err(error) => {
+                    tracing::warn!(error, "dispatch tasks");
+                    return false;
+                }
+            }
+        }
+    }
+
+    async fn sweep_page(&self) -> Result<usize, String> {
+        let tasks = self.store.undispatched(BATCH).await.map_err(|e| chain(&e))?;
+        if tasks.is_empty() {
+            return Ok(0);
+        }
+        let mut workers: HashMap<VmId, Option<WorkerId>> = HashMap::new();
+        let mut entries = Vec::with_capacity(tasks.len());
+        for task in &tasks {
+            let worker = if let Some(worker) = workers.get(&task.vm_id) {
+                *worker
+            } else {
+                let vm = self.store.vm(task.vm_id).await.map_err(|e| chain(&e))?;
+                let worker = vm.and_then(|vm| vm.worker_id);
+                workers.insert(task.vm_id, worker);
+                worker
+            };
+            entries.push(entry(task, worker));
+        }
+        self.queue.enqueue(&entries).await.map_err(|e| chain(&e))?;
+        let ids: Vec<_> = tasks.iter().map(|task| task.id).collect();
+        self.store.confirm_dispatched(&ids).await.map_err(|e| chain(&e))?;
+        tracing::info!(count = ids.len(), "dispatched tasks from the outbox");
+        Ok(tasks.len())
+    }
+}
+
+async fn at(time: Option<Instant>) {
+    match time {
+        Some(time) => sleep_until(time).await,
+        None => std::future::pending().await,
+    }
+}

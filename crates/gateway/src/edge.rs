@@ -1,0 +1,102 @@
+//! The outermost layer: what every request goes through, in this order.
+//!
+//! 1. It gets an id, the client's own where that is sane.
+//! 2. Its `Host` is checked.
+//! 3. It takes a place among the requests in hand, or is answered 503 at once. Health needs none.
+//! 4. A panic in it becomes a 500, and the next one is served.
+//! 5. Its error, if any, is written as a problem document.
+
+use std::{panic::AssertUnwindSafe, sync::Arc, time::Instant};
+
+use aether_api::REQUEST_ID_HEADER;
+use aether_types::ErrorCode;
+use axum::{
+    extract::{Request, State},
+    http::{HeaderMap, HeaderValue, StatusCode, header},
+    middleware::Next,
+    response::{IntoResponse as _, Response},
+};
+use futures::FutureExt as _;
+use tracing::Instrument as _;
+
+use crate::{
+    health,
+    parts::App,
+    problem::{self, ApiError},
+};
+
+const REQUEST_ID_BYTES_MAX: usize = 64;
+
+pub(crate) async fn edge(State(app): State<App>, request: Request, next: Next) -> Response {
+    let id = request_id(request.headers());
+    let span = tracing::info_span!(
+        "request", id, method = %request.method(), path = request.uri().path()
+    );
+    async {
+        let begun = Instant::now();
+        let mut response = problem::render(admit(&app, request, next).await, &id);
+        if let Ok(value) = HeaderValue::from_str(&id) {
+            response.headers_mut().insert(REQUEST_ID_HEADER, value);
+        }
+        let headers = response.headers_mut();
+        headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+        let status = response.status().as_u16();
+        tracing::debug!(status, duration_us = begun.elapsed().as_micros(), "answered");
+        response
+    }
+    .instrument(span)
+    .await
+}
+
+async fn admit(app: &App, request: Request, next: Next) -> Response {
+    let host = request.headers().get(header::HOST).map(|h| h.to_str().unwrap_or_default());
+    if !app.parts.hosts.allows(host) {
+        return ApiError::new(ErrorCode::InvalidRequest, "this host name is not served here")
+            .field("host")
+            .status(StatusCode::MISDIRECTED_REQUEST)
+            .into_response();
+    }
+    let _place = match Arc::clone(&app.requests).try_acquire_owned() {
+        Ok(place) => Some(place),
+        Err(_) if request.uri().path() == health::PATH => None,
+        Err(_) => return ApiError::full().into_response(),
+    };
+    match AssertUnwindSafe(next.run(request)).catch_unwind().await {
+        Ok(response) => response,
+        Err(payload) => {
+            let text = payload.downcast_ref::<&str>().copied();
+            let text = text.or_else(|| payload.downcast_ref::<String>().map(String::as_str));
+            tracing::error!(panic = text.unwrap_or("no text"), "a handler panicked");
+            ApiError::internal().into_response()
+        }
+    }
+}
+
+fn request_id(headers: &HeaderMap) -> String {
+    let sane = |id: &&str| {
+        let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
+        (1..=REQUEST_ID_BYTES_MAX).contains(&id.len()) && id.bytes().all(plain)
+    };
+    let given = headers.get(REQUEST_ID_HEADER).and_then(|id| id.to_str().ok()).filter(sane);
+    given.map_or_else(|| uuid::Uuid::now_v7().to_string(), str::to_owned)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_sane_id_of_the_client_is_kept() {
+        let with = |id: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(REQUEST_ID_HEADER, id.parse().unwrap());
+            request_id(&headers)
+        };
+        assert_eq!(with("build-17.a_B"), "build-17.a_B");
+        for odd in ["", "a b", "a/b", "<x>", &"x".repeat(65)] {
+            assert_ne!(with(odd), odd);
+        }
+        assert_eq!(request_id(&HeaderMap::new()).len(), 36);
+    }
+}

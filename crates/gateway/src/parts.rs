@@ -1,0 +1,148 @@
+//! What the gateway is made of, and the state that its routes share.
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use aether_api::PREFIX;
+use aether_events::{Event, EventBus};
+use aether_queue::Queue;
+use aether_store::Store;
+use aether_streams::{GuestLink, Sessions};
+use axum::{Router, http::Method};
+use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::{
+    Catalogue, HostCheck, KeyRing, Probe,
+    dispatch::{DispatchLoop, Dispatcher},
+    problem::ApiError,
+    routes,
+};
+
+/// Given by the composition root.
+pub struct GatewayParts {
+    pub store: Arc<dyn Store>,
+    pub queue: Arc<dyn Queue>,
+    pub bus: Arc<dyn EventBus>,
+    pub sessions: Sessions,
+    pub links: Arc<dyn GuestLink>,
+    pub catalogue: Arc<dyn Catalogue>,
+    pub keys: KeyRing,
+    /// Of components that the gateway does not know itself, by name: `workers` and others.
+    pub probes: Vec<(String, Arc<dyn Probe>)>,
+    pub hosts: HostCheck,
+    pub config: GatewayConfig,
+}
+
+impl fmt::Debug for GatewayParts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GatewayParts").field("config", &self.config).finish_non_exhaustive()
+    }
+}
+
+/// The gateway's own bounds.
+#[derive(Debug, Clone)]
+pub struct GatewayConfig {
+    /// Requests in hand at once; more are answered with 503 at once.
+    pub requests_max: usize,
+    /// Followed executions, terminals and file transfers at once; more are answered with 503.
+    pub streams_max: usize,
+    /// Connections at once; more wait to be accepted.
+    pub connections_max: usize,
+    /// From the request to end to the moment when what still runs is cut off.
+    pub shutdown_limit: Duration,
+    /// A client that says nothing for this long in the middle of a body, or on a terminal, is gone.
+    pub idle_limit: Duration,
+}
+
+impl Default for GatewayConfig {
+    fn default() -> Self {
+        Self {
+            requests_max: 2048,
+            streams_max: 2048,
+            connections_max: 8192,
+            shutdown_limit: Duration::from_secs(3),
+            idle_limit: Duration::from_mins(1),
+        }
+    }
+}
+
+/// The gateway, ready to serve.
+pub struct Gateway {
+    pub(crate) app: App,
+    pub(crate) dispatch: Mutex<Option<DispatchLoop>>,
+}
+
+impl fmt::Debug for Gateway {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Gateway").finish_non_exhaustive()
+    }
+}
+
+impl Gateway {
+    #[must_use]
+    pub fn new(parts: GatewayParts) -> Self {
+        let (dispatcher, dispatch) =
+            Dispatcher::new(Arc::clone(&parts.store), Arc::clone(&parts.queue));
+        let app = App(Arc::new(Shared {
+            requests: Arc::new(Semaphore::new(parts.config.requests_max)),
+            streams: Arc::new(Semaphore::new(parts.config.streams_max)),
+            parts,
+            dispatcher,
+            closing: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+        }));
+        Self { app, dispatch: Mutex::new(Some(dispatch)) }
+    }
+
+    /// Every method and path that is served, for documents and tests.
+    pub fn routes() -> Vec<(Method, String)> {
+        routes::table().into_iter().map(|r| (r.method, format!("{PREFIX}{}", r.path))).collect()
+    }
+
+    /// The routes alone, for a server of the caller's own. Without [`Gateway::serve`] nobody
+    /// repeats a dispatch that failed.
+    pub fn router(&self) -> Router {
+        routes::router(self.app.clone())
+    }
+}
+
+/// Shared by every route. Cheap to clone.
+#[derive(Clone)]
+pub(crate) struct App(Arc<Shared>);
+
+pub(crate) struct Shared {
+    pub(crate) parts: GatewayParts,
+    pub(crate) dispatcher: Dispatcher,
+    /// The gateway ends: whoever waits or follows stops.
+    pub(crate) closing: CancellationToken,
+    /// Work that goes on when its client has gone: recordings, terminals.
+    pub(crate) tasks: TaskTracker,
+    pub(crate) requests: Arc<Semaphore>,
+    streams: Arc<Semaphore>,
+}
+
+impl std::ops::Deref for App {
+    type Target = Shared;
+
+    fn deref(&self) -> &Shared {
+        &self.0
+    }
+}
+
+impl Shared {
+    pub(crate) fn store(&self) -> &dyn Store {
+        &*self.parts.store
+    }
+
+    /// A place for something that goes on after its handler has answered.
+    pub(crate) fn stream_place(&self) -> Result<OwnedSemaphorePermit, ApiError> {
+        Arc::clone(&self.streams).try_acquire_owned().map_err(|_| ApiError::full())
+    }
+
+    pub(crate) async fn publish(&self, event: Event) {
+        // Events are history: whoever needs the truth reads the store.
+        if let Err(error) = self.parts.bus.publish(event).await {
+            tracing::warn!(%error, "an event is lost");
+        }
+    }
+}

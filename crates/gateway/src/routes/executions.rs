@@ -1,0 +1,220 @@
+use std::{sync::Arc, time::Duration};
+
+use aether_api::{
+    Accepted, ExecuteRequest, ExecutionView, KeptOutput, NDJSON_MEDIA_TYPE, OUTPUT_BYTES_HEADER,
+    OUTPUT_CUT_AT_HEADER, OUTPUT_CUT_BYTES_HEADER, Page, StreamEvent,
+};
+use aether_store::{Idempotency, NewExecution};
+use aether_types::{
+    ErrorCode, Execution, ExecutionId, ExecutionSpec, OutputStream, RetainedOutput, TaskKind, VmId,
+};
+use axum::{
+    Json as JsonAnswer,
+    body::Body,
+    extract::{Path, State},
+    http::{StatusCode, header},
+    response::{IntoResponse as _, Response},
+};
+use bytes::{BufMut as _, Bytes, BytesMut};
+
+use crate::{
+    extract::{Json, Once, Params},
+    follow::Follower,
+    parts::App,
+    problem::{ApiError, ApiResult},
+    routes::{
+        accepted,
+        vms::{find, resolve},
+    },
+    submit::{Recorded, new_task, submit},
+    wait::TaskWatch,
+};
+
+/// Records an execution. `id` may have a session that was opened before.
+pub(super) async fn record(
+    app: &App,
+    vm: VmId,
+    id: ExecutionId,
+    spec: ExecutionSpec,
+    idempotency: Option<Idempotency>,
+) -> ApiResult<Recorded> {
+    let new = NewExecution { id, spec };
+    let task = new_task(TaskKind::VmExecute);
+    let store = Arc::clone(&app.parts.store);
+    submit(app, async move {
+        let (accepted, execution) = store.request_execution(vm, new, task, idempotency).await?;
+        Ok(Recorded { accepted, execution: Some(execution) })
+    })
+    .await
+}
+
+pub(super) async fn execute(
+    State(app): State<App>,
+    Path(vm): Path<String>,
+    once: Once,
+    mut params: Params,
+    body: Json<ExecuteRequest>,
+) -> ApiResult<Response> {
+    let wait = params.wait()?;
+    let stream = params.flag("stream")?;
+    params.finish()?;
+    if stream && wait.is_some() {
+        return Err(ApiError::invalid("wait: not together with stream".into()));
+    }
+    let spec = ExecutionSpec::from(body.value);
+    spec.validate().map_err(ApiError::invalid)?;
+    let vm = resolve(&app, &vm).await?;
+    let idempotency = once.idempotency(&body.bytes);
+    let id = ExecutionId::new();
+    if stream {
+        return execute_stream(&app, vm, id, spec, idempotency).await;
+    }
+    let watch = wait.map(|_| TaskWatch::new(&app));
+    let recorded = record(&app, vm, id, spec, idempotency).await?;
+    match watch.zip(wait) {
+        Some((watch, limit)) => execute_wait(&app, recorded, watch, limit).await,
+        None => Ok(accepted(Accepted::new(&recorded.accepted.task))),
+    }
+}
+
+async fn execute_wait(
+    app: &App,
+    recorded: Recorded,
+    mut watch: TaskWatch,
+    limit: Duration,
+) -> ApiResult<Response> {
+    let task = recorded.accepted.task;
+    let ended = task.state.is_end() || watch.ended_within(task.id, limit).await?.is_some();
+    if !ended {
+        let now = app.store().task(task.id).await?.unwrap_or(task);
+        return Ok(accepted(Accepted::new(&now)));
+    }
+    let id = task.execution_id.ok_or_else(ApiError::internal)?;
+    let view = view_with_output(app, id).await?.ok_or_else(|| not_found(&id.to_string()))?;
+    Ok((StatusCode::OK, JsonAnswer(view)).into_response())
+}
+
+async fn execute_stream(
+    app: &App,
+    vm: VmId,
+    id: ExecutionId,
+    spec: ExecutionSpec,
+    idempotency: Option<Idempotency>,
+) -> ApiResult<Response> {
+    let place = app.stream_place()?;
+    let watch = TaskWatch::new(app);
+    let client = app.parts.sessions.open(id);
+    let recorded = record(app, vm, id, spec, idempotency).await?;
+    let follower = Follower::new(app, watch, client, &recorded, place)?;
+    let lines = futures::stream::unfold(follower, |mut follower| async move {
+        let event = follower.next().await?;
+        Some((line(&event), follower))
+    });
+    let kind = [(header::CONTENT_TYPE, NDJSON_MEDIA_TYPE)];
+    Ok((StatusCode::OK, kind, Body::from_stream(lines)).into_response())
+}
+
+fn line(event: &StreamEvent) -> Result<Bytes, serde_json::Error> {
+    let mut writer = BytesMut::new().writer();
+    serde_json::to_writer(&mut writer, event)?;
+    let mut line = writer.into_inner();
+    line.put_u8(b'\n');
+    Ok(line.freeze())
+}
+
+/// The execution, with its output once it has ended.
+async fn view_with_output(app: &App, id: ExecutionId) -> ApiResult<Option<ExecutionView>> {
+    let store = app.store();
+    let (execution, stdout, stderr) = tokio::try_join!(
+        store.execution(id),
+        store.output(id, OutputStream::Stdout),
+        store.output(id, OutputStream::Stderr),
+    )?;
+    let Some(execution) = execution else { return Ok(None) };
+    let output = execution.state.is_end().then_some(KeptOutput { stdout, stderr });
+    Ok(Some(ExecutionView::new(execution, output.as_ref())))
+}
+
+pub(super) async fn list(
+    State(app): State<App>,
+    Path(vm): Path<String>,
+    mut params: Params,
+) -> ApiResult<JsonAnswer<Page<ExecutionView>>> {
+    let page = params.page()?;
+    params.finish()?;
+    let vm = find(&app, &vm).await?;
+    let found = app.store().executions(vm.id, page).await?;
+    let items = found.items.into_iter().map(|e| ExecutionView::new(e, None)).collect();
+    Ok(JsonAnswer(Page { items, next_cursor: found.next.map(|c| c.to_string()) }))
+}
+
+fn not_found(text: &str) -> ApiError {
+    let shown: String = text.chars().take(64).collect();
+    ApiError::new(ErrorCode::ExecutionNotFound, format!("there is no execution `{shown}`"))
+}
+
+fn parse(text: &str) -> ApiResult<ExecutionId> {
+    text.parse().map_err(|_| not_found(text))
+}
+
+async fn of_vm(app: &App, vm: &str, text: &str) -> ApiResult<Execution> {
+    let vm = resolve(app, vm).await?;
+    let found = app.store().execution(parse(text)?).await?;
+    found.filter(|e| e.vm_id == vm).ok_or_else(|| not_found(text))
+}
+
+pub(super) async fn show(
+    State(app): State<App>,
+    Path(execution): Path<String>,
+    params: Params,
+) -> ApiResult<JsonAnswer<ExecutionView>> {
+    params.finish()?;
+    let view = view_with_output(&app, parse(&execution)?).await?;
+    view.map(JsonAnswer).ok_or_else(|| not_found(&execution))
+}
+
+pub(super) async fn show_of_vm(
+    State(app): State<App>,
+    Path((vm, execution)): Path<(String, String)>,
+    params: Params,
+) -> ApiResult<JsonAnswer<ExecutionView>> {
+    of_vm(&app, &vm, &execution).await?;
+    show(State(app), Path(execution), params).await
+}
+
+/// The kept bytes of one stream, raw.
+pub(super) async fn output(
+    State(app): State<App>,
+    Path(execution): Path<String>,
+    mut params: Params,
+) -> ApiResult<Response> {
+    let stream = match params.one("stream")?.as_deref() {
+        None | Some("stdout") => OutputStream::Stdout,
+        Some("stderr") => OutputStream::Stderr,
+        Some(_) => return Err(ApiError::invalid("stream: stdout or stderr is needed".into())),
+    };
+    params.finish()?;
+    let id = parse(&execution)?;
+    let store = app.store();
+    let (found, output) = tokio::try_join!(store.execution(id), store.output(id, stream))?;
+    found.ok_or_else(|| not_found(&execution))?;
+    let cut_bytes = output.cut_bytes();
+    let RetainedOutput { mut head, tail, total_bytes } = output;
+    let headers = [
+        (header::CONTENT_TYPE.as_str(), "application/octet-stream".to_owned()),
+        (OUTPUT_BYTES_HEADER, total_bytes.to_string()),
+        (OUTPUT_CUT_BYTES_HEADER, cut_bytes.to_string()),
+        (OUTPUT_CUT_AT_HEADER, head.len().to_string()),
+    ];
+    head.extend_from_slice(&tail);
+    Ok((headers, head).into_response())
+}
+
+pub(super) async fn output_of_vm(
+    State(app): State<App>,
+    Path((vm, execution)): Path<(String, String)>,
+    params: Params,
+) -> ApiResult<Response> {
+    of_vm(&app, &vm, &execution).await?;
+    output(State(app), Path(execution), params).await
+}
