@@ -25,7 +25,7 @@ pub(crate) async fn claim(core: Arc<Core>) {
         };
         match claimed {
             Ok(Some(lease)) => {
-                core.tasks.spawn(Arc::clone(&core).attempt(lease, place));
+                core.spawn(Arc::clone(&core).attempt(lease, place));
             }
             Ok(None) => {}
             Err(error) => {

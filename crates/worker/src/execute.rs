@@ -324,7 +324,7 @@ impl Core {
         }
         let (guest, run_id) = (Arc::clone(guest), execution.id.to_string());
         let limit = self.parts.config.guest_limit;
-        self.tasks.spawn(async move {
+        self.spawn(async move {
             let asked = guest.ask(limit, |stream, token| {
                 let forget = Forget { run_id: run_id.clone() };
                 async move { host::forget(stream, &token, forget, limit).await }

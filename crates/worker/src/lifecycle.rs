@@ -162,7 +162,7 @@ impl Core {
     pub(crate) fn admit(self: &Arc<Self>, guest: Arc<Guest>) {
         self.guests.insert(Arc::clone(&guest));
         let core = Arc::clone(self);
-        self.tasks.spawn(async move {
+        self.spawn(async move {
             tokio::select! {
                 () = core.closing.cancelled() => {}
                 reason = guest.driver.exited(guest.id) => core.machine_ended(&guest, reason).await,

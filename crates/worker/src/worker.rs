@@ -12,6 +12,7 @@ use aether_streams::GuestLink;
 use aether_types::{ErrorCode, Fault, TaskId, VmEvent, VmId, VmState};
 use tokio::{
     sync::Semaphore,
+    task::JoinHandle,
     time::{Instant, timeout_at},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -53,6 +54,8 @@ pub(crate) struct Core {
     pub(crate) leaving: CancellationToken,
     /// Everything ends.
     pub(crate) closing: CancellationToken,
+    /// Everything stops where it stands, as in a crash.
+    dropped: CancellationToken,
 }
 
 /// The attempts in hand, by task.
@@ -92,7 +95,7 @@ impl Attempts {
     }
 }
 
-/// A running worker. Dropping it without [`Worker::shutdown`] is what a crash would be.
+/// A running worker. Dropped without [`Worker::shutdown`] it stops as in a crash.
 pub struct Worker {
     core: Arc<Core>,
 }
@@ -114,13 +117,14 @@ impl Worker {
             draining: CancellationToken::new(),
             leaving: CancellationToken::new(),
             closing: CancellationToken::new(),
+            dropped: CancellationToken::new(),
             parts,
         });
         reconcile::at_start(&core).await?;
-        core.tasks.spawn(claims::claim(Arc::clone(&core)));
-        core.tasks.spawn(claims::renew(Arc::clone(&core)));
-        core.tasks.spawn(claims::listen(Arc::clone(&core), core.parts.bus.subscribe()));
-        core.tasks.spawn(reconcile::keep(Arc::clone(&core), core.parts.bus.subscribe()));
+        core.spawn(claims::claim(Arc::clone(&core)));
+        core.spawn(claims::renew(Arc::clone(&core)));
+        core.spawn(claims::listen(Arc::clone(&core), core.parts.bus.subscribe()));
+        core.spawn(reconcile::keep(Arc::clone(&core), core.parts.bus.subscribe()));
         Ok(Self { core })
     }
 
@@ -176,6 +180,13 @@ impl Worker {
         report
     }
 
+    /// Stops everything where it stands, as a crash would, and returns when it has stopped.
+    pub async fn abandon(self) {
+        self.core.dropped.cancel();
+        self.core.tasks.close();
+        self.core.tasks.wait().await;
+    }
+
     async fn stop_all(&self, deadline: Instant) -> usize {
         let why = Fault::new(ErrorCode::VmStopped, "the platform was shut down");
         let guests = self.core.guests.all();
@@ -188,10 +199,10 @@ impl Worker {
                 core.stop_for_shutdown(id, why).await.then_some(())
             }
         });
-        let stops: Vec<_> = stops.map(|stop| self.core.tasks.spawn(stop)).collect();
+        let stops: Vec<_> = stops.map(|stop| self.core.spawn(stop)).collect();
         let mut stopped = 0;
         for stop in stops {
-            if let Ok(Ok(Some(()))) = timeout_at(deadline, stop).await {
+            if let Ok(Ok(Some(Some(())))) = timeout_at(deadline, stop).await {
                 stopped += 1;
             }
         }
@@ -199,7 +210,21 @@ impl Worker {
     }
 }
 
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.core.dropped.cancel();
+    }
+}
+
 impl Core {
+    /// A task that ends with the worker.
+    pub(crate) fn spawn<F>(&self, future: F) -> JoinHandle<Option<F::Output>>
+    where
+        F: Future<Output: Send + 'static> + Send + 'static,
+    {
+        self.tasks.spawn(self.dropped.clone().run_until_cancelled_owned(future))
+    }
+
     async fn stop_for_shutdown(&self, id: VmId, why: Fault) -> bool {
         let Ok(Some(vm)) = self.parts.store.vm(id).await else { return false };
         if !matches!(vm.state, VmState::Running | VmState::Paused) {

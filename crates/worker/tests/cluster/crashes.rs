@@ -1,0 +1,112 @@
+use std::time::Duration;
+
+use aether_drivers::sim::{SimConfig, SimLatency};
+use aether_types::{ExecutionState, ExitStatus, TaskKind, TaskState, VmState};
+use aether_worker::ShutdownMode;
+
+use crate::rig::{Rig, command};
+
+#[tokio::test]
+async fn a_worker_that_starts_again_adopts_its_vms_and_the_commands_in_them() {
+    let mut rig = Rig::new(SimConfig::default()).await;
+    let vm = rig.create("adopted").await;
+    let execution =
+        rig.request_execution(vm, command(&["sh", "-c", "echo before; sleep 1; echo after"])).await;
+    rig.execution_begun(&execution).await;
+    rig.crash().await;
+    rig.start().await;
+    let execution = rig.execution_ended(&execution).await;
+    assert_eq!(execution.state, ExecutionState::Completed, "{execution:?}");
+    assert_eq!(execution.exit, Some(ExitStatus::Code(0)));
+    assert!(rig.stdout(&execution).await.ends_with("after\n"));
+    let task = rig.ended(execution.task_id).await;
+    assert_eq!(task.attempts, 2);
+    let next = rig.execute(vm, command(&["echo", "usable"])).await;
+    assert_eq!(rig.stdout(&next).await, "usable\n");
+}
+
+#[tokio::test]
+async fn a_creation_that_was_cut_short_is_finished() {
+    let latency = SimLatency { boot: Duration::from_millis(200), ..Default::default() };
+    let mut rig = Rig::new(SimConfig { latency, ..SimConfig::default() }).await;
+    let task = rig.request_create("half").await;
+    let mut events = rig.listen();
+    while rig.host.leftovers().is_empty() {
+        tokio::select! {
+            _ = events.next() => {}
+            () = tokio::time::sleep(Duration::from_millis(20)) => {}
+        }
+    }
+    rig.crash().await;
+    rig.start().await;
+    assert_eq!(rig.ended(task.id).await.state, TaskState::Completed);
+    let execution = rig.execute(task.vm_id, command(&["echo", "whole"])).await;
+    assert_eq!(rig.stdout(&execution).await, "whole\n");
+}
+
+#[tokio::test]
+async fn work_recorded_while_no_worker_lived_is_done() {
+    let mut rig = Rig::new(SimConfig::default()).await;
+    let vm = rig.create("later").await;
+    rig.crash().await;
+    let execution = rig.request_execution(vm, command(&["echo", "late"])).await;
+    let deletion = rig.request_create("also-late").await;
+    rig.start().await;
+    let execution = rig.execution_ended(&execution).await;
+    assert_eq!(rig.stdout(&execution).await, "late\n");
+    assert_eq!(rig.ended(deletion.id).await.state, TaskState::Completed);
+}
+
+#[tokio::test]
+async fn a_machine_that_died_while_no_worker_lived_is_found_dead() {
+    let mut rig = Rig::new(SimConfig::default()).await;
+    let vm = rig.create("gone").await;
+    rig.crash().await;
+    rig.host.panic_guest(vm);
+    rig.start().await;
+    let found = rig.in_state(vm, VmState::Failed).await;
+    assert!(found.reason.is_some());
+}
+
+#[tokio::test]
+async fn commands_left_by_a_clean_end_are_taken_up_again() {
+    let mut rig = Rig::new(SimConfig::default()).await;
+    let vm = rig.create("kept").await;
+    let execution = rig.request_execution(vm, command(&["sh", "-c", "sleep 1; echo done"])).await;
+    rig.execution_begun(&execution).await;
+    rig.shut_down(ShutdownMode::KeepVms).await;
+    rig.start().await;
+    let execution = rig.execution_ended(&execution).await;
+    assert_eq!(rig.stdout(&execution).await, "done\n");
+}
+
+/// The worker is dropped at many moments of a create, execute, delete cycle.
+#[tokio::test]
+async fn a_crash_at_any_moment_leaves_nothing_and_loses_nothing() {
+    let latency = SimLatency {
+        create: Duration::from_micros(300),
+        boot: Duration::from_micros(700),
+        connect: Duration::from_micros(100),
+        delete: Duration::from_micros(300),
+        ..Default::default()
+    };
+    let mut rig = Rig::new(SimConfig { latency, ..SimConfig::default() }).await;
+    for cycle in 0_u32..60 {
+        let creation = rig.request_create(&format!("cycle-{cycle}")).await;
+        let vm = creation.vm_id;
+        let execution = rig.request_execution(vm, command(&["echo", "once"])).await;
+        // Moments spread over what a cycle takes; the scheduler does the rest.
+        tokio::time::sleep(Duration::from_micros(u64::from(cycle) * 211)).await;
+        rig.crash().await;
+        rig.start().await;
+        assert!(rig.ended(creation.id).await.state.is_end());
+        assert!(rig.execution_ended(&execution).await.state.is_end());
+        let deletion = rig.request(vm, TaskKind::VmDelete).await;
+        if cycle % 3 == 0 {
+            rig.crash().await;
+            rig.start().await;
+        }
+        assert_eq!(rig.ended(deletion.id).await.state, TaskState::Completed);
+    }
+    rig.assert_clean().await;
+}

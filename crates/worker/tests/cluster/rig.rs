@@ -1,0 +1,226 @@
+//! A worker over a simulated host, with the real store and queue in a temporary folder. What the
+//! gateway does to record work is done here by hand.
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use aether_drivers::{
+    BootSource, Driver, KernelFlavour,
+    sim::{SimConfig, SimDriver, SimHost},
+};
+use aether_events::{Event, LocalBus, Received, Subscription};
+use aether_queue::{Entry, Lane, SqliteQueue};
+use aether_store::{Durability, NewExecution, NewTask, NewVm, SqliteStore, Store};
+use aether_streams::Sessions;
+use aether_types::{
+    DriverKind, Execution, ExecutionId, ExecutionSpec, Fault, NetworkPolicy, OutputStream,
+    Priority, Task, TaskId, TaskKind, TaskState, Vm, VmId, VmSpec, VmState, WorkerId, limits,
+};
+use aether_worker::{ImageSource, ShutdownMode, Worker, WorkerConfig, WorkerParts};
+use tempfile::TempDir;
+
+pub(crate) struct Rig {
+    pub(crate) host: Arc<SimHost>,
+    pub(crate) parts: WorkerParts,
+    pub(crate) worker: Option<Worker>,
+    _dir: TempDir,
+}
+
+struct AnyImage;
+
+impl ImageSource for AnyImage {
+    fn resolve(&self, _image: &str) -> Result<BootSource, Fault> {
+        Ok(BootSource {
+            kernel: PathBuf::from("kernel"),
+            initrd: PathBuf::from("initrd"),
+            rootfs: PathBuf::from("rootfs"),
+            kernel_flavour: KernelFlavour::Debian,
+        })
+    }
+}
+
+pub(crate) fn command(words: &[&str]) -> ExecutionSpec {
+    ExecutionSpec {
+        command: words[0].to_owned(),
+        args: words[1..].iter().map(|&word| word.to_owned()).collect(),
+        ..ExecutionSpec::default()
+    }
+}
+
+fn new_task(kind: TaskKind) -> NewTask {
+    NewTask {
+        id: TaskId::new(),
+        kind,
+        priority: Priority::Default,
+        max_attempts: if kind == TaskKind::VmCreate { 3 } else { limits::TASK_ATTEMPTS_MAX },
+    }
+}
+
+impl Rig {
+    pub(crate) async fn new(config: SimConfig) -> Self {
+        let dir = TempDir::new().unwrap();
+        let host = SimHost::new(config);
+        let store = SqliteStore::open(&dir.path().join("store.db"), Durability::Process).await;
+        let queue = SqliteQueue::open(&dir.path().join("queue.db")).await;
+        let config = WorkerConfig {
+            stop_grace: Duration::from_secs(2),
+            guest_limit: Duration::from_secs(2),
+            ..WorkerConfig::default()
+        };
+        let parts = WorkerParts {
+            id: WorkerId::new(),
+            store: Arc::new(store.unwrap()),
+            queue: Arc::new(queue.unwrap()),
+            bus: Arc::new(LocalBus::new()),
+            sessions: Sessions::default(),
+            drivers: vec![Arc::new(SimDriver::new(Arc::clone(&host))) as Arc<dyn Driver>],
+            images: Arc::new(AnyImage),
+            config,
+        };
+        let mut rig = Self { host, parts, worker: None, _dir: dir };
+        rig.start().await;
+        rig
+    }
+
+    pub(crate) async fn start(&mut self) {
+        self.worker = Some(Worker::start(self.parts.clone()).await.unwrap());
+    }
+
+    /// The worker stops where it stands; the host goes on.
+    pub(crate) async fn crash(&mut self) {
+        self.worker.take().unwrap().abandon().await;
+    }
+
+    pub(crate) async fn shut_down(&mut self, mode: ShutdownMode) {
+        let worker = self.worker.take().unwrap();
+        let report = worker.shutdown(mode, Duration::from_secs(10)).await;
+        assert_eq!(report.tasks_left, 0);
+    }
+
+    pub(crate) fn store(&self) -> &dyn Store {
+        &*self.parts.store
+    }
+
+    pub(crate) fn listen(&self) -> Box<dyn Subscription> {
+        self.parts.bus.subscribe()
+    }
+
+    async fn enqueue(&self, task: &Task, vm: &Vm) {
+        let lane = vm.worker_id.map_or(Lane::Shared, Lane::Worker);
+        let entry = Entry { task: task.id, lane, priority: task.priority, delay: Duration::ZERO };
+        self.parts.queue.enqueue(&[entry]).await.unwrap();
+        self.store().confirm_dispatched(&[task.id]).await.unwrap();
+    }
+
+    pub(crate) async fn request_create(&self, name: &str) -> Task {
+        let spec = VmSpec {
+            vcpus: 1,
+            memory_mb: 256,
+            disk_mb: 64,
+            image: "debian".into(),
+            driver: DriverKind::Sim,
+            env: [("GREETING".to_owned(), "hello".to_owned())].into(),
+            labels: Default::default(),
+            timeout_s: None,
+            network: NetworkPolicy::default(),
+        };
+        let vm = NewVm { id: VmId::new(), name: name.to_owned(), spec };
+        let task = new_task(TaskKind::VmCreate);
+        let accepted = self.store().create_vm(vm, task, None).await.unwrap();
+        self.enqueue(&accepted.task, &accepted.vm).await;
+        accepted.task
+    }
+
+    pub(crate) async fn request(&self, vm: VmId, kind: TaskKind) -> Task {
+        let accepted = self.store().request_on_vm(vm, new_task(kind), None).await.unwrap();
+        for task in &accepted.cancelled {
+            let worker_id = task.worker_id;
+            let event = Event::CancelRequested { task_id: task.id, worker_id };
+            self.parts.bus.publish(event).await.unwrap();
+        }
+        self.enqueue(&accepted.task, &accepted.vm).await;
+        accepted.task
+    }
+
+    pub(crate) async fn request_execution(&self, vm: VmId, spec: ExecutionSpec) -> Execution {
+        self.request_execution_as(ExecutionId::new(), vm, spec).await
+    }
+
+    pub(crate) async fn request_execution_as(
+        &self,
+        id: ExecutionId,
+        vm: VmId,
+        spec: ExecutionSpec,
+    ) -> Execution {
+        let execution = NewExecution { id, spec };
+        let task = new_task(TaskKind::VmExecute);
+        let (accepted, execution) =
+            self.store().request_execution(vm, execution, task, None).await.unwrap();
+        self.enqueue(&accepted.task, &accepted.vm).await;
+        execution
+    }
+
+    /// The task at its end.
+    pub(crate) async fn ended(&self, id: TaskId) -> Task {
+        let mut events = self.listen();
+        loop {
+            let task = self.store().task(id).await.unwrap().unwrap();
+            if task.state.is_end() {
+                return task;
+            }
+            while !matches!(events.next().await,
+                Received::Event(Event::Task { task_id, .. }) if task_id == id)
+            {}
+        }
+    }
+
+    pub(crate) async fn in_state(&self, id: VmId, state: VmState) -> Vm {
+        let mut events = self.listen();
+        loop {
+            let vm = self.store().vm(id).await.unwrap().unwrap();
+            if vm.state == state {
+                return vm;
+            }
+            while !matches!(events.next().await,
+                Received::Event(Event::Vm { vm_id, .. }) if vm_id == id)
+            {}
+        }
+    }
+
+    pub(crate) async fn execution_begun(&self, execution: &Execution) {
+        let mut events = self.listen();
+        while self.store().execution(execution.id).await.unwrap().unwrap().boot_id.is_none() {
+            while !matches!(events.next().await,
+                Received::Event(Event::ExecutionStarted { execution_id, .. })
+                    if execution_id == execution.id)
+            {}
+        }
+    }
+
+    pub(crate) async fn create(&self, name: &str) -> VmId {
+        let task = self.request_create(name).await;
+        let task = self.ended(task.id).await;
+        assert_eq!(task.state, TaskState::Completed, "{task:?}");
+        task.vm_id
+    }
+
+    pub(crate) async fn execute(&self, vm: VmId, spec: ExecutionSpec) -> Execution {
+        let execution = self.request_execution(vm, spec).await;
+        self.execution_ended(&execution).await
+    }
+
+    pub(crate) async fn execution_ended(&self, execution: &Execution) -> Execution {
+        self.ended(execution.task_id).await;
+        self.store().execution(execution.id).await.unwrap().unwrap()
+    }
+
+    pub(crate) async fn stdout(&self, execution: &Execution) -> String {
+        let kept = self.store().output(execution.id, OutputStream::Stdout).await.unwrap();
+        String::from_utf8([kept.head, kept.tail].concat()).unwrap()
+    }
+
+    /// Nothing is left: no machine, no claim, no task without an end.
+    pub(crate) async fn assert_clean(&self) {
+        assert_eq!(self.host.leftovers(), Vec::<String>::new());
+        assert_eq!(self.store().open_tasks().await.unwrap(), Vec::new());
+    }
+}
