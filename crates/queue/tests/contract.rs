@@ -11,8 +11,9 @@ use async_trait::async_trait;
 
 const LEASE: Duration = Duration::from_secs(10);
 const NO_WAIT: Duration = Duration::ZERO;
-/// Longer than any test; a test that needs it hangs, and is ended from outside.
-const LONG: Duration = Duration::from_secs(3600);
+const HANGS_AFTER: Duration = Duration::from_secs(30);
+/// Longer than any test.
+const LONG: Duration = Duration::from_hours(1);
 
 /// A queue with a clock in hand.
 #[async_trait]
@@ -75,7 +76,7 @@ async fn claim(queue: &impl Queue, worker: WorkerId) -> Option<Lease> {
     queue.claim(worker, LEASE, NO_WAIT).await.unwrap()
 }
 
-fn is_lost(answer: Result<(), QueueError>) -> bool {
+fn is_lost(answer: &Result<(), QueueError>) -> bool {
     matches!(answer, Err(QueueError::Lost))
 }
 
@@ -90,7 +91,7 @@ async fn an_entry_is_claimed_once_and_gone_when_complete<R: Rig>(rig: R) {
     assert_eq!(claim(&*queue, worker).await, None);
     assert_eq!(queue.depth().await.unwrap(), Depth { leased: 1, ..Depth::default() });
     queue.complete(&lease).await.unwrap();
-    assert!(is_lost(queue.complete(&lease).await));
+    assert!(is_lost(&queue.complete(&lease).await));
     assert!(!queue.contains(entry.task).await.unwrap());
     assert_eq!(queue.depth().await.unwrap(), Depth::default());
 }
@@ -226,12 +227,12 @@ async fn a_lease_that_runs_out_is_claimed_again_with_a_higher_epoch<R: Rig>(rig:
     assert_eq!(queue.sweep().await.unwrap(), 0, "it was renewed");
     rig.pass(LEASE / 2).await;
     assert_eq!(queue.sweep().await.unwrap(), 1);
-    assert!(is_lost(queue.renew(&first).await));
+    assert!(is_lost(&queue.renew(&first).await));
     let second = claim(&*queue, WorkerId::new()).await.unwrap();
     assert!(second.epoch > first.epoch);
-    assert!(is_lost(queue.renew(&first).await));
-    assert!(is_lost(queue.complete(&first).await));
-    assert!(is_lost(queue.release(&first, NO_WAIT).await));
+    assert!(is_lost(&queue.renew(&first).await));
+    assert!(is_lost(&queue.complete(&first).await));
+    assert!(is_lost(&queue.release(&first, NO_WAIT).await));
     queue.complete(&second).await.unwrap();
 }
 
@@ -254,7 +255,7 @@ async fn a_released_entry_comes_back_after_its_delay<R: Rig>(rig: R) {
     queue.enqueue(&[shared()]).await.unwrap();
     let first = claim(&*queue, worker).await.unwrap();
     queue.release(&first, Duration::from_secs(2)).await.unwrap();
-    assert!(is_lost(queue.complete(&first).await));
+    assert!(is_lost(&queue.complete(&first).await));
     assert_eq!(claim(&*queue, worker).await, None);
     rig.pass(Duration::from_secs(2)).await;
     let second = claim(&*queue, worker).await.unwrap();
@@ -289,7 +290,7 @@ async fn a_worker_that_starts_anew_gets_its_leases_back<R: Rig>(mut rig: R) {
     assert_eq!(queue.reclaim(one).await.unwrap(), 2);
     assert_eq!(queue.reclaim(one).await.unwrap(), 0);
     for old in &mine {
-        assert!(is_lost(queue.renew(old).await));
+        assert!(is_lost(&queue.renew(old).await));
         let new = claim(&*queue, one).await.unwrap();
         assert_eq!(new.task, old.task, "in the order in which they came");
         assert!(new.epoch > other.epoch);
@@ -410,7 +411,9 @@ macro_rules! contract {
         $(
             #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
             async fn $test() {
-                super::$test(<$rig as super::Rig>::new().await).await;
+                // A wake-up that is lost shows as a test that waits for ever.
+                let test = async { super::$test(<$rig as super::Rig>::new().await).await };
+                tokio::time::timeout(super::HANGS_AFTER, test).await.expect("the test hangs");
             }
         )+
     };

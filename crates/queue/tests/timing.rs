@@ -1,7 +1,7 @@
 //! How long each method takes. Ignored: figures are read by people, and compared within one run.
 //! `cargo test --release -p aether-queue --test timing -- --ignored --nocapture`
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![expect(clippy::print_stdout, reason = "figures for people")]
 
 use std::{
     sync::Arc,
