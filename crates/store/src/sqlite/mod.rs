@@ -48,6 +48,10 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 /// The log is cut to this size after a checkpoint, so that one burst does not keep the room.
 const LOG_BYTES_KEPT: &str = "67108864";
 
+/// 32 MiB of log. The commit that fills it does the checkpoint and waits for the disk; SQLite's
+/// own 1000 pages would make that many more commits wait.
+const CHECKPOINT_PAGES: &str = "8000";
+
 /// More than there are statements: each is prepared once.
 const STATEMENTS_CACHED: usize = 256;
 
@@ -93,6 +97,7 @@ impl SqliteStore {
             .foreign_keys(true)
             .busy_timeout(BUSY_TIMEOUT)
             .statement_cache_capacity(STATEMENTS_CACHED)
+            .pragma("wal_autocheckpoint", CHECKPOINT_PAGES)
             .pragma("journal_size_limit", LOG_BYTES_KEPT)
             .pragma("temp_store", "memory")
             .disable_statement_logging();
