@@ -1,5 +1,6 @@
 //! A connection to the host: frames over a stream socket, with blocking and non-blocking calls.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -8,6 +9,7 @@ use aether_protocol::codec::{DataHeader, encode};
 use aether_protocol::limits::{FRAME_BYTES_MAX, HELLO_BYTES_MAX};
 use aether_protocol::{Decoder, FromGuest, ToGuest};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::sendfile;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
 
@@ -118,6 +120,42 @@ impl Conn {
         let (length, padding) = sys::append_with_header(&mut self.out, limit, header, fill)?;
         self.sent += padding;
         Ok(length)
+    }
+
+    /// Sends a data frame whose payload comes straight from a file, however long the host takes.
+    /// Gives how much of it the file had; the rest of the frame is then zeros.
+    pub(crate) fn send_from_file(
+        &mut self,
+        header: DataHeader,
+        file: &File,
+        at: u64,
+        length: usize,
+    ) -> io::Result<usize> {
+        self.reclaim();
+        self.out.extend_from_slice(header.as_slice());
+        while self.unsent() > 0 {
+            // The payload follows at once and belongs into the same packet.
+            let flags = SendFlags::MORE | SendFlags::NOSIGNAL;
+            match send(&self.socket, &self.out[self.sent..], flags) {
+                Ok(written) => self.sent += written,
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        let (mut at, mut left) = (at, length);
+        while left > 0 {
+            match sendfile(&self.socket, file, Some(&mut at), left) {
+                Ok(0) => break,
+                Ok(sent) => left -= sent,
+                Err(Errno::INTR) => {}
+                // Of the file or of the socket: either way the frame cannot be completed.
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        self.reclaim();
+        self.out.resize(left, 0);
+        self.flush_all()?;
+        Ok(length - left)
     }
 
     pub(crate) fn unsent(&self) -> usize {

@@ -41,7 +41,11 @@ pub(crate) fn end_machine(is_reboot: bool) {
     // Remounts what has no mount point any more, where the kernel has it.
     drop(fs::write("/proc/sysrq-trigger", "u"));
     rustix::fs::sync();
-    let command = if is_reboot { RebootCommand::Restart } else { RebootCommand::PowerOff };
+    // Without ACPI nothing can switch the machine off: it would halt, and its VMM would go on. A
+    // restart ends a VMM that was told not to restart.
+    let can_power_off = fs::exists("/sys/firmware/acpi").unwrap_or(false);
+    let command =
+        if is_reboot || !can_power_off { RebootCommand::Restart } else { RebootCommand::PowerOff };
     if let Err(errno) = reboot(command) {
         kmsg!("end the machine: {errno}");
     }

@@ -78,7 +78,10 @@ fn mount_writable(disks: &Disks) -> io::Result<()> {
     match disks.writable {
         Some(disk) => {
             // `upper` and `work` were made by the host, with the file system.
-            mount_on(path_text(disk), WRITABLE, "ext4", MountFlags::NOATIME, c"")
+            // Discards give the host back what the guest deletes; not every disk takes them.
+            let mount =
+                |options| mount_on(path_text(disk), WRITABLE, "ext4", MountFlags::NOATIME, options);
+            mount(c"discard").or_else(|_| mount(c""))
         }
         None => mount_on("tmpfs", WRITABLE, "tmpfs", NONE, c"mode=0755"),
     }?;
