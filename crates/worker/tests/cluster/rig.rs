@@ -119,7 +119,7 @@ impl Rig {
             image: "debian".into(),
             driver: DriverKind::Sim,
             env: [("GREETING".to_owned(), "hello".to_owned())].into(),
-            labels: Default::default(),
+            labels: std::collections::BTreeMap::new(),
             timeout_s: None,
             network: NetworkPolicy::default(),
         };

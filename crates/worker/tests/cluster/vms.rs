@@ -100,7 +100,7 @@ async fn a_creation_that_never_succeeds_fails_with_its_reason_and_leaves_nothing
 
 #[tokio::test]
 async fn a_vm_that_is_being_created_can_be_deleted() {
-    let latency = SimLatency { boot: std::time::Duration::from_secs(3600), ..Default::default() };
+    let latency = SimLatency { boot: std::time::Duration::from_hours(1), ..Default::default() };
     let rig = Rig::new(SimConfig { latency, ..SimConfig::default() }).await;
     let creation = rig.request_create("early").await;
     let deletion = rig.request(creation.vm_id, TaskKind::VmDelete).await;
