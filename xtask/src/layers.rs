@@ -17,8 +17,8 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("aether-store", &["aether-types"]),
     ("aether-queue", &["aether-types"]),
     ("aether-streams", &["aether-types", "aether-protocol"]),
-    ("aether-drivers", &["aether-types", "aether-protocol"]),
-    ("aether-images", &["aether-types"]),
+    ("aether-images", &[]),
+    ("aether-drivers", &["aether-types", "aether-protocol", "aether-images"]),
     (
         "aether-gateway",
         &[
@@ -63,7 +63,7 @@ const LAYERS: &[(&str, &[&str])] = &[
 ];
 
 /// Crates that only test; they may see everything, and nothing in the product may see them.
-const TEST_ONLY: &[&str] = &["aether-tests"];
+const TEST_ONLY: &[&str] = &["aether-tests", "aether-bare-agent"];
 
 /// Arrows that not even tests may draw: these two are never in one place but the binary.
 const NEVER: &[(&str, &str)] =

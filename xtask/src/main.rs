@@ -83,7 +83,7 @@ fn bench(root: &Path, args: &[&str]) -> Result<()> {
         bail!("bench: name a benchmark; benches are in tests/benches");
     };
     let mut steps = Steps::quiet(root);
-    let mut command = vec!["bench", "--workspace", "--quiet", "--bench", name, "--"];
+    let mut command = vec!["bench", "--quiet", "-p", "aether-tests", "--bench", name, "--"];
     command.extend(rest);
     steps.cargo("bench", &command);
     steps.finish()

@@ -87,8 +87,9 @@ impl TerminalInput {
         Ok(())
     }
 
-    /// At least one byte. Nobody else takes from the credit.
-    async fn room(&self) -> Result<usize, ClientError> {
+    /// Waits until the command takes more input; so many bytes can be sent now without waiting for
+    /// it, at least one. Cancel-safe, so that a control can be sent meanwhile.
+    pub async fn room(&self) -> Result<usize, ClientError> {
         match self.credit.acquire().await {
             Ok(permit) => drop(permit),
             Err(error) => return Err(ClientError::transport("use the terminal")(error.into())),

@@ -1,0 +1,471 @@
+//! The command line, and the environment: everything that is configured from outside.
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+use aether_drivers::network::Ipv4Range;
+use aether_types::{AllowRule, DriverKind, TaskId, limits};
+use clap::{ArgAction, Parser, Subcommand, ValueEnum};
+
+use crate::logging::LogFormat;
+
+const EXIT_STATUSES: &str = "\
+Exit status:
+  0    done
+  1    failed
+  2    wrong use: the command line, or a value that the server refuses
+  3    not found
+  4    conflict: a name that is taken, a state that does not allow it
+  5    the key is missing or wrong
+  6    unavailable: the server does not answer, or lacks what was asked for
+  exec and shell end as the command did (128 and the signal's number where one ended it; 126 and
+  127 where it could not be run or was not found), and with
+  124  the time limit ended it
+  125  the platform could not run it to its end
+
+The server is found by --url and --key, else AETHER_URL and AETHER_KEY, else in the data
+directory of an `aether up` on this machine (--data-dir, AETHER_DATA_DIR).";
+
+/// Runs commands in microVMs of your own.
+#[derive(Debug, Parser)]
+#[command(name = "aether", version, propagate_version = true, after_help = EXIT_STATUSES)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    pub(crate) global: Global,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct Global {
+    /// Print JSON for programs; the shapes are the API's
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// URL of the server
+    #[arg(long, global = true, env = "AETHER_URL", value_name = "URL")]
+    pub(crate) url: Option<String>,
+    /// API key
+    #[arg(long, global = true, env = "AETHER_KEY", value_name = "KEY", hide_env_values = true)]
+    pub(crate) key: Option<String>,
+    /// Where the platform keeps everything [default: /var/lib/aetherium as root]
+    #[arg(long, global = true, env = "AETHER_DATA_DIR", value_name = "DIR")]
+    pub(crate) data_dir: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run the whole platform on this machine
+    Up(Up),
+    /// Make, see and end VMs
+    #[command(subcommand)]
+    Vm(Vm),
+    /// Run a command in a VM
+    Exec(Exec),
+    /// Open a terminal in a VM
+    Shell(Shell),
+    /// Copy files to or from a VM
+    Cp(Cp),
+    /// See and cancel tasks
+    #[command(subcommand)]
+    Task(Task),
+    /// Build and see the images on this machine
+    Image(ImageArgs),
+    /// Check this host by running a VM on it
+    Doctor(Doctor),
+    /// Print a script that completes commands in a shell
+    Completion { shell: clap_complete::Shell },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DriverChoice {
+    /// Firecracker where it really works, else QEMU
+    Auto,
+    Qemu,
+    Firecracker,
+    /// No machines at all: for tests
+    Sim,
+}
+
+impl From<DriverKind> for DriverChoice {
+    fn from(kind: DriverKind) -> Self {
+        match kind {
+            DriverKind::Firecracker => Self::Firecracker,
+            DriverKind::Qemu => Self::Qemu,
+            DriverKind::Sim => Self::Sim,
+        }
+    }
+}
+
+/// What runs the VMs; shared by `up` and `doctor`.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct Backend {
+    /// What runs the VMs
+    #[arg(long, env = "AETHER_DRIVER", value_enum, default_value = "auto")]
+    pub(crate) driver: DriverChoice,
+    /// The image of VMs that ask for none
+    #[arg(long, env = "AETHER_IMAGE", value_name = "NAME", default_value = aether_images::DEFAULT_IMAGE)]
+    pub(crate) image: String,
+    #[command(flatten)]
+    pub(crate) images: ImageDir,
+    /// Addresses of the VMs, such as 10.213.0.0/16; must not overlap with anything on this host
+    /// [default: 10.213.0.0/16 or the next free one]
+    #[arg(long, env = "AETHER_NETWORK_RANGE", value_name = "CIDR")]
+    pub(crate) network_range: Option<Ipv4Range>,
+    /// The firecracker program [default: found on the PATH]
+    #[arg(long, env = "AETHER_FIRECRACKER", value_name = "FILE")]
+    pub(crate) firecracker: Option<PathBuf>,
+    /// Firecracker's jailer; without one, Firecracker runs without
+    #[arg(long, env = "AETHER_JAILER", value_name = "FILE")]
+    pub(crate) jailer: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct ImageDir {
+    /// Where images are [default: $AETHER_CACHE/images, else ~/.cache/aetherium/images]
+    #[arg(long, env = "AETHER_IMAGE_DIR", value_name = "DIR")]
+    pub(crate) image_dir: Option<PathBuf>,
+    #[arg(long, env = "AETHER_CACHE", value_name = "DIR", hide = true)]
+    pub(crate) cache: Option<PathBuf>,
+}
+
+impl ImageDir {
+    pub(crate) fn path(&self) -> PathBuf {
+        if let Some(dir) = &self.image_dir {
+            return dir.clone();
+        }
+        let cache = self.cache.clone().unwrap_or_else(|| {
+            std::env::home_dir()
+                .filter(|home| !home.as_os_str().is_empty() && home.as_os_str() != "/")
+                .map_or_else(|| "/var/cache/aetherium".into(), |home| home.join(".cache/aetherium"))
+        });
+        cache.join("images")
+    }
+}
+
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct Up {
+    /// Where to answer requests; port 0 takes a free one
+    #[arg(long, env = "AETHER_LISTEN", value_name = "ADDR:PORT", default_value = "127.0.0.1:8080")]
+    pub(crate) listen: SocketAddr,
+    /// Listen beyond this machine though nothing is encrypted: keys can be read on the way
+    #[arg(long)]
+    pub(crate) insecure_http: bool,
+    /// Leave running VMs running at the end; the next `up` takes them over
+    #[arg(long, env = "AETHER_KEEP_VMS")]
+    pub(crate) keep_vms: bool,
+    #[command(flatten)]
+    pub(crate) backend: Backend,
+    #[arg(long, env = "AETHER_LOG_FORMAT", value_enum, default_value = "text")]
+    pub(crate) log_format: LogFormat,
+    /// What is logged, such as `info` or `warn,aether_worker=debug`
+    #[arg(long, env = "AETHER_LOG", value_name = "FILTER", default_value = "info")]
+    pub(crate) log_level: String,
+}
+
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct Doctor {
+    #[command(flatten)]
+    pub(crate) backend: Backend,
+    /// Check the server that --url names, or that runs here, instead of a temporary one
+    #[arg(long)]
+    pub(crate) server: bool,
+    #[arg(long, env = "AETHER_LOG", value_name = "FILTER", default_value = "error")]
+    pub(crate) log_level: String,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Vm {
+    /// Make a VM and wait until it runs
+    Create(VmCreate),
+    /// List VMs, newest first
+    #[command(visible_alias = "ls")]
+    List(VmList),
+    /// Show VMs with their history
+    Get(VmNames),
+    Stop(VmAct),
+    Start(VmAct),
+    Pause(VmAct),
+    Resume(VmAct),
+    /// Remove VMs, running or not; what ran in them stays on record
+    #[command(visible_alias = "rm")]
+    Delete(VmAct),
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct VmCreate {
+    /// Lower-case letters, digits and hyphens; made up where it is not given
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+    /// Processors
+    #[arg(long, value_name = "N")]
+    pub(crate) vcpus: Option<u32>,
+    #[arg(long, value_name = "MB")]
+    pub(crate) memory: Option<u32>,
+    /// Size of the writable layer; takes room only as it fills
+    #[arg(long, value_name = "MB")]
+    pub(crate) disk: Option<u32>,
+    #[arg(long, value_name = "NAME")]
+    pub(crate) image: Option<String>,
+    #[arg(long)]
+    pub(crate) driver: Option<DriverKind>,
+    /// Given to every command in the VM; K alone takes the value from the environment
+    #[arg(long, value_name = "K=V", action = ArgAction::Append, value_parser = parse_env)]
+    pub(crate) env: Vec<(String, String)>,
+    #[arg(long, value_name = "K=V", action = ArgAction::Append, value_parser = parse_pair)]
+    pub(crate) label: Vec<(String, String)>,
+    /// Delete the VM after this long, such as 90s, 30m, 1h, 2d
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub(crate) timeout: Option<Duration>,
+    /// Let the VM reach this too, such as 10.0.0.5:443 or 192.168.0.0/16
+    #[arg(long, value_name = "RULE", action = ArgAction::Append)]
+    pub(crate) allow: Vec<AllowRule>,
+    /// Close the network, but for what --allow names
+    #[arg(long)]
+    pub(crate) no_network: bool,
+    /// Return as soon as the request is recorded
+    #[arg(long)]
+    pub(crate) no_wait: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct VmList {
+    /// Only VMs in this state; may be given several times
+    #[arg(long, value_name = "STATE", action = ArgAction::Append)]
+    pub(crate) state: Vec<aether_types::VmState>,
+    /// Only VMs with this label; may be given several times, all must fit
+    #[arg(long, value_name = "K=V", action = ArgAction::Append, value_parser = parse_pair)]
+    pub(crate) label: Vec<(String, String)>,
+    /// Deleted VMs too
+    #[arg(long, short)]
+    pub(crate) all: bool,
+    /// At most this many
+    #[arg(long, value_name = "N")]
+    pub(crate) limit: Option<usize>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct VmNames {
+    /// Ids or names
+    #[arg(required = true, value_name = "VM")]
+    pub(crate) vms: Vec<String>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct VmAct {
+    /// Ids or names
+    #[arg(required = true, value_name = "VM")]
+    pub(crate) vms: Vec<String>,
+    /// Return as soon as the request is recorded
+    #[arg(long)]
+    pub(crate) no_wait: bool,
+}
+
+/// What a command in a VM is given; shared by `exec` and `shell`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct CommandOptions {
+    /// K alone takes the value from the environment
+    #[arg(long, short, value_name = "K=V", action = ArgAction::Append, value_parser = parse_env)]
+    pub(crate) env: Vec<(String, String)>,
+    /// Directory to run in [default: the user's home]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) cwd: Option<String>,
+    /// A name, or UID or UID:GID [default: root]
+    #[arg(long, short)]
+    pub(crate) user: Option<String>,
+    /// End the command after this long, such as 90s, 30m, 1h
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub(crate) timeout: Option<Duration>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Exec {
+    #[command(flatten)]
+    pub(crate) options: CommandOptions,
+    /// Give the command an empty standard input
+    #[arg(long, short = 'n')]
+    pub(crate) no_stdin: bool,
+    /// An id or a name
+    pub(crate) vm: String,
+    /// A program and its arguments; no shell reads them
+    #[arg(
+        required = true,
+        trailing_var_arg = true,
+        allow_hyphen_values = true,
+        value_name = "COMMAND"
+    )]
+    pub(crate) command: Vec<String>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Shell {
+    #[command(flatten)]
+    pub(crate) options: CommandOptions,
+    /// An id or a name
+    pub(crate) vm: String,
+    /// Run this on the terminal instead of a login shell
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "COMMAND")]
+    pub(crate) command: Vec<String>,
+}
+
+/// SRC and DST: one is `VM:PATH`, the other a local path; `-` is standard input or output.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Cp {
+    /// Copy folders with everything in them
+    #[arg(long, short)]
+    pub(crate) recursive: bool,
+    /// Whose rights and files in the VM [default: root]
+    #[arg(long, short)]
+    pub(crate) user: Option<String>,
+    #[arg(value_name = "SRC")]
+    pub(crate) source: String,
+    #[arg(value_name = "DST")]
+    pub(crate) target: String,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Task {
+    /// List tasks, newest first
+    #[command(visible_alias = "ls")]
+    List(TaskList),
+    Get {
+        task: TaskId,
+    },
+    /// Ask that a task end; a command is ended with all that it started
+    Cancel {
+        task: TaskId,
+        /// Return at once
+        #[arg(long)]
+        no_wait: bool,
+    },
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct TaskList {
+    /// Only tasks of this VM
+    #[arg(long)]
+    pub(crate) vm: Option<String>,
+    /// Only tasks in this state; may be given several times
+    #[arg(long, value_name = "STATE", action = ArgAction::Append)]
+    pub(crate) state: Vec<aether_types::TaskState>,
+    /// Such as vm:execute
+    #[arg(long)]
+    pub(crate) kind: Option<aether_types::TaskKind>,
+    /// At most this many
+    #[arg(long, value_name = "N", default_value_t = limits::PAGE_LIMIT_DEFAULT as usize)]
+    pub(crate) limit: usize,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct ImageArgs {
+    #[command(flatten)]
+    pub(crate) images: ImageDir,
+    #[command(subcommand)]
+    pub(crate) command: Image,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Image {
+    #[command(visible_alias = "ls")]
+    List,
+    /// Show what an image is made of, and check its files
+    Inspect { name: String },
+    /// Build the images, or find that they are there; needs root
+    Build(ImageBuild),
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct ImageBuild {
+    /// The guest's agent [default: aether-agent beside this program]
+    #[arg(long, value_name = "FILE", env = "AETHER_AGENT")]
+    pub(crate) agent: Option<PathBuf>,
+    /// Also make the image for tests with an emulated Firecracker, with this kernel
+    #[arg(long, value_name = "FILE")]
+    pub(crate) test_kernel: Option<PathBuf>,
+    /// Debian's suite
+    #[arg(long, default_value = "bookworm")]
+    pub(crate) suite: String,
+    /// A package besides the usual; may be given several times
+    #[arg(long = "package", value_name = "NAME", action = ArgAction::Append)]
+    pub(crate) packages: Vec<String>,
+    /// Fetch packages again, for their updates
+    #[arg(long)]
+    pub(crate) refresh: bool,
+}
+
+fn parse_pair(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err("write KEY=VALUE".to_owned()),
+    }
+}
+
+#[expect(clippy::disallowed_methods, reason = "this is where the environment is read")]
+fn parse_env(text: &str) -> Result<(String, String), String> {
+    if text.contains('=') {
+        return parse_pair(text);
+    }
+    match std::env::var(text) {
+        Ok(value) => Ok((text.to_owned(), value)),
+        Err(_) => Err(format!("{text} is not set here; write {text}=VALUE")),
+    }
+}
+
+/// `90`, `90s`, `30m`, `1h30m`, `2d`.
+fn parse_duration(text: &str) -> Result<Duration, String> {
+    let wrong = || format!("{text:?} is not a time such as 90s, 30m, 1h30m or 2d");
+    let mut seconds: u64 = 0;
+    let mut rest = text;
+    while !rest.is_empty() {
+        let digits = rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len());
+        let number: u64 = rest[..digits].parse().map_err(|_| wrong())?;
+        let unit = rest[digits..].chars().next();
+        let factor = match unit {
+            None if digits == text.len() => 1,
+            Some('s') => 1,
+            Some('m') => 60,
+            Some('h') => 3600,
+            Some('d') => 24 * 3600,
+            _ => return Err(wrong()),
+        };
+        let part = number.checked_mul(factor).ok_or_else(wrong)?;
+        seconds = seconds.checked_add(part).ok_or_else(wrong)?;
+        rest = &rest[digits + unit.map_or(0, char::len_utf8)..];
+    }
+    if seconds == 0 { Err(wrong()) } else { Ok(Duration::from_secs(seconds)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn times_are_read() {
+        for (text, s) in [("90", 90), ("90s", 90), ("30m", 1800), ("1h30m", 5400), ("2d", 172_800)]
+        {
+            assert_eq!(parse_duration(text), Ok(Duration::from_secs(s)), "{text}");
+        }
+        for text in ["", "0", "s", "1x", "1h30", "-1s", "1.5h", "99999999999999999d"] {
+            assert!(parse_duration(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_command_keeps_its_own_options() {
+        for line in [
+            &["aether", "exec", "-n", "web", "--", "ls", "-l", "--json"][..],
+            &["aether", "exec", "-n", "web", "ls", "-l", "--json"][..],
+        ] {
+            let args = Args::try_parse_from(line).unwrap();
+            assert!(!args.global.json);
+            let Command::Exec(exec) = args.command else { panic!("not exec") };
+            assert_eq!((exec.vm.as_str(), exec.no_stdin), ("web", true));
+            assert_eq!(exec.command, ["ls", "-l", "--json"]);
+        }
+    }
+}

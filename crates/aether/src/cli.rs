@@ -1,0 +1,144 @@
+//! The client side: each command finds the server, calls it, and prints for people or programs.
+
+mod attach;
+pub(crate) mod cp;
+mod cp_down;
+mod cp_up;
+pub(crate) mod exec;
+pub(crate) mod image;
+mod progress;
+pub(crate) mod shell;
+mod stdin;
+mod table;
+pub(crate) mod task;
+mod terminal;
+pub(crate) mod vm;
+
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    time::Duration,
+};
+
+use aether_api::{TaskView, client::Client};
+use aether_types::{Fault, TaskId, TaskState};
+use clap::CommandFactory as _;
+
+use crate::{
+    args::{Args, Global},
+    datadir::DataDir,
+    exit::Exit,
+    failure::Failure,
+};
+
+/// How long one request waits; it is asked again until the task has ended.
+const WAIT: Duration = Duration::from_mins(1);
+
+/// The server that the command line, the environment or a data directory names.
+pub(crate) fn connect(global: &Global) -> Result<Client, Failure> {
+    let local = || -> Result<Option<(DataDir, String)>, Failure> {
+        for dir in DataDir::candidates(global.data_dir.as_deref()) {
+            if let Some(address) = dir.read_listen()? {
+                return Ok(Some((dir, local_url(address))));
+            }
+        }
+        Ok(None)
+    };
+    let (url, key) = match (&global.url, &global.key) {
+        (Some(url), Some(key)) => (url.clone(), Some(key.clone())),
+        (Some(url), None) => {
+            // A local key goes to the local server alone.
+            let found = local().ok().flatten();
+            let ours = found.filter(|(_, local)| local == url.trim_end_matches('/'));
+            let key = ours.map_or(Ok(None), |(dir, _)| dir.read_admin_key())?;
+            (url.clone(), key)
+        }
+        (None, key) => {
+            let Some((dir, url)) = local()? else {
+                let dir = DataDir::choose(global.data_dir.as_deref());
+                return Err(Failure::new(
+                    "no_server",
+                    Exit::Unavailable,
+                    format!("no server is named, and none runs in {}", dir.path().display()),
+                )
+                .hint("start one with `aether up`, or give --url and --key"));
+            };
+            let key = match key {
+                Some(key) => Some(key.clone()),
+                None => dir.read_admin_key()?,
+            };
+            (url, key)
+        }
+    };
+    Ok(Client::new(&url, key.as_deref())?)
+}
+
+/// How to reach, on this machine, a server that listens on `address`.
+pub(crate) fn local_url(address: SocketAddr) -> String {
+    let ip = match address.ip() {
+        ip if !ip.is_unspecified() => ip,
+        IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(_) => std::net::Ipv6Addr::LOCALHOST.into(),
+    };
+    format!("http://{}", SocketAddr::new(ip, address.port()))
+}
+
+/// Waits, without a limit of its own, until the task has ended.
+pub(crate) async fn wait_for_task(client: &Client, id: TaskId) -> Result<TaskView, Failure> {
+    loop {
+        let task = client.task(id, Some(WAIT)).await?;
+        if task.status.is_end() {
+            return Ok(task);
+        }
+    }
+}
+
+/// The failure of a task that did not do what was asked.
+fn task_failure(task: &TaskView) -> Option<Failure> {
+    let fallback = |text: &str| Failure::new("internal", Exit::Failure, text);
+    match task.status {
+        TaskState::Completed => None,
+        TaskState::Cancelled => Some(Failure::new(
+            "cancelled",
+            Exit::Failure,
+            format!("task {} was cancelled", task.id),
+        )),
+        TaskState::Failed => Some(fault_failure(task.error.as_ref(), "the task failed")),
+        TaskState::Pending | TaskState::Running => Some(fallback("the task has not ended")),
+    }
+}
+
+fn fault_failure(fault: Option<&Fault>, otherwise: &str) -> Failure {
+    fault.map_or_else(|| Failure::new("internal", Exit::Failure, otherwise), Failure::fault)
+}
+
+pub(crate) fn completion(shell: clap_complete::Shell) {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Args::command(), "aether", &mut script);
+    crate::output::line(String::from_utf8_lossy(&script).trim_end());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn global(url: Option<&str>, dir: &std::path::Path) -> Global {
+        Global {
+            json: false,
+            url: url.map(str::to_owned),
+            key: None,
+            data_dir: Some(dir.to_owned()),
+        }
+    }
+
+    #[test]
+    fn the_server_of_a_data_directory_is_found() {
+        let root = tempfile::tempdir().unwrap();
+        let missing = connect(&global(None, root.path())).unwrap_err();
+        assert_eq!((missing.exit, missing.code.as_str()), (Exit::Unavailable, "no_server"));
+
+        let dir = DataDir::choose(Some(root.path())).lock().unwrap();
+        dir.write_listen("0.0.0.0:81".parse().unwrap()).unwrap();
+        dir.write_admin_key("ae_x").unwrap();
+        assert_eq!(connect(&global(None, root.path())).unwrap().base(), "http://127.0.0.1:81");
+    }
+}

@@ -1,0 +1,251 @@
+//! The data directory: who may use it, where things are in it, and the small files that the
+//! command line finds the server by.
+//!
+//! ```text
+//!   lock         held by the one process that uses the directory
+//!   aether.db    the store            queue.db    the queue
+//!   worker-id    of the worker here   admin-key   the first API key, mode 0600
+//!   auth-secret  hashes API keys      journal     of host resources, the drivers' own
+//!   listen       address of the server, while one runs
+//!   vms/         what the drivers keep
+//! ```
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, Read as _, Write as _},
+    net::SocketAddr,
+    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
+    path::{Path, PathBuf},
+};
+
+use aether_types::WorkerId;
+use rustix::fs::FlockOperation;
+
+use crate::{exit::Exit, failure::Failure};
+
+const SYSTEM_DIR: &str = "/var/lib/aetherium";
+
+/// Paths in a data directory. Knows nothing of who uses it.
+#[derive(Debug, Clone)]
+pub(crate) struct DataDir(PathBuf);
+
+impl DataDir {
+    /// The one that was asked for; else root's, or the user's own.
+    pub(crate) fn choose(given: Option<&Path>) -> Self {
+        if let Some(path) = given {
+            return Self(std::path::absolute(path).unwrap_or_else(|_| path.to_owned()));
+        }
+        if rustix::process::geteuid().is_root() {
+            return Self(SYSTEM_DIR.into());
+        }
+        let own = std::env::home_dir().map(|home| home.join(".local/share/aetherium"));
+        Self(own.unwrap_or_else(|| SYSTEM_DIR.into()))
+    }
+
+    /// Where a client looks: its own directory, else the system's.
+    pub(crate) fn candidates(given: Option<&Path>) -> Vec<Self> {
+        let first = Self::choose(given);
+        let system = Self(SYSTEM_DIR.into());
+        if given.is_some() || first.0 == system.0 { vec![first] } else { vec![first, system] }
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
+
+    pub(crate) fn store(&self) -> PathBuf {
+        self.0.join("aether.db")
+    }
+
+    pub(crate) fn queue(&self) -> PathBuf {
+        self.0.join("queue.db")
+    }
+
+    pub(crate) fn admin_key(&self) -> PathBuf {
+        self.0.join("admin-key")
+    }
+
+    fn listen(&self) -> PathBuf {
+        self.0.join("listen")
+    }
+
+    /// The address of the server that uses the directory, if one does.
+    pub(crate) fn read_listen(&self) -> Result<Option<SocketAddr>, Failure> {
+        let path = self.listen();
+        let Some(text) = read_if_there(&path)? else { return Ok(None) };
+        let address = text.trim().parse().map_err(|_| {
+            Failure::new("io", Exit::Failure, format!("{}: not an address", path.display()))
+        })?;
+        Ok(Some(address))
+    }
+
+    pub(crate) fn read_admin_key(&self) -> Result<Option<String>, Failure> {
+        let key = read_if_there(&self.admin_key())?.map(|key| key.trim().to_owned());
+        Ok(key.filter(|key| !key.is_empty()))
+    }
+
+    /// Makes the directory, for its owner alone, and takes it for this process.
+    pub(crate) fn lock(self) -> Result<LockedDataDir, Failure> {
+        let path = &self.0;
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(path)
+            .map_err(|e| Failure::file("make the data directory", path, &e).exit(Exit::Failure))?;
+        let lock_path = path.join("lock");
+        let mut lock = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&lock_path)
+            .map_err(|e| Failure::file("open", &lock_path, &e))?;
+        match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                let mut holder = String::new();
+                // Only for the message.
+                let _ = lock.read_to_string(&mut holder);
+                return Err(Failure::new(
+                    "data_dir_in_use",
+                    Exit::Conflict,
+                    format!("{} is in use by process {}", path.display(), holder.trim()),
+                )
+                .hint("stop that one, or choose another --data-dir"));
+            }
+            Err(error) => return Err(Failure::file("lock", &lock_path, &error.into())),
+        }
+        lock.set_len(0)
+            .and_then(|()| writeln!(lock, "{}", std::process::id()))
+            .map_err(|e| Failure::file("write", &lock_path, &e))?;
+        Ok(LockedDataDir { dir: self, _lock: lock })
+    }
+}
+
+/// A data directory that is this process's alone, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct LockedDataDir {
+    dir: DataDir,
+    _lock: File,
+}
+
+impl std::ops::Deref for LockedDataDir {
+    type Target = DataDir;
+
+    fn deref(&self) -> &DataDir {
+        &self.dir
+    }
+}
+
+impl LockedDataDir {
+    /// The worker's identity, the same over restarts.
+    pub(crate) fn worker_id(&self) -> Result<WorkerId, Failure> {
+        let path = self.path().join("worker-id");
+        if let Some(text) = read_if_there(&path)? {
+            return text.trim().parse().map_err(|e| {
+                Failure::new("io", Exit::Failure, format!("{}: {e}", path.display()))
+                    .hint("put the old content back, or remove the data directory")
+            });
+        }
+        let id = WorkerId::new();
+        replace(&path, format!("{id}\n").as_bytes(), 0o600)?;
+        Ok(id)
+    }
+
+    /// What API keys are hashed with: not in the store, so that a copy of it opens nothing.
+    pub(crate) fn read_secret(&self) -> Result<Option<[u8; 32]>, Failure> {
+        let path = self.path().join("auth-secret");
+        match fs::read(&path) {
+            Ok(bytes) => bytes.try_into().map(Some).map_err(|_| {
+                Failure::new("io", Exit::Failure, format!("{} is damaged", path.display()))
+                    .hint("put the old content back; or remove it, and every API key is void")
+            }),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(Failure::file("read", &path, &e)),
+        }
+    }
+
+    pub(crate) fn write_secret(&self, secret: &[u8; 32]) -> Result<(), Failure> {
+        replace(&self.path().join("auth-secret"), secret, 0o600)
+    }
+
+    pub(crate) fn write_admin_key(&self, key: &str) -> Result<(), Failure> {
+        replace(&self.admin_key(), format!("{key}\n").as_bytes(), 0o600)
+    }
+
+    pub(crate) fn write_listen(&self, address: SocketAddr) -> Result<(), Failure> {
+        replace(&self.listen(), format!("{address}\n").as_bytes(), 0o644)
+    }
+
+    pub(crate) fn remove_listen(&self) -> Result<(), Failure> {
+        match fs::remove_file(self.listen()) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                Err(Failure::file("remove", &self.listen(), &e))
+            }
+            Ok(()) | Err(_) => Ok(()),
+        }
+    }
+}
+
+fn read_if_there(path: &Path) -> Result<Option<String>, Failure> {
+    match fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) if e.kind() == io::ErrorKind::PermissionDenied => Err(Failure::new(
+            "permission_denied",
+            Exit::Unauthorized,
+            format!("{} is not yours to read", path.display()),
+        )
+        .hint("use root or sudo, or give --url and --key")),
+        Err(e) => Err(Failure::file("read", path, &e)),
+    }
+}
+
+/// Whole or not at all, also when the machine stops in the middle.
+fn replace(path: &Path, content: &[u8], mode: u32) -> Result<(), Failure> {
+    let new = path.with_extension("new");
+    let write = || -> io::Result<()> {
+        // A file that a crash left may have another mode.
+        let _ = fs::remove_file(&new);
+        let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(&new)?;
+        file.write_all(content)?;
+        file.sync_all()?;
+        fs::rename(&new, path)?;
+        path.parent().map_or(Ok(()), |dir| File::open(dir)?.sync_all())
+    };
+    write().map_err(|e| Failure::file("write", path, &e))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    #[test]
+    fn a_directory_has_one_user_and_small_files_survive() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("data");
+        let dir = DataDir::choose(Some(&path));
+        let locked = dir.clone().lock().unwrap();
+        let refused = dir.clone().lock().unwrap_err();
+        assert_eq!(refused.exit, Exit::Conflict);
+        assert!(refused.message.contains(&std::process::id().to_string()), "{refused}");
+
+        assert_eq!(locked.worker_id().unwrap(), locked.worker_id().unwrap());
+        locked.write_admin_key("ae_x").unwrap();
+        assert_eq!(dir.read_admin_key().unwrap().as_deref(), Some("ae_x"));
+        let mode = fs::metadata(dir.admin_key()).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+
+        let address = "127.0.0.1:8080".parse().unwrap();
+        locked.write_listen(address).unwrap();
+        assert_eq!(dir.read_listen().unwrap(), Some(address));
+        locked.remove_listen().unwrap();
+        locked.remove_listen().unwrap();
+        assert_eq!(dir.read_listen().unwrap(), None);
+        drop(locked);
+        drop(dir.lock().unwrap());
+    }
+}

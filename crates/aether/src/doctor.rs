@@ -1,0 +1,272 @@
+//! `aether doctor`: looks at this host, then runs a VM on it through the whole platform, removes
+//! it, and counts what is left. Every finding that is not well says what mends it.
+
+use std::{net::SocketAddr, path::Path, time::Duration};
+
+use aether_api::{
+    CreateVm, ExecuteRequest, VmView,
+    client::{CallOptions, Client, Waited},
+};
+use aether_drivers::CgroupStatus;
+use aether_types::VmState;
+use aether_worker::ShutdownMode;
+use serde::Serialize;
+use tokio::{net::TcpListener, time::Instant};
+
+use crate::{
+    args::{Backend, Doctor, DriverChoice, Global},
+    cli,
+    compose::{self, Plan, Platform},
+    datadir::DataDir,
+    exit::Exit,
+    failure::Failure,
+    host::{self, Finding, Verdict},
+    leftovers, logging, output,
+};
+
+const WAIT: Duration = Duration::from_mins(4);
+const SHUTDOWN_LIMIT: Duration = Duration::from_secs(30);
+const HINT: &str = "`aether up --log-level debug` says more; see the findings above";
+
+#[derive(Serialize)]
+struct Report {
+    healthy: bool,
+    findings: Vec<Finding>,
+}
+
+pub(crate) async fn run(global: &Global, args: Doctor) -> Result<Exit, Failure> {
+    logging::start(logging::LogFormat::Text, &args.log_level)?;
+    let mut findings = Findings { json: global.json, all: Vec::new() };
+    let dir = DataDir::choose(global.data_dir.as_deref());
+    if args.server {
+        let client = cli::connect(global)?;
+        try_server(&client, &mut findings).await;
+    } else {
+        if args.backend.driver != DriverChoice::Sim {
+            for finding in host::findings(dir.path()) {
+                findings.add(finding);
+            }
+            image(&args.backend, &mut findings);
+        }
+        // A host that lacks something cannot run a VM: that is said already.
+        if findings.worst() == Verdict::Failed {
+            let found = "not tried, since the host lacks what is said above";
+            findings.add(Finding::failed("vm", found, "mend that first"));
+        } else {
+            try_here(args.backend, &mut findings).await?;
+        }
+    }
+    Ok(findings.finish())
+}
+
+struct Findings {
+    json: bool,
+    all: Vec<Finding>,
+}
+
+impl Findings {
+    fn add(&mut self, finding: Finding) {
+        if !self.json {
+            let word = match finding.verdict {
+                Verdict::Ok => "ok",
+                Verdict::Warning => "warning",
+                Verdict::Failed => "FAILED",
+            };
+            output::line(&format!("{word:>8}  {:<11} {}", finding.check, finding.found));
+            if let Some(fix) = &finding.fix {
+                output::line(&format!("{:>8}  {:<11} → {fix}", "", ""));
+            }
+        }
+        self.all.push(finding);
+    }
+
+    fn failed(&mut self, check: &'static str, failure: &Failure) {
+        let fix = failure.hint.clone().unwrap_or_else(|| HINT.to_owned());
+        let found = format!("{} [{}]", failure.message, failure.code);
+        self.add(Finding::failed(check, found, fix));
+    }
+
+    fn worst(&self) -> Verdict {
+        let has = |verdict| self.all.iter().any(|finding| finding.verdict == verdict);
+        if has(Verdict::Failed) {
+            Verdict::Failed
+        } else if has(Verdict::Warning) {
+            Verdict::Warning
+        } else {
+            Verdict::Ok
+        }
+    }
+
+    fn finish(self) -> Exit {
+        let healthy = self.worst() != Verdict::Failed;
+        if self.json {
+            output::json(&Report { healthy, findings: self.all });
+        } else {
+            output::line(match self.worst() {
+                Verdict::Ok => "this host is fit",
+                Verdict::Warning => "this host works, with warnings",
+                Verdict::Failed => "this host is not fit yet",
+            });
+        }
+        if healthy { Exit::Success } else { Exit::Failure }
+    }
+}
+
+fn image(backend: &Backend, findings: &mut Findings) {
+    let folder = backend.images.path();
+    let checked =
+        aether_images::ImageStore::open(&folder).and_then(|store| store.resolve(&backend.image));
+    findings.add(match checked {
+        Ok(set) => Finding::ok("image", format!("{} is whole ({})", set.image, set.digest)),
+        Err(error) => Finding::failed(
+            "image",
+            crate::failure::chain(&error),
+            format!("aether image build --image-dir {}", folder.display()),
+        ),
+    });
+}
+
+/// A platform of its own, in a temporary folder, on a free port.
+async fn try_here(backend: Backend, findings: &mut Findings) -> Result<(), Failure> {
+    let folder = tempfile::Builder::new()
+        .prefix("aether-doctor-")
+        .tempdir()
+        .map_err(|e| Failure::io("make a temporary folder", &e))?;
+    // The folder itself is the data directory's parent, so that the lock can go with it.
+    let data = folder.path().join("data");
+    let dir = DataDir::choose(Some(&data)).lock()?;
+    let listener = TcpListener::bind(SocketAddr::from(([127, 0, 0, 1], 0)))
+        .await
+        .map_err(|e| Failure::io("listen on a free port", &e))?;
+    let plan = Plan { dir, listener, backend };
+    let platform = match Box::pin(Platform::start(plan)).await {
+        Ok(platform) => platform,
+        Err(failure) => {
+            findings.failed("platform", &failure);
+            left(&data, None, findings);
+            return Ok(());
+        }
+    };
+    describe(&platform, findings);
+    let instance = platform.network_instance();
+    let url = cli::local_url(platform.address());
+    let client = Client::new(&url, Some(platform.key().text()))?;
+    try_server(&client, findings).await;
+    let start = Instant::now();
+    let report = Box::pin(platform.shutdown(ShutdownMode::StopVms, SHUTDOWN_LIMIT)).await;
+    if report.tasks_left > 0 {
+        let found = format!("{} tasks had not ended", report.tasks_left);
+        findings.add(Finding::failed("shutdown", found, HINT));
+    } else {
+        findings.add(Finding::ok("shutdown", format!("in {} ms", start.elapsed().as_millis())));
+    }
+    left(&data, instance.as_deref(), findings);
+    Ok(())
+}
+
+fn describe(platform: &Platform, findings: &mut Findings) {
+    for capabilities in platform.drivers() {
+        let found = compose::describe(capabilities);
+        findings.add(if compose::is_weak(capabilities) {
+            Finding::warning("driver", found, "for hostile code use a host where KVM works")
+        } else {
+            Finding::ok("driver", found)
+        });
+    }
+    if let Some(range) = platform.network_range() {
+        findings.add(Finding::ok("network", format!("VMs have addresses of {range}")));
+    }
+    match platform.cgroup() {
+        None => {}
+        Some(CgroupStatus::Enforced { parent }) => {
+            findings.add(Finding::ok("cgroup", format!("limits hold, in {}", parent.display())));
+        }
+        Some(CgroupStatus::NotEnforced { reason }) => findings.add(Finding::warning(
+            "cgroup",
+            format!("limits on VMs do not hold: {reason}"),
+            "use a host with cgroup v2 whose memory, cpu and pids controllers root may delegate",
+        )),
+    }
+}
+
+fn left(data: &Path, instance: Option<&str>, findings: &mut Findings) {
+    let left = leftovers::of(data, instance);
+    findings.add(if left.is_empty() {
+        Finding::ok("leftovers", "none: no process, mount, link, rule or file")
+    } else {
+        Finding::failed("leftovers", left.join(", "), "remove them, and report this as a defect")
+    });
+}
+
+/// Makes a VM, runs a command in it, deletes it.
+async fn try_server(client: &Client, findings: &mut Findings) {
+    let name = format!("doctor-{}", std::process::id());
+    let start = Instant::now();
+    let made = match create(client, &name).await {
+        Ok(vm) => {
+            let found = format!("runs after {} ms ({})", start.elapsed().as_millis(), vm.driver);
+            findings.add(Finding::ok("vm", found));
+            true
+        }
+        Err(failure) => {
+            findings.failed("vm", &failure);
+            false
+        }
+    };
+    if made {
+        let start = Instant::now();
+        match command(client, &name).await {
+            Ok(()) => {
+                let found = format!("ran in {} ms", start.elapsed().as_millis());
+                findings.add(Finding::ok("command", found));
+            }
+            Err(failure) => findings.failed("command", &failure),
+        }
+    }
+    // Also one that failed: it is there until it is deleted.
+    let start = Instant::now();
+    match client.delete_vm(&name, &CallOptions::waiting(WAIT)).await.map_err(Failure::from) {
+        Ok(_) => {
+            let found = format!("gone after {} ms", start.elapsed().as_millis());
+            findings.add(Finding::ok("deletion", found));
+        }
+        Err(failure) if !made && failure.exit == Exit::NotFound => {}
+        Err(failure) => findings.failed("deletion", &failure),
+    }
+}
+
+async fn create(client: &Client, name: &str) -> Result<VmView, Failure> {
+    let request = CreateVm { name: Some(name.to_owned()), ..CreateVm::default() };
+    match client.create_vm(&request, &CallOptions::waiting(WAIT)).await? {
+        Waited::Done(vm) if vm.state == VmState::Running => Ok(vm),
+        Waited::Done(vm) => Err(vm.reason.as_ref().map_or_else(
+            || Failure::new("internal", Exit::Failure, format!("the VM is {}", vm.state)),
+            Failure::fault,
+        )),
+        Waited::Accepted(_) => Err(late("the VM does not run")),
+    }
+}
+
+async fn command(client: &Client, vm: &str) -> Result<(), Failure> {
+    let request = ExecuteRequest {
+        command: "echo".to_owned(),
+        args: vec!["well".to_owned()],
+        ..ExecuteRequest::default()
+    };
+    match client.execute(vm, &request, &CallOptions::waiting(WAIT)).await? {
+        Waited::Done(ended)
+            if ended.exit_code == Some(0) && ended.stdout.as_deref() == Some("well\n") =>
+        {
+            Ok(())
+        }
+        Waited::Done(ended) => Err(ended.error.as_ref().map_or_else(
+            || Failure::new("internal", Exit::Failure, "the command's output is not what it wrote"),
+            Failure::fault,
+        )),
+        Waited::Accepted(_) => Err(late("the command has not ended")),
+    }
+}
+
+fn late(what: &str) -> Failure {
+    Failure::new("too_late", Exit::Failure, format!("{what} after {} s", WAIT.as_secs()))
+}

@@ -1,0 +1,170 @@
+//! Questions about this host, for `doctor`. Each answer says what was found, and where it is not
+//! enough, what mends it.
+
+use std::{
+    fs::{self, OpenOptions},
+    path::Path,
+    process::Command,
+};
+
+use serde::Serialize;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Verdict {
+    Ok,
+    /// Works, but not as it should.
+    Warning,
+    Failed,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(crate) struct Finding {
+    pub(crate) check: &'static str,
+    pub(crate) verdict: Verdict,
+    pub(crate) found: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) fix: Option<String>,
+}
+
+impl Finding {
+    pub(crate) fn ok(check: &'static str, found: impl Into<String>) -> Self {
+        Self { check, verdict: Verdict::Ok, found: found.into(), fix: None }
+    }
+
+    pub(crate) fn warning(
+        check: &'static str,
+        found: impl Into<String>,
+        fix: impl Into<String>,
+    ) -> Self {
+        let fix = Some(fix.into());
+        Self { check, verdict: Verdict::Warning, found: found.into(), fix }
+    }
+
+    pub(crate) fn failed(
+        check: &'static str,
+        found: impl Into<String>,
+        fix: impl Into<String>,
+    ) -> Self {
+        Self { verdict: Verdict::Failed, ..Self::warning(check, found, fix) }
+    }
+}
+
+/// Disk that a few VMs fill soon.
+const DISK_FREE_MIN: u64 = 2 << 30;
+const MEMORY_FREE_MIN: u64 = 512 << 20;
+
+/// What can be asked without running anything of ours.
+pub(crate) fn findings(data_dir: &Path) -> Vec<Finding> {
+    vec![
+        root(),
+        architecture(),
+        program("qemu", "qemu-system-x86_64", "--version", "qemu-system-x86"),
+        program("nftables", "nft", "--version", "nftables"),
+        program("iproute2", "ip", "-V", "iproute2"),
+        program("e2fsprogs", "mkfs.ext4", "-V", "e2fsprogs"),
+        tun(),
+        kvm(),
+        disk(data_dir),
+        memory(),
+    ]
+}
+
+fn root() -> Finding {
+    if rustix::process::geteuid().is_root() {
+        Finding::ok("root", "running as root")
+    } else {
+        Finding::failed(
+            "root",
+            "not running as root: links, rules and users cannot be made",
+            "run it as root, or with sudo",
+        )
+    }
+}
+
+fn architecture() -> Finding {
+    match std::env::consts::ARCH {
+        "x86_64" => Finding::ok("processor", "x86_64"),
+        other => Finding::failed("processor", other, "use an x86_64 host"),
+    }
+}
+
+fn program(check: &'static str, program: &str, flag: &str, package: &'static str) -> Finding {
+    let output = Command::new(program).arg(flag).output();
+    match output {
+        Ok(output) => {
+            // `mkfs` writes its version to standard error.
+            let text = if output.stdout.is_empty() { output.stderr } else { output.stdout };
+            let text = String::from_utf8_lossy(&text);
+            Finding::ok(check, text.lines().next().unwrap_or(program).trim())
+        }
+        Err(error) => Finding::failed(
+            check,
+            format!("{program} does not run: {error}"),
+            format!("apt-get install {package}"),
+        ),
+    }
+}
+
+fn tun() -> Finding {
+    let path = "/dev/net/tun";
+    match OpenOptions::new().read(true).write(true).open(path) {
+        Ok(_) => Finding::ok("tun", format!("{path} opens")),
+        Err(error) => Finding::failed(
+            "tun",
+            format!("{path}: {error}"),
+            "modprobe tun; in a container, pass the device in and grant CAP_NET_ADMIN",
+        ),
+    }
+}
+
+/// Whether the device is there; only a VM shows whether it works, see the driver's finding.
+fn kvm() -> Finding {
+    let path = "/dev/kvm";
+    match OpenOptions::new().read(true).write(true).open(path) {
+        Ok(_) => Finding::ok("kvm", format!("{path} opens")),
+        Err(error) => Finding::warning(
+            "kvm",
+            format!("{path}: {error}; VMs are emulated, which is slow and is no isolation"),
+            "switch on virtualization in the firmware, or nested virtualization in the cloud's \
+             settings, then modprobe kvm",
+        ),
+    }
+}
+
+fn disk(data_dir: &Path) -> Finding {
+    // The directory need not be there yet.
+    let there = data_dir.ancestors().find(|path| path.is_dir()).unwrap_or(Path::new("/"));
+    match rustix::fs::statvfs(there) {
+        Ok(stat) => {
+            let free = stat.f_bavail * stat.f_frsize;
+            let found = format!("{} MB free at {}", free >> 20, there.display());
+            if free < DISK_FREE_MIN {
+                Finding::warning("disk", found, "make room, or choose another --data-dir")
+            } else {
+                Finding::ok("disk", found)
+            }
+        }
+        Err(error) => Finding::failed(
+            "disk",
+            format!("{}: {error}", there.display()),
+            "choose another --data-dir",
+        ),
+    }
+}
+
+fn memory() -> Finding {
+    let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let free = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))
+        .and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse::<u64>().ok())
+        .unwrap_or(0)
+        << 10;
+    let found = format!("{} MB available", free >> 20);
+    if free < MEMORY_FREE_MIN {
+        Finding::warning("memory", found, "end what uses it, or run fewer and smaller VMs")
+    } else {
+        Finding::ok("memory", found)
+    }
+}

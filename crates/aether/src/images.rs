@@ -1,0 +1,56 @@
+//! Where the worker's boot files come from.
+
+use std::{path::PathBuf, sync::Arc};
+
+use aether_drivers::{BootSource, KernelFlavour};
+use aether_images::{ImageError, ImageStore};
+use aether_types::{ErrorCode, Fault};
+use aether_worker::ImageSource;
+
+use crate::failure::chain;
+
+/// The images of this machine, checked at use.
+#[derive(Debug)]
+pub(crate) struct StoredImages(pub(crate) Arc<ImageStore>);
+
+impl ImageSource for StoredImages {
+    fn resolve(&self, image: &str) -> Result<BootSource, Fault> {
+        let set = self.0.resolve(image).map_err(|error| match error {
+            ImageError::Unknown { .. } => Fault::new(ErrorCode::ImageNotFound, error.to_string()),
+            error => {
+                tracing::error!(image, error = chain(&error), "the image cannot be used");
+                let text = format!("the image {image} cannot be used; the server's log says why");
+                Fault::new(ErrorCode::VmStartFailed, text)
+            }
+        })?;
+        Ok(BootSource {
+            kernel: set.kernel,
+            initrd: set.initrd,
+            rootfs: set.rootfs,
+            kernel_flavour: match set.kernel_flavour {
+                aether_images::KernelFlavour::Debian => KernelFlavour::Debian,
+                aether_images::KernelFlavour::FirecrackerTest => KernelFlavour::FirecrackerTest,
+            },
+        })
+    }
+}
+
+/// For machines that are none: any of these names will do.
+#[derive(Debug)]
+pub(crate) struct SimulatedImages(pub(crate) Vec<String>);
+
+impl ImageSource for SimulatedImages {
+    fn resolve(&self, image: &str) -> Result<BootSource, Fault> {
+        if !self.0.iter().any(|name| name == image) {
+            let known = self.0.join(", ");
+            let text = format!("no image is called {image}; there are: {known}");
+            return Err(Fault::new(ErrorCode::ImageNotFound, text));
+        }
+        Ok(BootSource {
+            kernel: PathBuf::new(),
+            initrd: PathBuf::new(),
+            rootfs: PathBuf::new(),
+            kernel_flavour: KernelFlavour::Debian,
+        })
+    }
+}

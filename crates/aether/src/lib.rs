@@ -1,0 +1,93 @@
+//! The one program: `aether up` is the whole platform on one machine, and everything else is its
+//! command line.
+//!
+//! ```text
+//!   args ──► up ─────► compose: store, queue, bus, images, drivers, worker, gateway
+//!     │      doctor ───────┘ (the same, in a temporary folder)
+//!     └────► cli: find the server, call it, print
+//! ```
+//!
+//! This is the composition root: only here are concrete back ends named, and only here are the
+//! environment and the command line read. What this crate does not do: it decides nothing about
+//! VMs or tasks; it wires up those who do.
+
+mod args;
+mod cli;
+mod compose;
+mod datadir;
+mod doctor;
+mod exit;
+mod failure;
+mod gateway;
+mod host;
+mod images;
+mod leftovers;
+mod logging;
+mod notify;
+mod output;
+mod signals;
+mod up;
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+use crate::{
+    args::{Args, Command},
+    exit::Exit,
+    failure::Failure,
+};
+
+/// Parses the command line, runs what it says, and answers with the exit status.
+#[must_use]
+pub fn main() -> ExitCode {
+    // On a wrong command line clap prints what is wrong and ends with 2, as documented.
+    let args = Args::parse();
+    let json = args.global.json;
+    let outcome = runtime(&args.command).and_then(|runtime| {
+        let outcome = runtime.block_on(Box::pin(run(args)));
+        // A thread may sit in a read of standard input that never ends.
+        runtime.shutdown_background();
+        outcome
+    });
+    match outcome {
+        Ok(exit) => exit.into(),
+        Err(failure) => {
+            output::failure(&failure, json);
+            failure.exit.into()
+        }
+    }
+}
+
+/// Clients need one thread; the platform takes what the machine has.
+fn runtime(command: &Command) -> Result<tokio::runtime::Runtime, Failure> {
+    let mut builder = match command {
+        Command::Up(_) | Command::Doctor(_) => tokio::runtime::Builder::new_multi_thread(),
+        Command::Vm(_)
+        | Command::Exec(_)
+        | Command::Shell(_)
+        | Command::Cp(_)
+        | Command::Task(_)
+        | Command::Image(_)
+        | Command::Completion { .. } => tokio::runtime::Builder::new_current_thread(),
+    };
+    builder.enable_all().build().map_err(|e| Failure::io("start the runtime", &e))
+}
+
+async fn run(args: Args) -> Result<Exit, Failure> {
+    let Args { global, command } = args;
+    match command {
+        Command::Up(up) => up::run(&global, up).await,
+        Command::Doctor(doctor) => doctor::run(&global, doctor).await,
+        Command::Vm(vm) => cli::vm::run(&global, vm).await,
+        Command::Exec(exec) => cli::exec::run(&global, exec).await,
+        Command::Shell(shell) => cli::shell::run(&global, shell).await,
+        Command::Cp(cp) => cli::cp::run(&global, cp).await,
+        Command::Task(task) => cli::task::run(&global, task).await,
+        Command::Image(image) => cli::image::run(&global, image),
+        Command::Completion { shell } => {
+            cli::completion(shell);
+            Ok(Exit::Success)
+        }
+    }
+}
