@@ -254,6 +254,8 @@ const TUNSETIFF: libc::Ioctl = 0x4004_54ca;
 const TUNSETPERSIST: libc::Ioctl = 0x4004_54cb;
 const TUNSETOWNER: libc::Ioctl = 0x4004_54cc;
 const TUNSETIFINDEX: libc::Ioctl = 0x4004_54da;
+const TUNGETIFF: libc::Ioctl = 0x8004_54d2;
+const IFF_PERSIST: u16 = 0x0800;
 const IFF_TAP: u16 = 0x0002;
 const IFF_NO_PI: u16 = 0x1000;
 const IFF_VNET_HDR: u16 = 0x4000;
@@ -287,6 +289,15 @@ pub(super) fn open_tap(name: &str, index: Option<u32>) -> Result<File, Errno> {
     Ok(file)
 }
 
+/// Opens a TAP that was made by [`make_tap`]: one that is not there is not made.
+pub(super) fn open_made_tap(name: &str) -> Result<File, Errno> {
+    let file = open_tap(name, None)?;
+    let mut request = InterfaceRequest { name: [0; libc::IFNAMSIZ], flags: 0, rest: [0; 22] };
+    tun_ioctl(&file, TUNGETIFF, (&raw mut request).addr())?;
+    // One made just now ends with its descriptor.
+    if request.flags & IFF_PERSIST == 0 { Err(Errno::NODEV) } else { Ok(file) }
+}
+
 /// Makes a TAP that stays when its maker ends and that `owner_uid` may open by name. Its index is
 /// chosen here, so that what refers to it can be sent without asking for it.
 pub(super) fn make_tap(name: &str, index: u32, owner_uid: u32) -> Result<(), Errno> {
@@ -303,7 +314,7 @@ pub(super) fn make_tap(name: &str, index: u32, owner_uid: u32) -> Result<(), Err
 #[expect(unsafe_code, reason = "no wrapper for the ioctls of tun")]
 fn tun_ioctl(file: &File, request: libc::Ioctl, argument: usize) -> Result<(), Errno> {
     // SAFETY: the argument is a number, or the address of a value that outlives the call and has
-    // the size and layout that the request asks for (checked at the three places that call this).
+    // the size and layout that the request asks for (checked at the places that call this).
     let result = unsafe { libc::ioctl(file.as_raw_fd(), request, argument) };
     if result < 0 {
         let error = std::io::Error::last_os_error();

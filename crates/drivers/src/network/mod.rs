@@ -196,15 +196,13 @@ impl Network {
     }
 
     /// Opens a TAP of an attachment, for a VMM to inherit: `/dev/net/tun` is not for the user that
-    /// a VMM runs as.
+    /// a VMM runs as. One VMM at a time; a TAP that was not made is not made by this.
     pub async fn open_tap(&self, name: &str) -> Result<OwnedFd, DriverError> {
         let live = self.current().ok_or_else(closed)?;
         let name = name.to_owned();
-        let opened = live.inner.run(move || match link::open_tap(&name, None) {
+        let opened = live.sockets.run(move || match link::open_made_tap(&name) {
             Ok(file) => Ok(file.into()),
-            Err(errno) => {
-                Err(DriverError::Io { action: format!("open TAP {name}"), source: errno.into() })
-            }
+            Err(errno) => Err(instance::failed(&format!("open the TAP {name}"), errno)),
         });
         opened.await
     }

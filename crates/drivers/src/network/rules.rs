@@ -78,6 +78,8 @@ table inet {table} {{
   }}
   chain input {{
     type filter hook input priority filter; policy drop;
+    iifname \"aeu*\" meta l4proto tcp reject with tcp reset
+    iifname \"aeu*\" reject with icmpx admin-prohibited
     iifname != \"aec*\" drop
     tcp flags & (fin | syn | rst | ack) != syn accept
     udp dport 1025 accept

@@ -43,9 +43,9 @@ fn the_public_internet_is_open_and_all_else_is_closed() {
         let here = [HOST, range.uplink_host(), range.uplink_inner(), range.gateway()];
         for host in here.into_iter().chain([other.address, Ipv4Addr::new(10, 213, 99, 99)]) {
             for port in [53, 80] {
-                assert!(guest.tcp(host, port).await.is_closed(), "{host}");
-                assert!(guest.udp(host, port).await.is_closed(), "{host}");
+                assert_eq!(guest.tcp(host, port).await, Outcome::Refused, "{host}");
             }
+            assert!(guest.udp(host, 53).await.is_closed(), "{host}");
             assert!(guest.ping(host).await.is_closed(), "{host}");
         }
         // And inwards: from the host, and from a neighbour of the host that routes through it.
@@ -127,6 +127,7 @@ fn a_policy_can_be_changed_and_ends_what_it_closes() {
         let before = guest.attachment.clone();
         let after = network.attach(guest.vm, &policy(Egress::None, &rules), 0, true).await.unwrap();
         assert_eq!(before, after);
+        assert!(network.open_tap("aeu9999").await.is_err());
         assert!(guest.tcp(PUBLIC, 80).await.is_closed());
         assert_eq!(guest.tcp(CLOSED[0], 8080).await, Outcome::Open);
         network.attach(guest.vm, &policy(Egress::Public, &[]), 0, true).await.unwrap();

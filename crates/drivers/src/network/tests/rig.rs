@@ -260,16 +260,13 @@ impl Guest {
     pub(super) async fn over(network: &Network, vm: VmId, attachment: Attachment) -> Self {
         let namespace = new_namespace();
         let lane = Lane::spawn("guest", Some(namespace.as_fd())).unwrap();
-        let host_side = network.namespace().unwrap();
-        let host_side = Lane::spawn("vmm", Some(host_side.as_fd())).unwrap();
         let (stop, stopped) = rustix::pipe::pipe().map(|(r, w)| (w, r)).unwrap();
         let taps = [(Some(attachment.tap.clone()), "g0"), (attachment.channel_tap.clone(), "c0")];
         let mut pumps = Vec::new();
         for (outer, inner) in taps {
             let Some(outer) = outer else { continue };
-            let open = |name: String| move || Ok(link::open_tap(&name, None).unwrap());
-            let outer = host_side.run(open(outer)).await.unwrap();
-            let inner = lane.run(open(inner.to_owned())).await.unwrap();
+            let outer = File::from(network.open_tap(&outer).await.unwrap());
+            let inner = lane.run(move || Ok(link::open_tap(inner, None).unwrap())).await.unwrap();
             let stopped = stopped.try_clone().unwrap();
             pumps.push(thread::spawn(move || pump(&outer, &inner, &stopped)));
         }
@@ -284,6 +281,9 @@ impl Guest {
         if attachment.channel_tap.is_some() {
             commands.push("link set c0 address 02:ae:00:00:00:02 addrgenmode none up".to_owned());
             commands.push("-6 addr add fe80::2/64 dev c0 nodad".to_owned());
+            // As the agent does.
+            let host = "fe80::1 lladdr 02:ae:00:00:00:01";
+            commands.push(format!("-6 neigh replace {host} dev c0 nud permanent"));
         }
         ip_in(&lane, commands).await;
         let std::net::IpAddr::V4(address) = address else { unreachable!() };
