@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeSet,
     fs,
+    net::IpAddr,
     os::{fd::AsFd as _, unix::net::UnixDatagram},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
@@ -19,6 +20,7 @@ use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     process::{Pid, PidfdFlags, Signal, pidfd_open},
 };
+use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::wire;
@@ -62,6 +64,7 @@ pub struct Platform {
     child: Option<Child>,
     client: Option<Client>,
     namespaces: BTreeSet<String>,
+    ready: Value,
 }
 
 /// Where real guests can run: the program, the agent and an image are there, and this is root.
@@ -104,8 +107,14 @@ pub fn program() -> Result<PathBuf> {
 impl Platform {
     pub fn start(setup: Setup) -> Result<Self> {
         let dir = TempDir::with_prefix("aether-test-")?;
-        let mut platform =
-            Self { dir, setup, child: None, client: None, namespaces: BTreeSet::new() };
+        let mut platform = Self {
+            dir,
+            setup,
+            child: None,
+            client: None,
+            namespaces: BTreeSet::new(),
+            ready: Value::Null,
+        };
         platform.restart()?;
         Ok(platform)
     }
@@ -118,25 +127,45 @@ impl Platform {
         let _ = fs::remove_file(&notify);
         let ready = UnixDatagram::bind(&notify)?;
         let log = fs::OpenOptions::new().create(true).append(true).open(self.log_path())?;
+        let words = fs::File::create(self.words_path())?;
         let child = Command::new(program()?)
-            .arg("up")
-            .arg("--data-dir")
+            .args(["--json", "up", "--data-dir"])
             .arg(self.data_dir())
             .args(["--listen", "127.0.0.1:0", "--driver", self.setup.driver])
             .args(&self.setup.args)
             .env("NOTIFY_SOCKET", &notify)
             .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
+            .stdout(words)
             .stderr(log)
             .spawn()
             .context("start aether up")?;
         self.child = Some(child);
         self.await_ready(&ready)?;
-        let address = fs::read_to_string(self.data_dir().join("listen"))?;
         let key = fs::read_to_string(self.data_dir().join("admin-key"))?;
-        self.namespaces.extend(wire::namespaces_of(&self.data_dir()));
-        self.client = Some(Client::new(&format!("http://{}", address.trim()), Some(key.trim()))?);
+        self.ready = self.ready_word()?;
+        let url = self.ready["url"].as_str().context("no url in the ready word")?;
+        self.client = Some(Client::new(url, Some(key.trim()))?);
+        if let Some(instance) = self.ready["network_instance"].as_str() {
+            self.namespaces.insert(format!("aether-{instance}"));
+        }
         Ok(())
+    }
+
+    /// The line of JSON that says that it is ready, and where.
+    fn ready_word(&self) -> Result<Value> {
+        let words = fs::read_to_string(self.words_path())?;
+        let mut lines = words.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        lines.find(|word| word["event"] == "ready").context("no ready word")
+    }
+
+    fn words_path(&self) -> PathBuf {
+        self.dir.path().join("words")
+    }
+
+    /// Where VMs find this host, if a rule lets them.
+    pub fn host_address(&self) -> Result<IpAddr> {
+        let address = self.ready["host_address"].as_str().context("this driver has no network")?;
+        Ok(address.parse()?)
     }
 
     /// Waits for the word that it is ready, or for its end.

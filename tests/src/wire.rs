@@ -6,49 +6,21 @@ use std::{
     fs,
     net::{Ipv6Addr, SocketAddrV6, TcpStream},
     os::fd::AsFd as _,
-    path::{Path, PathBuf},
+    path::Path,
     process::Command,
     sync::mpsc::{Sender, channel},
     thread,
 };
 
 use anyhow::{Context, Result, bail};
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use rustix::{
+    process::Pid,
+    thread::{LinkNameSpaceType, move_into_link_name_space},
+};
 
 /// The agent's end of every private link.
 const GUEST: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 2);
 const NAMESPACES: &str = "/run/netns";
-
-/// Names of network namespaces that the platform's journal in a data directory speaks of.
-pub fn namespaces_of(data_dir: &Path) -> BTreeSet<String> {
-    let mut names = BTreeSet::new();
-    for file in files_below(data_dir, 3) {
-        if !file.file_name().is_some_and(|name| name.to_string_lossy().contains("journal")) {
-            continue;
-        }
-        let text = String::from_utf8_lossy(&fs::read(&file).unwrap_or_default()).into_owned();
-        for (at, prefix) in text.match_indices("aether-") {
-            let id: String = text[at + prefix.len()..].chars().take(8).collect();
-            if id.len() == 8 && id.chars().all(|c| c.is_ascii_hexdigit()) {
-                names.insert(format!("aether-{id}"));
-            }
-        }
-    }
-    names
-}
-
-fn files_below(dir: &Path, depth: usize) -> Vec<PathBuf> {
-    let Ok(entries) = fs::read_dir(dir) else { return Vec::new() };
-    let mut files = Vec::new();
-    for path in entries.flatten().map(|entry| entry.path()) {
-        match path.is_dir() {
-            true if depth > 0 => files.extend(files_below(&path, depth - 1)),
-            true => {}
-            false => files.push(path),
-        }
-    }
-    files
-}
 
 /// Everything on this host that belongs to a data directory and is not a file in it.
 pub fn host_leftovers(data_dir: &Path, namespaces: &BTreeSet<String>) -> Result<Vec<String>> {
@@ -153,4 +125,11 @@ fn private_link() -> Result<u32> {
         .collect();
     let [index] = links.as_slice() else { bail!("not one private link: {listing}") };
     Ok(index.trim().parse()?)
+}
+
+/// Processes in a network namespace: the VMMs of an instance.
+pub fn processes_in(namespace: &str) -> Result<Vec<Pid>> {
+    let output = Command::new("ip").args(["netns", "pids", namespace]).output()?;
+    let pids = String::from_utf8(output.stdout)?;
+    Ok(pids.split_whitespace().filter_map(|pid| Pid::from_raw(pid.parse().ok()?)).collect())
 }

@@ -292,7 +292,10 @@ impl Core {
     pub(crate) async fn change_vm(&self, id: VmId, event: VmEvent, reason: Option<Fault>) {
         let change = VmChange { event, reason, patch: VmPatch::default() };
         match self.parts.store.change_vm(id, change).await {
-            Ok(vm) => self.publish_vm(&vm).await,
+            Ok(vm) => {
+                self.guests.notify();
+                self.publish_vm(&vm).await;
+            }
             Err(aether_store::StoreError::WrongState { .. }) => {}
             Err(error) => {
                 tracing::error!(vm.id = %id, error = fault::chain(&error), "record a change");

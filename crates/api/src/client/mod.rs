@@ -76,6 +76,17 @@ pub enum Waited<T> {
     Accepted(Accepted),
 }
 
+impl<T> Waited<T> {
+    /// The task that was recorded, where nobody waited for its end.
+    #[must_use]
+    pub fn task_id(&self) -> Option<TaskId> {
+        match self {
+            Self::Done(_) => None,
+            Self::Accepted(accepted) => Some(accepted.task_id),
+        }
+    }
+}
+
 impl Waited<VmView> {
     #[must_use]
     pub fn vm_id(&self) -> VmId {
