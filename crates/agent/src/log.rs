@@ -10,7 +10,17 @@ static KMSG: OnceLock<Option<File>> = OnceLock::new();
 /// Logs one line.
 #[macro_export]
 macro_rules! kmsg {
-    ($($argument:tt)*) => { $crate::log::write(format_args!($($argument)*)) };
+    ($($argument:tt)*) => {
+        $crate::log::write($crate::log::Level::Warning, format_args!($($argument)*))
+    };
+}
+
+/// Of a line, as the kernel counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Level {
+    /// Shown on a console even if the guest was told to be quiet.
+    Fatal = 0,
+    Warning = 4,
 }
 
 /// Sends later lines to the kernel's log. Only PID 1 does: a test must not write there.
@@ -19,11 +29,11 @@ pub fn use_kernel_log() {
 }
 
 #[doc(hidden)]
-pub fn write(line: fmt::Arguments<'_>) {
+pub fn write(level: Level, line: fmt::Arguments<'_>) {
     // One write is one record. Nothing can be done where logging itself does not work.
-    let record = format!("aether-agent: {line}\n");
+    let record = format!("<{}>aether-agent: {line}\n", level as u8);
     match KMSG.get() {
         Some(Some(kmsg)) => drop((&*kmsg).write_all(record.as_bytes())),
-        Some(None) | None => drop(std::io::stderr().write_all(record.as_bytes())),
+        Some(None) | None => drop(std::io::stderr().write_all(&record.as_bytes()[3..])),
     }
 }

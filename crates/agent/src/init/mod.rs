@@ -13,8 +13,9 @@ use std::time::{Duration, Instant};
 
 use command_line::CommandLine;
 
+use crate::log::{self, Level};
 use crate::server::{self, Agent};
-use crate::{guest, kmsg, log, net, power, sys};
+use crate::{guest, kmsg, net, power, sys};
 
 /// An agent that ends sooner than this after its start has a fault that a new one has too.
 const SHORT_LIFE: Duration = Duration::from_secs(1);
@@ -23,12 +24,11 @@ const SHORT_LIVES_MAX: u32 = 10;
 
 /// Does not return: the kernel panics when PID 1 ends.
 pub fn main() -> ! {
-    log::use_kernel_log();
     match bring_up() {
         Ok(command_line) => supervise(&command_line),
         Err(error) => {
             // A guest that cannot be reached is ended, so that its VMM ends and the host sees why.
-            kmsg!("give up: {error}");
+            log::write(Level::Fatal, format_args!("give up: {error}"));
             power::end_machine(true);
             exit(1)
         }
@@ -37,7 +37,7 @@ pub fn main() -> ! {
 
 fn bring_up() -> io::Result<CommandLine> {
     mounts::early()?;
-    // After /dev is there: the log could not be opened before.
+    // Not earlier: without /dev it could not be opened, and later tries count for nothing.
     log::use_kernel_log();
     let command_line = CommandLine::read()?;
     let events = devices::Events::listen();
@@ -74,7 +74,7 @@ fn supervise(command_line: &CommandLine) -> ! {
         }
         short_lives = if begun.elapsed() < SHORT_LIFE { short_lives + 1 } else { 0 };
         if short_lives >= SHORT_LIVES_MAX {
-            kmsg!("the agent does not stay alive");
+            log::write(Level::Fatal, format_args!("the agent does not stay alive"));
             power::end_machine(true);
         }
     }
