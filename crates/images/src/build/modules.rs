@@ -86,7 +86,9 @@ impl Modules<'_> {
         for depend in depends {
             self.add(&key(&depend), tree)?;
         }
-        self.ordered.push((name.to_owned(), without_signature(&bytes).to_vec()));
+        let mut module = without_signature(&bytes).to_vec();
+        hide_types(&mut module);
+        self.ordered.push((name.to_owned(), module));
         Ok(())
     }
 }
@@ -130,6 +132,17 @@ fn without_signature(bytes: &[u8]) -> &[u8] {
         .ok()
         .and_then(|length| rest.len().checked_sub(SIGNATURE_BLOCK + length))
         .map_or(bytes, |end| &rest[..end])
+}
+
+/// Renames the section with type data, so that the kernel does not look for it. Emulated guests
+/// skip the kernel's own type data to boot faster, and each module with some would then print a
+/// warning with a stack trace.
+fn hide_types(module: &mut [u8]) {
+    const NAME: &[u8] = b"\0.BTF\0";
+    let Some(names) = section(module, b".shstrtab") else { return };
+    let Some(at) = names.windows(NAME.len()).position(|name| name == NAME) else { return };
+    let start = names.as_ptr().addr() - module.as_ptr().addr();
+    module[start + at + 1..][..NAME.len() - 2].copy_from_slice(b".btf");
 }
 
 /// What the `.modinfo` section says after `depends=`.
@@ -244,6 +257,22 @@ mod tests {
         let error = segment(tree.path(), tree.path()).unwrap_err();
         assert_eq!(error.code(), "image_kernel_unusable");
         assert!(error.to_string().contains("no module ext4"), "{error}");
+    }
+
+    #[test]
+    fn type_data_is_hidden_and_the_rest_is_as_it_was() {
+        let mut whole = module("virtio");
+        let before = whole.clone();
+        hide_types(&mut whole);
+        assert_eq!(whole, before, "there is nothing to hide");
+        // A module whose names have one more: in the place of `.modinfo`.
+        let names = before.windows(10).position(|w| w == b"\0.modinfo\0").unwrap();
+        whole[names + 1..names + 9].copy_from_slice(b".BTF\0abc");
+        hide_types(&mut whole);
+        assert!(section(&whole, b".BTF").is_none() && section(&whole, b".btf").is_some());
+        for cut in 0..whole.len() {
+            hide_types(&mut whole[..cut]);
+        }
     }
 
     #[test]
