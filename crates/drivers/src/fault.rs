@@ -20,6 +20,8 @@ struct Plan {
     seen: BTreeSet<&'static str>,
     /// The point that is to fail, the next time it is hit.
     armed: Option<String>,
+    /// It is to panic: what it does not do then, a killed process does not do either.
+    crashes: bool,
 }
 
 impl FaultPoints {
@@ -37,7 +39,13 @@ impl FaultPoints {
 
     /// Makes the next hit of `point` fail, once.
     pub fn arm(&self, point: &str) {
-        self.with(|plan| plan.armed = Some(point.to_owned()));
+        self.with(|plan| (plan.armed, plan.crashes) = (Some(point.to_owned()), false));
+    }
+
+    /// Makes the next hit of `point` panic, once. In a thread that owns what it works on, that is
+    /// as good as killing the process there: no undo runs.
+    pub fn arm_crash(&self, point: &str) {
+        self.with(|plan| (plan.armed, plan.crashes) = (Some(point.to_owned()), true));
     }
 
     /// Whether a point that was armed has not been hit; disarms it.
@@ -52,11 +60,15 @@ impl FaultPoints {
     }
 
     pub fn hit(&self, point: &'static str) -> Result<(), DriverError> {
-        let fails = self.with(|plan| {
+        let hit = self.with(|plan| {
             plan.seen.insert(point);
-            plan.armed.take_if(|armed| armed == point).is_some()
+            plan.armed.take_if(|armed| armed == point).map(|_| plan.crashes)
         });
-        if fails == Some(true) { Err(DriverError::Injected(point.to_owned())) } else { Ok(()) }
+        match hit.flatten() {
+            None => Ok(()),
+            Some(false) => Err(DriverError::Injected(point.to_owned())),
+            Some(true) => panic!("injected crash at {point}"),
+        }
     }
 
     fn with<T>(&self, change: impl FnOnce(&mut Plan) -> T) -> Option<T> {

@@ -3,8 +3,10 @@
 //!
 //! A packet must pass every base chain of a hook, so our table cannot overrule another's drop. In
 //! each foreign chain that drops forwarded packets by policy, two rules are put at the top, marked
-//! by a comment with the instance's name: what comes from our uplink passes (our own rules have
-//! judged it), and so do replies to it.
+//! by a comment with the instance's name: what comes from our uplink and what goes to it passes.
+//! Our own tables have judged the one and let only replies through of the other. The rules are of
+//! the form that `iptables` on nftables writes itself; it refuses a table with anything else in it
+//! (`ct state` is enough), and Docker with it.
 
 use std::{
     fmt::Write as _,
@@ -90,11 +92,8 @@ pub(super) fn open(uplink: &str, comment: &str) -> Result<(), DriverError> {
                 continue;
             }
             let at = format!("insert rule {family} {table} {name}");
-            let text = format!(
-                "{at} iifname \"{uplink}\" accept comment \"{comment}\"\n\
-                 {at} oifname \"{uplink}\" ct state established,related accept \
-                 comment \"{comment}\"\n"
-            );
+            let pass = format!("\"{uplink}\" counter accept comment \"{comment}\"");
+            let text = format!("{at} iifname {pass}\n{at} oifname {pass}\n");
             run_nft(&["-f", "-"], &text)?;
             tracing::info!(chain = %format!("{family} {table} {name}"), "opened for the uplink");
         }
@@ -165,10 +164,9 @@ fn legacy(uplink: &str, comment: &str, what: Legacy) -> Result<(), DriverError> 
         }
     };
     let drops = run(&["-S", "FORWARD"])?.is_some_and(|text| text.contains("-P FORWARD DROP"));
-    let from = ["FORWARD", "-i", uplink, "-m", "comment", "--comment", comment, "-j", "ACCEPT"];
-    let states = ["--ctstate", "RELATED,ESTABLISHED", "-m", "comment", "--comment", comment];
-    let to = [&["FORWARD", "-o", uplink, "-m", "conntrack"][..], &states, &["-j", "ACCEPT"]];
-    for rule in [&from[..], &to.concat()] {
+    for direction in ["-i", "-o"] {
+        let rule = &["FORWARD", direction, uplink, "-m", "comment", "--comment", comment];
+        let rule = &[&rule[..], &["-j", "ACCEPT"]].concat()[..];
         // Taken out first, so that a repetition does not add a second one.
         while run(&[&["-D"], rule].concat())?.is_some() {}
         if what == Legacy::Open && drops && run(&[&["-I"], rule].concat())?.is_none() {

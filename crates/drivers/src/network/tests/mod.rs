@@ -7,7 +7,9 @@ use std::{
 
 use aether_types::{Egress, NetworkPolicy, VmId};
 
-use self::rig::{CLOSED, Guest, HOST, Outcome, PUBLIC, RESOLVER, Rig, as_host, finish, ip, tcp};
+use self::rig::{
+    CLOSED, Guest, HOST, Outcome, PUBLIC, RESOLVER, Rig, as_host, exchange, finish, ip, tcp,
+};
 use super::{Network, NetworkConfig, leftovers};
 use crate::{DriverError, fault::FaultPoints, journal::Owner};
 
@@ -123,11 +125,14 @@ fn a_policy_can_be_changed_and_ends_what_it_closes() {
         let network = rig.open().await;
         let guest = Guest::new(&network, &policy(Egress::Public, &[])).await;
         assert_eq!(guest.tcp(PUBLIC, 80).await, Outcome::Open);
+        let flow = guest.udp_socket().await;
+        assert_eq!(exchange(&flow, PUBLIC, 80).await, Outcome::Open);
         let rules = ["10.9.9.9:80", "10.0.0.0/8:50-100/tcp", "10.9.0.0/16"];
         let before = guest.attachment.clone();
         let after = network.attach(guest.vm, &policy(Egress::None, &rules), 0, true).await.unwrap();
         assert_eq!(before, after);
         assert!(network.open_tap("aeu9999").await.is_err());
+        assert!(exchange(&flow, PUBLIC, 80).await.is_closed());
         assert!(guest.tcp(PUBLIC, 80).await.is_closed());
         assert_eq!(guest.tcp(CLOSED[0], 8080).await, Outcome::Open);
         network.attach(guest.vm, &policy(Egress::Public, &[]), 0, true).await.unwrap();
@@ -452,6 +457,39 @@ fn a_failure_at_any_step_leaves_nothing() {
                 0,
                 "{point}"
             );
+            assert_eq!(journal.resources(Owner::Host), [], "{point}");
+        }
+    });
+}
+
+/// As SIGKILL at each step: no undo runs, and whoever comes next has the journal alone.
+#[test]
+fn a_crash_at_any_step_leaves_nothing_that_the_next_does_not_find() {
+    as_host(async || {
+        let mut rig = Rig::new().await;
+        let fault = FaultPoints::recording();
+        rig.config = NetworkConfig { fault: fault.clone(), ..rig.config.clone() };
+        let rules = policy(Egress::Public, &["10.9.9.9:80"]);
+        let network = rig.open().await;
+        network.attach(VmId::new(), &rules, 0, true).await.unwrap();
+        finish(network).await;
+        for point in fault.seen() {
+            fault.arm_crash(point);
+            let (kept, lost) = (VmId::new(), VmId::new());
+            if let Ok(network) = Network::open(rig.config.clone(), rig.journal()).await {
+                assert!(network.attach(lost, &rules, 0, true).await.is_err(), "{point}");
+            }
+            assert!(!fault.disarm(), "{point}");
+            let network = rig.open().await;
+            network.attach(kept, &rules, 0, true).await.unwrap();
+            network.reconcile(&[kept]).await.unwrap();
+            assert_eq!(network.attachment(lost), None, "{point}");
+            let guest = Guest::over(&network, kept, network.attachment(kept).unwrap()).await;
+            assert_eq!(guest.tcp(PUBLIC, 80).await, Outcome::Open, "{point}");
+            drop(guest);
+            finish(network).await;
+            let journal = rig.journal();
+            assert_eq!(journal.machines(), [], "{point}");
             assert_eq!(journal.resources(Owner::Host), [], "{point}");
         }
     });

@@ -240,6 +240,16 @@ pub(super) async fn tcp(lane: &Lane, from: Option<Ipv4Addr>, to: SocketAddr) -> 
     outcome(tokio::time::timeout(SILENCE, connecting).await)
 }
 
+/// One datagram there and one back.
+pub(super) async fn exchange(socket: &tokio::net::UdpSocket, to: Ipv4Addr, port: u16) -> Outcome {
+    let exchange = async {
+        socket.connect((to, port)).await?;
+        socket.send(b"?").await?;
+        socket.recv(&mut [0; 16]).await
+    };
+    outcome(tokio::time::timeout(SILENCE, exchange).await)
+}
+
 pub(super) struct Guest {
     pub(super) vm: VmId,
     pub(super) attachment: Attachment,
@@ -303,18 +313,16 @@ impl Guest {
     }
 
     pub(super) async fn udp(&self, to: Ipv4Addr, port: u16) -> Outcome {
+        exchange(&self.udp_socket().await, to, port).await
+    }
+
+    pub(super) async fn udp_socket(&self) -> tokio::net::UdpSocket {
         let socket = self.lane.run(|| {
             let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
             socket.set_nonblocking(true).unwrap();
             Ok(socket)
         });
-        let socket = tokio::net::UdpSocket::from_std(socket.await.unwrap()).unwrap();
-        let exchange = async {
-            socket.connect((to, port)).await?;
-            socket.send(b"?").await?;
-            socket.recv(&mut [0; 16]).await
-        };
-        outcome(tokio::time::timeout(SILENCE, exchange).await)
+        tokio::net::UdpSocket::from_std(socket.await.unwrap()).unwrap()
     }
 
     pub(super) async fn ping(&self, to: Ipv4Addr) -> Outcome {
