@@ -106,8 +106,12 @@ impl From<StoreError> for ApiError {
         let code = error.code();
         match &error {
             StoreError::WrongState { vm, .. } => {
-                let state = vm.state;
-                Self::new(code, error.to_string()).vm_state(state)
+                // Why it failed says more than that it did.
+                let detail = match &vm.reason {
+                    Some(reason) => format!("{error}: {reason}"),
+                    None => error.to_string(),
+                };
+                Self::new(code, detail).vm_state(vm.state)
             }
             StoreError::NameTaken { .. } => Self::new(code, error.to_string()).field("name"),
             StoreError::BadCursor => Self::new(code, error.to_string()).field("cursor"),

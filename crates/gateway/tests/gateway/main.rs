@@ -1,0 +1,15 @@
+//! The gateway over a real store, a real queue and real connections; the worker and the guest are
+//! scripted.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on is to say where")]
+
+mod bounds;
+mod files;
+mod guest;
+mod outbox;
+mod refusals;
+mod requests;
+mod rig;
+mod streams;
+mod terminal;
+mod worker;
