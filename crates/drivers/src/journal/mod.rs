@@ -9,7 +9,7 @@
 //! - A call that returned `Ok` survives the death of this process at any later moment. A power cut
 //!   may take the last records with it, and takes the processes, links and rules that they name
 //!   as well.
-//! - Reading a file that was cut anywhere gives a prefix of its history ([`record`]).
+//! - Reading a file that was cut anywhere gives a prefix of its history.
 //! - One process at a time: the lock file beside the journal names the holder.
 //! - The file has mode 0600: it holds the VMs' tokens.
 

@@ -17,7 +17,7 @@
 //! - Everything is in the journal before it exists: what all VMs share under [`Owner::Host`], the
 //!   rest under its VM.
 //! - The rules fail closed: an empty set opens nothing, and so does a packet nobody thought of.
-//! - What changes the host runs in a [lane](lane), to its end, also if the caller is dropped.
+//! - What changes the host runs in a thread of its own, to its end, also if the caller is dropped.
 //! - Every step can be repeated; making and mending are the same code.
 //!
 //! What this deliberately does not do: IPv6 for guests (refused, not ignored), ports of the host
