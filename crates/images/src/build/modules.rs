@@ -138,11 +138,12 @@ fn without_signature(bytes: &[u8]) -> &[u8] {
 /// skip the kernel's own type data to boot faster, and each module with some would then print a
 /// warning with a stack trace.
 fn hide_types(module: &mut [u8]) {
-    const NAME: &[u8] = b"\0.BTF\0";
+    // A linker lets it share the end of a longer name, such as that of its relocations.
+    const NAME: &[u8] = b".BTF\0";
     let Some(names) = section(module, b".shstrtab") else { return };
     let Some(at) = names.windows(NAME.len()).position(|name| name == NAME) else { return };
     let start = names.as_ptr().addr() - module.as_ptr().addr();
-    module[start + at + 1..][..NAME.len() - 2].copy_from_slice(b".btf");
+    module[start + at..][..NAME.len() - 1].copy_from_slice(b".btf");
 }
 
 /// What the `.modinfo` section says after `depends=`.
