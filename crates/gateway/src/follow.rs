@@ -17,7 +17,7 @@ use aether_types::{
     TaskState,
 };
 use bytes::Bytes;
-use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 
 use crate::{
     parts::App,
@@ -82,6 +82,14 @@ impl Follower {
     pub(crate) fn input(&self) -> Option<mpsc::Sender<SessionInput>> {
         match &self.phase {
             Phase::Live(client) => Some(client.input.clone()),
+            Phase::Stored | Phase::Done => None,
+        }
+    }
+
+    /// Bytes of standard input that have gone on to the guest.
+    pub(crate) fn taken(&self) -> Option<watch::Receiver<u64>> {
+        match &self.phase {
+            Phase::Live(client) => Some(client.taken.clone()),
             Phase::Stored | Phase::Done => None,
         }
     }

@@ -7,7 +7,10 @@ use std::{
 
 use aether_types::{ExecutionId, ExitStatus, Fault, OutputStream, TtySize};
 use bytes::Bytes;
-use tokio::sync::mpsc::{Receiver, Sender, channel};
+use tokio::sync::{
+    mpsc::{Receiver, Sender, channel},
+    watch,
+};
 
 /// Messages in flight each way. With 64 KiB in a message, at most 1 MiB waits for a slow client.
 const MESSAGES: usize = 16;
@@ -48,6 +51,9 @@ pub enum SessionOutput {
 pub struct ClientEnd {
     pub input: Sender<SessionInput>,
     pub output: Receiver<SessionOutput>,
+    /// Bytes of standard input that have gone on to the guest, in all. The worker takes whatever
+    /// comes, so that signals never wait behind input; who sends bounds what is on its way.
+    pub taken: watch::Receiver<u64>,
     _entry: Entry,
 }
 
@@ -56,6 +62,7 @@ pub struct ClientEnd {
 pub struct WorkerEnd {
     pub input: Receiver<SessionInput>,
     pub output: Sender<SessionOutput>,
+    pub taken: watch::Sender<u64>,
 }
 
 type Waiting = Mutex<HashMap<ExecutionId, WorkerEnd>>;
@@ -72,9 +79,11 @@ impl Sessions {
     pub fn open(&self, id: ExecutionId) -> ClientEnd {
         let (input, worker_input) = channel(MESSAGES);
         let (worker_output, output) = channel(MESSAGES);
-        let end = WorkerEnd { input: worker_input, output: worker_output };
+        let (worker_taken, taken) = watch::channel(0);
+        let end = WorkerEnd { input: worker_input, output: worker_output, taken: worker_taken };
         lock(&self.waiting).insert(id, end);
-        ClientEnd { input, output, _entry: Entry { id, waiting: Arc::downgrade(&self.waiting) } }
+        let entry = Entry { id, waiting: Arc::downgrade(&self.waiting) };
+        ClientEnd { input, output, taken, _entry: entry }
     }
 
     /// The worker's end, once. `None`: nobody follows this execution live.

@@ -17,7 +17,10 @@ use aether_types::{
 };
 use bytes::Bytes;
 use tokio::{
-    sync::mpsc::{Receiver, Sender},
+    sync::{
+        mpsc::{Receiver, Sender},
+        watch,
+    },
     time::{Instant, sleep_until},
 };
 use tokio_util::sync::CancellationToken;
@@ -30,9 +33,6 @@ use crate::{
 
 /// After a cancellation the guest ends the command within its grace; then this host stops waiting.
 const CANCEL_LIMIT: Duration = Duration::from_secs(10);
-
-/// Input held for a command that does not read it, beyond what its guest holds.
-const FEED_BYTES: usize = 1024 * 1024;
 
 pub(crate) struct Pump<'a> {
     pub(crate) guest: &'a Guest,
@@ -52,11 +52,12 @@ pub(crate) enum PumpEnd {
     Left,
 }
 
-/// Standard input on its way to a command. Survives a lost connection, except for bytes that were
+/// Standard input on its way to a command; the gateway bounds how much. Survives a lost connection, except for bytes that were
 /// on the wire.
 pub(crate) struct Feed {
     waiting: VecDeque<Bytes>,
-    waiting_bytes: usize,
+    /// Bytes that came, in all.
+    received: u64,
     ended: bool,
     eof_sent: bool,
 }
@@ -67,7 +68,7 @@ impl Feed {
         let waiting: VecDeque<_> =
             given.map(|text| Bytes::copy_from_slice(text.as_bytes())).into_iter().collect();
         Self {
-            waiting_bytes: waiting.iter().map(Bytes::len).sum(),
+            received: waiting.iter().map(|data| data.len() as u64).sum(),
             // Without a stream and without text the command has no standard input at all.
             eof_sent: !spec.interactive && waiting.is_empty(),
             ended: !spec.interactive,
@@ -81,9 +82,17 @@ impl Feed {
         &mut self,
         input: &mut RunInput,
         mut from_client: Option<&mut Receiver<SessionInput>>,
+        taken: Option<&watch::Sender<u64>>,
         interactive: bool,
     ) {
         loop {
+            if let Some(taken) = taken {
+                // Counted here and not after sending, which may be dropped when it has sent.
+                let waiting: u64 = self.waiting.iter().map(|data| data.len() as u64).sum();
+                taken.send_if_modified(|bytes| {
+                    std::mem::replace(bytes, self.received - waiting) != self.received - waiting
+                });
+            }
             let message = tokio::select! {
                 sent = self.send_next(input) => match sent {
                     Ok(()) => continue,
@@ -91,15 +100,18 @@ impl Feed {
                     Err(_) => return std::future::pending().await,
                 },
                 // A signal is not to wait behind input that the command does not read.
-                message = receive(&mut from_client), if self.waiting_bytes < FEED_BYTES => message,
+                message = receive(&mut from_client) => message,
             };
             let sent = match message {
                 Some(SessionInput::Stdin(data)) if !self.ended && !data.is_empty() => {
-                    self.waiting_bytes += data.len();
+                    self.received += data.len() as u64;
                     self.waiting.push_back(data);
                     Ok(())
                 }
-                Some(SessionInput::Stdin(_)) => Ok(()),
+                Some(SessionInput::Stdin(data)) => {
+                    self.received += data.len() as u64;
+                    Ok(())
+                }
                 Some(SessionInput::StdinEof) => {
                     self.ended = true;
                     Ok(())
@@ -123,9 +135,7 @@ impl Feed {
     /// Cancel-safe.
     async fn send_next(&mut self, input: &mut RunInput) -> Result<(), ClientError> {
         if let Some(data) = self.waiting.front_mut() {
-            let before = data.len();
             let sent = input.stdin_part(data).await;
-            self.waiting_bytes -= before - data.len();
             if data.is_empty() {
                 self.waiting.pop_front();
             }
@@ -158,12 +168,12 @@ impl Pump<'_> {
             .skip_to(run.started().stdout_offset, run.started().stderr_offset, session.as_ref())
             .await;
         let (input, output) = run.split();
-        let (from_client, to_client) = match session {
-            Some(end) => (Some(&mut end.input), Some(&end.output)),
-            None => (None, None),
+        let (from_client, to_client, taken) = match session {
+            Some(end) => (Some(&mut end.input), Some(&end.output), Some(&end.taken)),
+            None => (None, None, None),
         };
         let client_left = CancellationToken::new();
-        let mut feeding = std::pin::pin!(self.feed(input, from_client, feed, &client_left));
+        let mut feeding = std::pin::pin!(self.feed(input, from_client, taken, feed, &client_left));
         let mut reading = std::pin::pin!(self.read(output, to_client, collected, &client_left));
         let mut over = std::pin::pin!(self.guest.ended());
         let mut deadline = std::pin::pin!(sleep_until(Instant::now() + self.limit));
@@ -188,13 +198,14 @@ impl Pump<'_> {
         &self,
         mut input: RunInput,
         from_client: Option<&mut Receiver<SessionInput>>,
+        taken: Option<&watch::Sender<u64>>,
         feed: &mut Feed,
         client_left: &CancellationToken,
     ) {
         tokio::select! {
             () = self.cancelled.cancelled() => {}
             () = client_left.cancelled(), if self.interactive => {}
-            () = feed.pass_on(&mut input, from_client, self.interactive) => {}
+            () = feed.pass_on(&mut input, from_client, taken, self.interactive) => {}
         }
         let _ = input.cancel().await;
     }

@@ -32,7 +32,7 @@ use futures::{
     stream::{SplitSink, SplitStream},
 };
 use tokio::{
-    sync::{Notify, OwnedSemaphorePermit, mpsc},
+    sync::{Notify, OwnedSemaphorePermit, mpsc, watch},
     time::{MissedTickBehavior, interval, timeout},
 };
 
@@ -165,12 +165,11 @@ impl Terminal {
     async fn run(self, mut follower: Follower, socket: WebSocket) {
         let (mut sink, stream) = socket.split();
         // A new execution is live from the start.
-        let Some(input) = follower.input() else { return };
-        let (taken, taken_bytes) = mpsc::channel(16);
+        let (Some(input), Some(taken)) = (follower.input(), follower.taken()) else { return };
         let left = tokio::select! {
-            _ = self.write(&mut follower, &mut sink, taken_bytes) => None,
+            _ = self.write(&mut follower, &mut sink, taken) => None,
             left = self.read(stream) => Some(left),
-            () = self.feed(&input, &taken) => None,
+            () = self.feed(&input) => None,
         };
         // Before the goodbye, so that the command ends at once.
         drop((follower, input));
@@ -196,19 +195,26 @@ impl Terminal {
         &self,
         follower: &mut Follower,
         sink: &mut SplitSink<WebSocket, Message>,
-        mut taken_bytes: mpsc::Receiver<u64>,
+        mut taken: watch::Receiver<u64>,
     ) -> Result<(), axum::Error> {
         // Two pings may get no answer before the silence is long enough to be the end.
         let mut pings = interval(self.idle_limit / 3);
         pings.set_missed_tick_behavior(MissedTickBehavior::Delay);
         pings.tick().await;
+        let mut said = 0;
         loop {
             let message = tokio::select! {
                 event = follower.next() => match event {
                     Some(event) => message(&event),
                     None => return Ok(()),
                 },
-                Some(bytes) = taken_bytes.recv() => message(&StreamEvent::StdinTaken { bytes }),
+                Ok(()) = taken.changed() => {
+                    let in_all = *taken.borrow_and_update();
+                    let bytes = in_all - said;
+                    said = in_all;
+                    self.stdin.give_back(bytes);
+                    message(&StreamEvent::StdinTaken { bytes })
+                }
                 _ = pings.tick() => {
                     let count = self.sent.load(Ordering::Relaxed).to_be_bytes();
                     Message::Ping(Bytes::copy_from_slice(&count))
@@ -255,23 +261,14 @@ impl Terminal {
     }
 
     /// From what was read to the command, in order. Ends when nobody takes it any more.
-    async fn feed(&self, input: &mpsc::Sender<SessionInput>, taken: &mpsc::Sender<u64>) {
+    async fn feed(&self, input: &mpsc::Sender<SessionInput>) {
         loop {
             // The place first, so that a signal that comes meanwhile goes before the input.
             let Ok(place) = input.reserve().await else {
                 // The follower hears how the command ended.
                 return std::future::pending().await;
             };
-            let next = self.stdin.next().await;
-            let bytes = match &next {
-                SessionInput::Stdin(data) => data.len() as u64,
-                SessionInput::StdinEof | SessionInput::Signal(_) | SessionInput::Resize(_) => 0,
-            };
-            place.send(next);
-            if bytes > 0 {
-                self.stdin.give_back(bytes);
-                let _ = taken.send(bytes).await;
-            }
+            place.send(self.stdin.next().await);
         }
     }
 }

@@ -196,7 +196,11 @@ impl ScriptedWorker {
         loop {
             let input = session.as_mut().unwrap().input.recv().await;
             match input {
-                Some(SessionInput::Stdin(data)) => say(session.as_ref(), ran, data).await,
+                Some(SessionInput::Stdin(data)) => {
+                    let taken = &session.as_ref().unwrap().taken;
+                    taken.send_modify(|bytes| *bytes += data.len() as u64);
+                    say(session.as_ref(), ran, data).await;
+                }
                 Some(SessionInput::StdinEof) => return,
                 Some(SessionInput::Signal(signal)) => {
                     ran.exit = Some(ExitStatus::Signal(signal));

@@ -196,3 +196,23 @@ async fn sixty_four_commands_run_at_once() {
         assert_eq!(rig.stdout(execution).await, format!("{n}\n"));
     }
 }
+
+#[tokio::test]
+async fn a_signal_passes_standard_input_that_is_not_read() {
+    let rig = Rig::new(SimConfig::default()).await;
+    let vm = rig.create("deaf").await;
+    let id = ExecutionId::new();
+    let mut client = rig.parts.sessions.open(id);
+    let spec = ExecutionSpec { interactive: true, ..command(&["sleep", "3600"]) };
+    let execution = rig.request_execution_as(id, vm, spec).await;
+    assert_eq!(client.output.recv().await, Some(SessionOutput::Started));
+    // Far more than the guest takes for a command that reads nothing.
+    for _ in 0..32 {
+        let chunk = Bytes::from(vec![0; 64 * 1024]);
+        client.input.send(SessionInput::Stdin(chunk)).await.unwrap();
+    }
+    client.input.send(SessionInput::Signal(15)).await.unwrap();
+    let execution = rig.execution_ended(&execution).await;
+    assert_eq!(execution.exit, Some(ExitStatus::Signal(15)));
+    assert!(*client.taken.borrow() < 1024 * 1024);
+}
