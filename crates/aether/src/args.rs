@@ -121,9 +121,9 @@ pub(crate) struct Backend {
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct ImageDir {
     /// Where images are [default: $AETHER_CACHE/images, else ~/.cache/aetherium/images]
-    #[arg(long, env = "AETHER_IMAGE_DIR", value_name = "DIR")]
+    #[arg(long, global = true, env = "AETHER_IMAGE_DIR", value_name = "DIR")]
     pub(crate) image_dir: Option<PathBuf>,
-    #[arg(long, env = "AETHER_CACHE", value_name = "DIR", hide = true)]
+    #[arg(long, global = true, env = "AETHER_CACHE", value_name = "DIR", hide = true)]
     pub(crate) cache: Option<PathBuf>,
 }
 

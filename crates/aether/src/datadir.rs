@@ -245,7 +245,5 @@ mod tests {
         locked.remove_listen().unwrap();
         locked.remove_listen().unwrap();
         assert_eq!(dir.read_listen().unwrap(), None);
-        drop(locked);
-        drop(dir.lock().unwrap());
     }
 }

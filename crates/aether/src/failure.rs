@@ -91,14 +91,25 @@ pub(crate) fn chain(error: &dyn Error) -> String {
     text
 }
 
+fn root_cause(mut error: &dyn Error) -> String {
+    while let Some(source) = error.source() {
+        error = source;
+    }
+    error.to_string()
+}
+
 impl From<ClientError> for Failure {
     fn from(error: ClientError) -> Self {
         let text = chain(&error);
         match error {
             ClientError::Url { .. } => Self::new("url_malformed", Exit::Usage, text),
             ClientError::Key => Self::new("key_malformed", Exit::Usage, text),
-            ClientError::Connect { .. } => Self::new("server_unreachable", Exit::Unavailable, text)
-                .hint("is it running? `aether up` starts one"),
+            ClientError::Connect { url, source } => {
+                // What the layers between say is known: that it is a connection, and where to.
+                let text = format!("connect to {url}: {}", root_cause(&*source));
+                Self::new("server_unreachable", Exit::Unavailable, text)
+                    .hint("is it running? `aether up` starts one")
+            }
             ClientError::Transport { .. } => Self::new("connection_lost", Exit::Unavailable, text),
             ClientError::Unexpected { .. } => Self::new("not_aetherium", Exit::Failure, text)
                 .hint("check the URL: something else answers there"),

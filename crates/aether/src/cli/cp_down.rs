@@ -90,7 +90,13 @@ async fn folder(
                 FileKind::Directory => folders.push((there, here, entry.file.mode, depth + 1)),
                 FileKind::File => file(copy, &there, &here, copied).await?,
                 FileKind::Symlink => {
-                    links.push((here, entry.file.link_target.unwrap_or_default()));
+                    // A list need not say where links point.
+                    let points_to = match entry.file.link_target {
+                        Some(target) => Some(target),
+                        None => copy.stat(&there, false).await?.and_then(|f| f.link_target),
+                    };
+                    // One that has gone meanwhile is not copied.
+                    links.extend(points_to.map(|target| (here, target)));
                 }
                 FileKind::Other => {
                     return Err(Failure::usage(format!(

@@ -1,0 +1,129 @@
+//! A platform in a temporary folder, and the command line that finds it there.
+
+use std::{
+    io::{BufRead as _, BufReader, Write as _},
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Output, Stdio},
+    time::{Duration, Instant},
+};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+pub(crate) struct Up {
+    child: Child,
+    /// What it printed until it was ready.
+    pub(crate) said: Vec<String>,
+}
+
+pub(crate) struct Rig {
+    pub(crate) folder: tempfile::TempDir,
+    up: Option<Up>,
+}
+
+impl Rig {
+    pub(crate) fn start() -> Self {
+        let mut rig = Self { folder: tempfile::tempdir().unwrap(), up: None };
+        rig.restart();
+        rig
+    }
+
+    pub(crate) fn data(&self) -> PathBuf {
+        self.folder.path().join("data")
+    }
+
+    pub(crate) fn said(&self) -> &[String] {
+        &self.up.as_ref().unwrap().said
+    }
+
+    pub(crate) fn restart(&mut self) {
+        let mut child = command(&self.data())
+            .args(["up", "--driver", "sim", "--listen", "127.0.0.1:0", "--log-level", "warn"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let stdout = child.stdout.take().unwrap();
+        let mut said = Vec::new();
+        for line in BufReader::new(stdout).lines() {
+            let line = line.unwrap();
+            let ready = line.starts_with("Aetherium is ready");
+            said.push(line);
+            if ready {
+                self.up = Some(Up { child, said });
+                return;
+            }
+        }
+        panic!("it ended before it was ready: {said:?}");
+    }
+
+    pub(crate) fn pid(&self) -> Pid {
+        pid(&self.up.as_ref().unwrap().child)
+    }
+
+    /// Ends the platform with a signal; how, and how long it took.
+    pub(crate) fn end(&mut self, signal: Signal) -> (ExitStatus, Duration) {
+        let start = Instant::now();
+        let mut up = self.up.take().unwrap();
+        kill_process(pid(&up.child), signal).unwrap();
+        (up.child.wait().unwrap(), start.elapsed())
+    }
+
+    pub(crate) fn command(&self, args: &[&str]) -> Command {
+        let mut command = command(&self.data());
+        command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    pub(crate) fn run(&self, args: &[&str]) -> Output {
+        self.command(args).output().unwrap()
+    }
+
+    /// With this standard input.
+    pub(crate) fn feed(&self, args: &[&str], input: &[u8]) -> Output {
+        let mut child = self.command(args).stdin(Stdio::piped()).spawn().unwrap();
+        let mut stdin = child.stdin.take().unwrap();
+        let input = input.to_vec();
+        let writer = std::thread::spawn(move || {
+            // A command that does not read all of it is no failure.
+            let _ = stdin.write_all(&input);
+        });
+        let output = child.wait_with_output().unwrap();
+        writer.join().unwrap();
+        output
+    }
+
+    /// Standard output of a command that must do well.
+    pub(crate) fn ok(&self, args: &[&str]) -> String {
+        let output = self.run(args);
+        assert!(output.status.success(), "{args:?}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Exit status and the last line of standard error.
+    pub(crate) fn fails(&self, args: &[&str]) -> (i32, String) {
+        let output = self.run(args);
+        let text = String::from_utf8(output.stderr).unwrap();
+        (output.status.code().unwrap(), text.lines().last().unwrap_or_default().to_owned())
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        if self.up.is_some() {
+            self.end(Signal::TERM);
+        }
+    }
+}
+
+pub(crate) fn pid(child: &Child) -> Pid {
+    Pid::from_child(child)
+}
+
+pub(crate) fn command(data: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_aether"));
+    for name in ["AETHER_URL", "AETHER_KEY", "AETHER_DRIVER", "AETHER_LISTEN", "NOTIFY_SOCKET"] {
+        command.env_remove(name);
+    }
+    command.env("AETHER_DATA_DIR", data);
+    command
+}
