@@ -214,9 +214,27 @@ async fn open_drivers(
     if probe.is_none() {
         tracing::warn!(image = backend.image, "the image is not there; `aether image build`");
     }
+    match backend.driver {
+        DriverChoice::Auto | DriverChoice::Qemu => {}
+        DriverChoice::Firecracker => return Err(firecracker_missing(backend)),
+        // It has no host.
+        DriverChoice::Sim => return Ok(Vec::new()),
+    }
     let qemu = QemuConfig { probe, search_path: std::env::var_os("PATH"), ..QemuConfig::default() };
     let qemu = QemuDriver::open(Arc::clone(host), qemu).await.map_err(|e| driver_failure(&e))?;
     Ok(vec![Arc::new(qemu)])
+}
+
+/// Asked for by name, it is never replaced by something weaker.
+fn firecracker_missing(backend: &Backend) -> Failure {
+    let program = backend.firecracker.as_deref().unwrap_or(std::path::Path::new("firecracker"));
+    let jailed = if backend.jailer.is_some() { " with its jailer" } else { "" };
+    Failure::new(
+        aether_types::ErrorCode::DriverUnavailable.as_str(),
+        Exit::Unavailable,
+        format!("{}{jailed} cannot be driven by this build", program.display()),
+    )
+    .hint("use --driver qemu")
 }
 
 fn driver_failure(error: &DriverError) -> Failure {
