@@ -50,7 +50,7 @@ fn a_vm_is_made_seen_and_ended() {
         let answer = rig.ok(line);
         // Values of the environment are never shown again.
         assert!(!answer.contains("hidden"), "{answer}");
-        said.push_str(&format!("$ aether {}\n{}\n", line.join(" "), plain(&answer)));
+        said.extend(["$ aether ", &line.join(" "), "\n", &plain(&answer), "\n"]);
     }
     assert_snapshot!(said);
 }
@@ -80,12 +80,9 @@ fn refusals_have_a_code_a_status_and_a_way_on() {
     ] {
         let output = rig.run(line);
         assert!(output.stdout.is_empty(), "{line:?}");
-        said.push_str(&format!(
-            "$ aether {}\n{}\n→ {}\n",
-            line.join(" "),
-            plain(&String::from_utf8_lossy(&output.stderr)),
-            output.status.code().unwrap()
-        ));
+        let complaint = plain(&String::from_utf8_lossy(&output.stderr));
+        let status = output.status.code().unwrap().to_string();
+        said.extend(["$ aether ", &line.join(" "), "\n", &complaint, "\n→ ", &status, "\n"]);
     }
     assert_snapshot!(said);
 }

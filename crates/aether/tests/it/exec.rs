@@ -86,7 +86,7 @@ fn fill(stdin: &ChildStdin) {
     let mut watched = [PollFd::new(stdin, PollFlags::OUT)];
     while poll(&mut watched, Some(&a_while)).unwrap() > 0 {
         // It may take less than all, and then none until it is asked again.
-        let _ = rustix::io::write(stdin, &[b'y'; 65_536]);
+        let _ = rustix::io::write(stdin, &[b'y'; 8192]);
     }
 }
 

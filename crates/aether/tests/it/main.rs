@@ -1,6 +1,10 @@
 //! The program as its users have it, on simulated machines.
 
+#[cfg(test)]
 mod client;
+#[cfg(test)]
 mod exec;
+#[cfg(test)]
 mod rig;
+#[cfg(test)]
 mod up;

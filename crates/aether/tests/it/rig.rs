@@ -53,7 +53,8 @@ impl Rig {
                 return;
             }
         }
-        panic!("it ended before it was ready: {said:?}");
+        let status = child.wait().unwrap();
+        panic!("it ended with {status} before it was ready: {said:?}");
     }
 
     pub(crate) fn pid(&self) -> Pid {
