@@ -10,12 +10,17 @@
 //! - A VMM outlives the process that started it; [`Driver::list`] finds it again.
 //! - `delete` succeeds from every state, however often it is called, and leaves nothing.
 
+mod cgroup;
 pub mod error;
 pub mod fault;
+mod host;
 pub mod journal;
+mod machines;
 pub mod network;
 mod process;
+pub mod qemu;
 pub mod sim;
+mod stream;
 
 use std::{fmt, net::IpAddr, path::PathBuf, time::Duration};
 
@@ -23,7 +28,9 @@ use aether_protocol::host::BoxStream;
 use aether_types::{DriverKind, NetworkPolicy, VmId};
 use async_trait::async_trait;
 
+pub use cgroup::{CgroupMode, CgroupStatus};
 pub use error::DriverError;
+pub use host::{Host, HostConfig, UID_BASE_DEFAULT, UID_COUNT};
 
 /// Everything a driver needs to make a VM. Also what it keeps, so that a VM can be started again
 /// after a restart of the worker.
@@ -186,4 +193,28 @@ pub(crate) fn finished<T>(
             source: std::io::Error::other(error),
         })
     })
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::path::Path;
+
+    use super::{BootSource, KernelFlavour, MachineSpec, NetworkPolicy, VmId};
+
+    pub(crate) fn spec(images: &Path) -> MachineSpec {
+        MachineSpec {
+            vm_id: VmId::new(),
+            vcpus: 1,
+            memory_mb: 128,
+            disk_mb: 256,
+            boot: BootSource {
+                kernel: images.join("kernel"),
+                initrd: images.join("initrd"),
+                rootfs: images.join("rootfs"),
+                kernel_flavour: KernelFlavour::Debian,
+            },
+            network: NetworkPolicy::default(),
+            token: "0123456789abcdef".repeat(4),
+        }
+    }
 }

@@ -2,8 +2,7 @@
 //! with another process that got the same number.
 //!
 //! A child reports its own number and waits for a byte before it runs the program, so that the
-//! number is in the journal first. If the worker dies in between, the child reads the end of the
-//! socket and ends. The descriptors a program is given keep the number that they have in the
+//! number is in the journal first. If the worker dies in between, the kernel ends the child. The descriptors a program is given keep the number that they have in the
 //! worker; all others are closed by `exec`.
 //!
 //! What this deliberately does not do: run a supervisor beside the VMM. A VMM that ends while no
@@ -36,6 +35,9 @@ use crate::DriverError;
 const NOFILE_MAX: libc::rlim_t = 1024;
 /// From fork to exec; a host that takes longer is not going to run a VM.
 const SPAWN_LIMIT: Duration = Duration::from_secs(20);
+/// What the worker answers a child that waits.
+const ADMITTED: u8 = 1;
+const REFUSED: u8 = 0;
 /// A log's size: the last words of a program, not its history.
 pub(crate) const LOG_BYTES: u64 = 64 * 1024;
 
@@ -90,6 +92,7 @@ pub(crate) struct Process {
 }
 
 impl Process {
+    #[cfg(test)]
     pub(crate) fn id(&self) -> ProcessId {
         self.id
     }
@@ -197,6 +200,7 @@ fn is_zombie(pid: u32) -> bool {
 /// the journal and may put the process into a cgroup; if it refuses, the process ends.
 ///
 /// Runs on a blocking thread of the caller's choice: fork and exec are not for the reactor.
+#[expect(clippy::needless_pass_by_value, reason = "its descriptors are closed when it is started")]
 pub(crate) fn spawn(
     launch: Launch,
     admit: impl FnOnce(ProcessId) -> Result<(), DriverError> + Send,
@@ -227,6 +231,7 @@ pub(crate) fn spawn(
         }
     }
     let child = Child {
+        parent: rustix::process::getpid().as_raw_nonzero().get(),
         gate: theirs.as_raw_fd(),
         keep: launch.fds.iter().map(AsRawFd::as_raw_fd).collect(),
         directory: launch.directory.as_raw_fd(),
@@ -249,7 +254,10 @@ pub(crate) fn spawn(
             spawned
         });
         let admitted = open_gate(&ours, admit);
-        drop(ours);
+        if admitted.is_err() {
+            // It may be gone, or never have come.
+            let _ = rustix::net::send(&ours, &[REFUSED], rustix::net::SendFlags::NOSIGNAL);
+        }
         let spawned = spawned.join().unwrap_or_else(|_| Err(io::Error::other("the thread died")));
         match (spawned, admitted) {
             (Ok(child), Ok((id, pidfd))) => {
@@ -289,13 +297,14 @@ fn open_gate(
     let number = u32::try_from(raw).map_err(|_| gone())?;
     let id = ProcessId { pid: number, start_ticks: start_ticks(number).ok_or_else(gone)? };
     admit(id)?;
-    rustix::net::send(gate, &[1], rustix::net::SendFlags::NOSIGNAL)
+    rustix::net::send(gate, &[ADMITTED], rustix::net::SendFlags::NOSIGNAL)
         .map_err(|e| io_error("let the new process run".to_owned(), e.into()))?;
     Ok((id, pidfd))
 }
 
 /// What the child does between fork and exec. Everything is allocated before.
 struct Child {
+    parent: libc::pid_t,
     gate: RawFd,
     keep: Vec<RawFd>,
     directory: RawFd,
@@ -340,16 +349,23 @@ impl Child {
     fn wait_at_gate(&self) -> io::Result<()> {
         // SAFETY: the buffers live on this stack and have the lengths given.
         unsafe {
+            // Until it runs, it goes with the thread that started it. Afterwards it outlives it.
+            check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0))?;
+            if libc::getppid() != self.parent {
+                return Err(io::Error::from_raw_os_error(libc::ECANCELED));
+            }
             let pid = libc::getpid().to_ne_bytes();
             let sent = libc::send(self.gate, pid.as_ptr().cast(), pid.len(), libc::MSG_NOSIGNAL);
             if sent < 0 {
                 return Err(io::Error::last_os_error());
             }
-            let mut go = 0_u8;
+            let mut answer = REFUSED;
             loop {
-                match libc::recv(self.gate, (&raw mut go).cast(), 1, 0) {
-                    1 => return Ok(()),
-                    0 => return Err(io::Error::from_raw_os_error(libc::ECANCELED)),
+                match libc::recv(self.gate, (&raw mut answer).cast(), 1, 0) {
+                    1 if answer == ADMITTED => {
+                        return check(libc::prctl(libc::PR_SET_PDEATHSIG, 0, 0, 0, 0));
+                    }
+                    0 | 1 => return Err(io::Error::from_raw_os_error(libc::ECANCELED)),
                     _ if io::Error::last_os_error().raw_os_error() == Some(libc::EINTR) => {}
                     _ => return Err(io::Error::last_os_error()),
                 }
@@ -381,6 +397,37 @@ pub(crate) fn bounded_log(bytes: u64) -> Result<File, DriverError> {
         Ok(fd)
     };
     make().map(File::from).map_err(|e| io_error("make a log".to_owned(), e.into()))
+}
+
+/// A file in memory that a program reads by its descriptor: what no other user may see. It is on no
+/// disk and on no command line.
+pub(crate) fn secret_file(text: &str) -> Result<OwnedFd, DriverError> {
+    use std::io::{Seek as _, Write as _};
+    let make = || -> io::Result<OwnedFd> {
+        let flags = rustix::fs::MemfdFlags::CLOEXEC;
+        let mut file = File::from(rustix::fs::memfd_create(c"vmm-config", flags)?);
+        file.write_all(text.as_bytes())?;
+        file.rewind()?;
+        Ok(file.into())
+    };
+    make().map_err(|e| io_error("make a file in memory".to_owned(), e))
+}
+
+/// A program by its configured path, or by its name in a list of folders such as `PATH`.
+pub(crate) fn find_program(
+    name: &str,
+    configured: Option<PathBuf>,
+    search: Option<&std::ffi::OsStr>,
+) -> Option<PathBuf> {
+    let is_there = |path: &PathBuf| {
+        use std::os::unix::fs::PermissionsExt as _;
+        std::fs::metadata(path).is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0)
+    };
+    if let Some(path) = configured {
+        return Some(path).filter(is_there);
+    }
+    let folders = search.unwrap_or_else(|| "/usr/local/bin:/usr/bin:/bin:/usr/sbin".as_ref());
+    std::env::split_paths(folders).map(|folder| folder.join(name)).find(is_there)
 }
 
 /// What a [`bounded_log`] holds. Not UTF-8 is shown as such.
@@ -415,14 +462,13 @@ pub(crate) fn last_lines(text: &str, lines: usize) -> String {
     tail[start..].chars().map(|c| if c.is_control() && c != '\n' { ' ' } else { c }).collect()
 }
 
-/// Opens a file for a VMM to inherit.
-pub(crate) fn open_for(path: &Path, write: bool) -> Result<OwnedFd, DriverError> {
-    std::fs::OpenOptions::new()
-        .read(true)
-        .write(write)
-        .open(path)
-        .map(OwnedFd::from)
-        .map_err(|source| DriverError::File { action: "open", path: path.to_owned(), source })
+/// Opens a file for a VMM to inherit and read.
+pub(crate) fn open_for(path: &Path) -> Result<OwnedFd, DriverError> {
+    File::open(path).map(OwnedFd::from).map_err(|source| DriverError::File {
+        action: "open",
+        path: path.to_owned(),
+        source,
+    })
 }
 
 /// Opens a directory, to run in or to reach a socket in it by a short path.

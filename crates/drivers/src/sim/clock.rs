@@ -11,7 +11,9 @@ use tokio::{sync::watch, time::Instant};
 #[derive(Debug, Clone)]
 pub enum SimClock {
     /// tokio's: real time, or paused with the test's runtime.
-    Tokio { origin: Instant },
+    Tokio {
+        origin: Instant,
+    },
     Manual(ManualClock),
 }
 

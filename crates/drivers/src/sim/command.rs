@@ -56,8 +56,8 @@ impl Shell {
                 None => self.complain("spew: wants a number of bytes", 2).await,
             },
             "env" => {
-                let lines: String = self.env.iter().map(|(k, v)| format!("{k}={v}\n")).collect();
-                self.print(sink, lines.as_bytes()).await
+                let lines: Vec<_> = self.env.iter().map(|(k, v)| format!("{k}={v}\n")).collect();
+                self.print(sink, lines.concat().as_bytes()).await
             }
             "pwd" => self.print(sink, format!("{}\n", self.cwd).as_bytes()).await,
             "hostname" => self.print(sink, format!("{}\n", self.guest.hostname()).as_bytes()).await,
@@ -118,11 +118,11 @@ impl Shell {
             Sink::File { path, .. } if path == "/proc/sysrq-trigger" => match data.first() {
                 Some(b'c') => {
                     self.guest.panic();
-                    std::future::pending().await
+                    std::future::pending::<()>().await;
                 }
                 Some(b'b') => {
                     self.guest.shut_down();
-                    std::future::pending().await
+                    std::future::pending::<()>().await;
                 }
                 Some(_) | None => {}
             },
@@ -181,9 +181,7 @@ impl Shell {
     async fn sleep(&self, seconds: Option<&str>) -> i32 {
         let wish = match seconds {
             Some("infinity") => Some(Duration::from_secs(u64::from(u32::MAX))),
-            Some(text) => {
-                text.parse().ok().and_then(|s: f64| Duration::try_from_secs_f64(s).ok())
-            }
+            Some(text) => text.parse().ok().and_then(|s: f64| Duration::try_from_secs_f64(s).ok()),
             None => None,
         };
         match wish {
@@ -284,9 +282,8 @@ fn expand(text: &str, env: &BTreeMap<String, String>) -> String {
     let mut parts = text.split('$');
     let mut out = parts.next().unwrap_or("").to_owned();
     for part in parts {
-        let end = part
-            .find(|c: char| !(c.is_ascii_alphanumeric() || c == '_'))
-            .unwrap_or(part.len());
+        let end =
+            part.find(|c: char| !(c.is_ascii_alphanumeric() || c == '_')).unwrap_or(part.len());
         if end == 0 {
             out.push('$');
         }
@@ -310,7 +307,8 @@ fn redirected(words: Vec<String>) -> (Vec<String>, Option<Sink>) {
                 continue;
             }
         };
-        let target = if target.is_empty() { words.next().unwrap_or_default() } else { target.to_owned() };
+        let target =
+            if target.is_empty() { words.next().unwrap_or_default() } else { target.to_owned() };
         redirect = Some(match target.as_str() {
             "&2" => Sink::Stderr,
             _ => Sink::File { path: target, append },
@@ -335,6 +333,8 @@ mod tests {
         assert!(matches!(steps[0].redirect, Some(Sink::Stderr)));
         assert!(matches!(steps[2].joint, Joint::IfOk));
         assert!(matches!(steps[3].joint, Joint::IfFailed));
-        assert!(matches!(&steps[4].redirect, Some(Sink::File { path, append: false }) if path == "/f"));
+        assert!(
+            matches!(&steps[4].redirect, Some(Sink::File { path, append: false }) if path == "/f")
+        );
     }
 }

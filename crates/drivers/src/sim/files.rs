@@ -43,7 +43,7 @@ fn key(path: &str) -> String {
             name => parts.push(name),
         }
     }
-    parts.iter().map(|part| format!("/{part}")).collect()
+    parts.iter().flat_map(|part| ["/", part]).collect()
 }
 
 fn parent(key: &str) -> &str {
@@ -150,7 +150,9 @@ impl Disk {
     }
 
     pub(super) fn stat(&self, path: &str) -> Result<FileStat, Refusal> {
-        self.nodes.get(&key(path)).map_or_else(|| refuse(ErrorCode::NotFound, path), |node| Ok(describe(node)))
+        self.nodes
+            .get(&key(path))
+            .map_or_else(|| refuse(ErrorCode::NotFound, path), |node| Ok(describe(node)))
     }
 
     pub(super) fn remove(&mut self, path: &str, recursive: bool) -> Result<(), Refusal> {
@@ -169,12 +171,7 @@ impl Disk {
         Ok(())
     }
 
-    pub(super) fn rename(
-        &mut self,
-        from: &str,
-        to: &str,
-        overwrite: bool,
-    ) -> Result<(), Refusal> {
+    pub(super) fn rename(&mut self, from: &str, to: &str, overwrite: bool) -> Result<(), Refusal> {
         let (source, target) = (key(from), key(to));
         if !self.nodes.contains_key(&source) {
             return refuse(ErrorCode::NotFound, from);

@@ -277,7 +277,8 @@ impl Guest {
                 let stat = self.disk().stat(&read.path)?;
                 session.send(stat).await?;
                 let start = usize::try_from(read.offset).unwrap_or(usize::MAX).min(data.len());
-                let limit = read.limit.map_or(usize::MAX, |l| usize::try_from(l).unwrap_or(usize::MAX));
+                let limit =
+                    read.limit.map_or(usize::MAX, |l| usize::try_from(l).unwrap_or(usize::MAX));
                 let mut rest = data.slice(start..start.saturating_add(limit).min(data.len()));
                 while !rest.is_empty() {
                     let data = rest.split_to(rest.len().min(DATA_BYTES_MAX));

@@ -101,6 +101,7 @@ impl StdinQueue {
     }
 }
 
+#[expect(clippy::large_enum_variant, reason = "one at a time, on the stack")]
 enum Event {
     /// There may be something to send.
     Grown,

@@ -1,0 +1,234 @@
+//! QEMU's command line: pure, so that all of it can be seen in a test.
+//!
+//! Two secrets of the guest are kept out of it, because every user of the host can read it: the
+//! kernel's command line, which has the agent's token, is given in a file in memory.
+
+use std::{ffi::OsString, fmt::Write as _, os::fd::RawFd};
+
+use crate::{DriverError, GuestNetwork, KernelFlavour, MachineSpec, host::DISK_FILE};
+
+/// The guest's end of the private link.
+pub(super) const CHANNEL_GUEST_MAC: &str = "02:ae:00:00:00:02";
+/// The host's end of the private link.
+pub(super) const CHANNEL_HOST_MAC: &str = "02:ae:00:00:00:01";
+/// Kept of what the guest's console says.
+pub(super) const CONSOLE_BYTES: u64 = 64 * 1024;
+/// QEMU reads no longer line from a configuration file.
+const CONFIG_LINE_BYTES_MAX: usize = 1000;
+
+/// What runs the guest's instructions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Accelerator {
+    Kvm,
+    Tcg,
+}
+
+/// Descriptors that QEMU inherits, under their numbers.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Inherited {
+    pub(super) kernel: RawFd,
+    pub(super) initrd: RawFd,
+    pub(super) rootfs: RawFd,
+    pub(super) qmp: RawFd,
+    /// The guest's network.
+    pub(super) tap: RawFd,
+    /// The private link.
+    pub(super) channel: RawFd,
+    /// The file in memory with [`config`].
+    pub(super) config: RawFd,
+}
+
+/// The kernel's own options. `tsc_khz` is this host's.
+pub(super) fn kernel_options(accelerator: Accelerator, tsc_khz: Option<u64>) -> String {
+    // Only what is an emergency is printed, so that a panic is seen and a boot is not slowed down.
+    let mut options = "quiet loglevel=1 console=ttyS0 8250.nr_uarts=1 panic=-1 reboot=t pci=off \
+         random.trust_cpu=on cryptomgr.notests audit=0 nowatchdog nmi_watchdog=0"
+        .to_owned();
+    match accelerator {
+        Accelerator::Kvm => {}
+        Accelerator::Tcg => {
+            // An emulated guest is not isolated by its kernel's hardening: boot fast.
+            options.push_str(
+                " nokaslr mitigations=off no_timer_check noreplace-smp lsm= ima_appraise=off \
+                 initcall_blacklist=init_kprobes,btf_vmlinux_init",
+            );
+            if let Some(khz) = tsc_khz {
+                // A busy host makes calibration fail, and then the kernel hangs.
+                let _ = write!(options, " tsc=reliable tsc_early_khz={khz}");
+            }
+        }
+    }
+    options
+}
+
+/// QEMU's configuration file: the part of the command line that nobody else may read.
+pub(super) fn config(kernel_options: &str, token: &str) -> Result<String, DriverError> {
+    let line = format!(
+        "  append = \"{kernel_options} ae.channel=link:{CHANNEL_GUEST_MAC} \
+         ae.hostmac={CHANNEL_HOST_MAC} ae.token={token}\"\n"
+    );
+    let is_hex = token.bytes().all(|b| b.is_ascii_hexdigit());
+    if !is_hex || line.len() > CONFIG_LINE_BYTES_MAX {
+        return Err(DriverError::Vmm {
+            action: "take the kernel's command line".to_owned(),
+            detail: "the token is not hexadecimal, or the line is too long".to_owned(),
+        });
+    }
+    Ok(format!("[machine]\n{line}"))
+}
+
+/// Everything after the program's name.
+pub(super) fn arguments(
+    spec: &MachineSpec,
+    accelerator: Accelerator,
+    guest: &GuestNetwork,
+    fds: &Inherited,
+) -> Vec<OsString> {
+    let acpi = match spec.boot.kernel_flavour {
+        KernelFlavour::Debian => "on",
+        KernelFlavour::FirecrackerTest => "off",
+    };
+    let (accel, cpu) = match accelerator {
+        Accelerator::Kvm => ("kvm", "host"),
+        // bun and Claude Code die on `qemu64`.
+        Accelerator::Tcg => ("tcg", "Nehalem"),
+    };
+    let Inherited { kernel, initrd, rootfs, qmp, tap, channel, config } = *fds;
+    let mut args: Vec<String> = Vec::new();
+    let mut add = |option: &str, value: String| {
+        args.push(option.to_owned());
+        if !value.is_empty() {
+            args.push(value);
+        }
+    };
+    add("-nodefaults", String::new());
+    add("-no-user-config", String::new());
+    add("-display", "none".into());
+    // A guest that ends stops its machine, which then waits to be asked why: the console is in
+    // QEMU's memory.
+    add("-no-reboot", String::new());
+    add("-no-shutdown", String::new());
+    add(
+        "-sandbox",
+        "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny".into(),
+    );
+    add("-machine", format!("microvm,acpi={acpi},pit=off,pic=off,rtc=on,isa-serial=on"));
+    add("-accel", accel.into());
+    add("-cpu", cpu.into());
+    add("-smp", spec.vcpus.to_string());
+    add("-m", format!("{}M", spec.memory_mb));
+    add("-name", format!("aether-{}", spec.vm_id));
+    add("-readconfig", format!("/dev/fd/{config}"));
+    add("-kernel", format!("/dev/fd/{kernel}"));
+    add("-initrd", format!("/dev/fd/{initrd}"));
+    add("-chardev", format!("socket,id=qmp,fd={qmp},server=on,wait=off"));
+    add("-mon", "chardev=qmp,mode=control".into());
+    add("-chardev", format!("ringbuf,id=console,size={CONSOLE_BYTES}"));
+    add("-serial", "chardev:console".into());
+    // The guest finds its disks by their order.
+    add("-add-fd", format!("fd={rootfs},set=1,opaque=rootfs"));
+    add("-drive", "if=none,id=rootfs,format=raw,file=/dev/fdset/1,readonly=on".into());
+    add("-device", "virtio-blk-device,drive=rootfs".into());
+    add("-drive", format!("if=none,id=disk,format=raw,file={DISK_FILE},discard=unmap"));
+    add("-device", "virtio-blk-device,drive=disk".into());
+    add("-netdev", format!("tap,id=net,fd={tap}"));
+    let GuestNetwork { mac, mtu, .. } = guest;
+    // Without the MTU large downloads hang where the host's is small.
+    add("-device", format!("virtio-net-device,netdev=net,mac={mac},host_mtu={mtu}"));
+    add("-netdev", format!("tap,id=channel,fd={channel}"));
+    add("-device", format!("virtio-net-device,netdev=channel,mac={CHANNEL_GUEST_MAC}"));
+    add("-object", "rng-random,id=random,filename=/dev/urandom".into());
+    add("-device", "virtio-rng-device,rng=random".into());
+    args.into_iter().map(OsString::from).collect()
+}
+
+/// Whether a console shows that the guest's kernel panicked.
+pub(crate) fn shows_panic(console: &str) -> bool {
+    // As printk writes it: with a time before it, or at the start of a line.
+    console.lines().any(|line| {
+        let text = match line.strip_prefix('[').and_then(|rest| rest.split_once("] ")) {
+            Some((_, text)) => text,
+            None => line,
+        };
+        text.starts_with("Kernel panic - not syncing")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    fn line(flavour: KernelFlavour, accelerator: Accelerator) -> String {
+        let mut spec = crate::tests::spec(Path::new("/images"));
+        spec.boot.kernel_flavour = flavour;
+        let guest = GuestNetwork {
+            mac: "02:ae:01:00:00:05".into(),
+            addresses: Vec::new(),
+            gateways: Vec::new(),
+            dns: Vec::new(),
+            mtu: 1400,
+        };
+        let fds = Inherited {
+            kernel: 20,
+            initrd: 21,
+            rootfs: 22,
+            qmp: 24,
+            tap: 25,
+            channel: 26,
+            config: 27,
+        };
+        let args = arguments(&spec, accelerator, &guest, &fds);
+        let args: Vec<_> = args.iter().map(|a| a.to_str().unwrap()).collect();
+        args.join(" ").replace(&spec.vm_id.to_string(), "ID")
+    }
+
+    #[test]
+    fn the_command_line_is_the_measured_one() {
+        assert_eq!(
+            line(KernelFlavour::Debian, Accelerator::Tcg),
+            "-nodefaults -no-user-config -display none -no-reboot -no-shutdown -sandbox \
+             on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny -machine \
+             microvm,acpi=on,pit=off,pic=off,rtc=on,isa-serial=on -accel tcg -cpu Nehalem -smp 1 \
+             -m 128M -name aether-ID -readconfig /dev/fd/27 -kernel /dev/fd/20 -initrd /dev/fd/21 \
+             -chardev socket,id=qmp,fd=24,server=on,wait=off -mon chardev=qmp,mode=control \
+             -chardev ringbuf,id=console,size=65536 -serial chardev:console -add-fd \
+             fd=22,set=1,opaque=rootfs -drive \
+             if=none,id=rootfs,format=raw,file=/dev/fdset/1,readonly=on -device \
+             virtio-blk-device,drive=rootfs -drive \
+             if=none,id=disk,format=raw,file=disk.img,discard=unmap -device \
+             virtio-blk-device,drive=disk -netdev tap,id=net,fd=25 -device \
+             virtio-net-device,netdev=net,mac=02:ae:01:00:00:05,host_mtu=1400 -netdev \
+             tap,id=channel,fd=26 -device \
+             virtio-net-device,netdev=channel,mac=02:ae:00:00:00:02 -object \
+             rng-random,id=random,filename=/dev/urandom -device virtio-rng-device,rng=random"
+        );
+    }
+
+    #[test]
+    fn kernel_and_accelerator_change_what_they_must() {
+        let test = line(KernelFlavour::FirecrackerTest, Accelerator::Kvm);
+        assert!(test.contains("acpi=off") && test.contains("-accel kvm -cpu host"), "{test}");
+        let kvm = kernel_options(Accelerator::Kvm, Some(1));
+        assert!(!kvm.contains("mitigations") && !kvm.contains("nokaslr"), "{kvm}");
+        let tcg = kernel_options(Accelerator::Tcg, Some(2_600_000));
+        assert!(tcg.ends_with("tsc=reliable tsc_early_khz=2600000"), "{tcg}");
+    }
+
+    #[test]
+    fn the_token_is_in_the_configuration_and_fits_its_line() {
+        let options = kernel_options(Accelerator::Tcg, Some(99_999_999));
+        let text = config(&options, &"f".repeat(64)).unwrap();
+        assert!(text.starts_with("[machine]\n  append = \"quiet "), "{text}");
+        assert!(config(&options, "f\"\n[drive]").is_err());
+        assert!(config(&"x".repeat(1000), "ff").is_err());
+    }
+
+    #[test]
+    fn a_panic_is_told_from_talk_of_one() {
+        assert!(shows_panic("[    0.1] Kernel panic - not syncing: Attempted to kill init!\n"));
+        assert!(!shows_panic("bash: echo Kernel panic - not syncing\n"));
+        assert!(!shows_panic("[    0.2] reboot: Restarting system"));
+    }
+}

@@ -1,0 +1,353 @@
+//! QEMU's `microvm` machine: virtio devices, no PCI, no firmware to speak of.
+//!
+//! With KVM where a probe VM really booted, else with TCG, which emulates every instruction and is
+//! not an isolation boundary. The guest's channel is a private link ([`crate::network`]).
+//!
+//! A guest that ends, by itself or by a panic, leaves its QEMU stopped: `-no-shutdown`. The driver
+//! reads the console out of QEMU's memory, says which it was, and lets QEMU go; if no worker runs,
+//! the one that comes next does so. What is gone without that has died.
+
+mod command_line;
+mod probe;
+mod qmp;
+mod tsc;
+
+use std::{
+    fs::File,
+    os::fd::{AsFd as _, AsRawFd, OwnedFd},
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use aether_protocol::{AGENT_PORT, host::BoxStream};
+use aether_types::{DriverKind, VmId};
+use async_trait::async_trait;
+use serde_json::json;
+use tokio::time::Instant;
+
+pub(crate) use self::command_line::shows_panic;
+use self::{
+    command_line::{Accelerator, Inherited},
+    qmp::{GuestEnd, Qmp},
+};
+use crate::{
+    BootSource, Capabilities, Driver, DriverError, ExitReason, GuestNetwork, Machine, MachineSpec,
+    host::{Host, Record, file_error, remove_file},
+    machines::{Booted, Machines, Place, Vmm},
+    network::ReadyListener,
+    process::{self, LOG_BYTES, Launch, Process},
+};
+
+const QMP_SOCKET: &str = "qmp.sock";
+/// Between QEMU's last answer and its end.
+const QUIT_LIMIT: Duration = Duration::from_secs(5);
+/// A hint may be lost: then the guest is asked this often.
+const ASK_INTERVAL: Duration = Duration::from_secs(2);
+const CONSOLE_LINES_SHOWN: usize = 12;
+
+/// What runs the instructions of guests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum QemuAcceleration {
+    /// KVM if a probe VM boots, else TCG.
+    #[default]
+    Auto,
+    /// KVM, or no driver.
+    Kvm,
+    /// Software emulation, whatever the host has.
+    Tcg,
+}
+
+#[derive(Debug, Clone, Default)]
+pub struct QemuConfig {
+    /// `None`: `qemu-system-x86_64`, found in `PATH`.
+    pub program: Option<PathBuf>,
+    pub acceleration: QemuAcceleration,
+    /// What the probe boots: that a host runs one kernel says nothing of another. Without it KVM
+    /// is not used.
+    pub probe: Option<BootSource>,
+    /// `PATH`, for finding the program.
+    pub search_path: Option<std::ffi::OsString>,
+}
+
+/// VMs under QEMU.
+pub struct QemuDriver(Arc<Machines<Qemu>>);
+
+impl std::fmt::Debug for QemuDriver {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("QemuDriver").field(&self.0.capabilities()).finish()
+    }
+}
+
+impl QemuDriver {
+    /// Finds QEMU, chooses its accelerator, and takes over the VMs that run.
+    pub async fn open(host: Arc<Host>, config: QemuConfig) -> Result<Self, DriverError> {
+        let search = config.search_path.as_deref();
+        let program = process::find_program("qemu-system-x86_64", config.program, search)
+            .ok_or_else(|| {
+                DriverError::Unavailable(
+                    "qemu-system-x86_64 is not installed; on Debian and Ubuntu: apt-get install \
+                     qemu-system-x86"
+                        .to_owned(),
+                )
+            })?;
+        let version = probe::version(&program).await?;
+        let accelerator = match config.acceleration {
+            QemuAcceleration::Tcg => Accelerator::Tcg,
+            wish => match probe::kvm(&host, &program, &version, config.probe.as_ref()).await {
+                Ok(()) => Accelerator::Kvm,
+                Err(reason) if wish == QemuAcceleration::Kvm => {
+                    return Err(DriverError::Unavailable(format!("KVM cannot be used: {reason}")));
+                }
+                Err(reason) => {
+                    tracing::warn!(%reason, "KVM cannot be used; VMs are emulated");
+                    Accelerator::Tcg
+                }
+            },
+        };
+        let tsc_khz = match accelerator {
+            Accelerator::Kvm => None,
+            Accelerator::Tcg => crate::host::blocking(|| Ok(tsc::frequency_khz())).await?,
+        };
+        let qemu = Qemu { program, version, accelerator, tsc_khz };
+        Machines::open(host, qemu).await.map(Self)
+    }
+}
+
+pub(crate) struct Qemu {
+    program: PathBuf,
+    version: String,
+    accelerator: Accelerator,
+    tsc_khz: Option<u64>,
+}
+
+pub(crate) struct Control {
+    qmp: Qmp,
+    /// QEMU's own words. `None`: an earlier worker's, and unreadable.
+    log: Option<File>,
+    /// The guest's console, as it was at the guest's end.
+    console: Mutex<String>,
+    ready: tokio::sync::Mutex<Option<ReadyListener>>,
+}
+
+#[async_trait]
+impl Vmm for Qemu {
+    type Control = Control;
+
+    const KIND: DriverKind = DriverKind::Qemu;
+    const CHANNEL_LINK: bool = true;
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            kind: DriverKind::Qemu,
+            accelerated: self.accelerator == Accelerator::Kvm,
+            isolation: match self.accelerator {
+                Accelerator::Kvm => {
+                    "hardware virtualization (KVM); QEMU in a seccomp sandbox, a user of its own \
+                     for each VM"
+                }
+                Accelerator::Tcg => {
+                    "weak: TCG software emulation is not an isolation boundary; QEMU in a seccomp \
+                     sandbox, a user of its own for each VM"
+                }
+            },
+            version: self.version.clone(),
+        }
+    }
+
+    async fn boot(&self, place: &Place) -> Result<Booted<Control>, DriverError> {
+        let (host, id) = (&place.host, place.id());
+        let ready = host.network().ready_listener(id).await?;
+        let directory = process::open_directory(&host.directory(id))?;
+        let kernel = command_line::kernel_options(self.accelerator, self.tsc_khz);
+        let config = command_line::config(&kernel, &place.record.spec.token)?;
+        let files = Files::open(place, directory.as_fd(), &config).await?;
+        let (spec, guest) = (&place.record.spec, &place.attachment.guest);
+        let args = command_line::arguments(spec, self.accelerator, guest, &files.numbers());
+        let log = process::bounded_log(LOG_BYTES)?;
+        let launch = Launch {
+            program: self.program.clone(),
+            args,
+            fds: files.0.into(),
+            directory: directory
+                .try_clone()
+                .map_err(|e| file_error("open", &host.directory(id), e))?,
+            netns: Some(host.network().namespace()?),
+            identity: host.identity(place.record.uid),
+            log: Some(log.try_clone().map_err(|e| file_error("open", "log".as_ref(), e))?),
+        };
+        let process = host.spawn(spec, launch, "qemu").await?;
+        host.fault.hit("start process: running")?;
+        let socket = process::short_path(directory.as_fd(), QMP_SOCKET);
+        let qmp = tokio::select! {
+            qmp = Qmp::connect(&socket) => qmp,
+            _ = process.ended() => return Err(ended_early(&log)),
+        };
+        let qmp = match qmp {
+            Ok(qmp) => qmp,
+            // It may have ended and not be reaped yet: then its words are the better reason.
+            Err(error) => match tokio::time::timeout(QUIT_LIMIT, process.ended()).await {
+                Ok(_) => return Err(ended_early(&log)),
+                Err(_) => return Err(error),
+            },
+        };
+        let control = Control {
+            qmp,
+            log: Some(log),
+            console: Mutex::default(),
+            ready: tokio::sync::Mutex::new(Some(ready)),
+        };
+        Ok(Booted { process, control })
+    }
+
+    async fn ready(&self, place: &Place, control: &Control) -> Result<(), DriverError> {
+        let mut ready = control.ready.lock().await;
+        if let Some(mut listener) = ready.take() {
+            let asked = async {
+                let mut next = Instant::now() + ASK_INTERVAL;
+                loop {
+                    tokio::time::sleep_until(next).await;
+                    next = Instant::now() + ASK_INTERVAL;
+                    if self.connect(place, AGENT_PORT, ASK_INTERVAL).await.is_ok() {
+                        return;
+                    }
+                }
+            };
+            tokio::select! {
+                hint = listener.wait() => { hint?; }
+                () = asked => {}
+            }
+        }
+        // The hint may be forged or of an earlier moment: what counts is a connection.
+        loop {
+            match self.connect(place, AGENT_PORT, ASK_INTERVAL).await {
+                Ok(_) => return Ok(()),
+                Err(DriverError::ConnectTimeout { .. } | DriverError::ConnectRefused { .. }) => {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    async fn adopt(&self, place: &Place, process: &Process) -> Result<Control, DriverError> {
+        let directory = process::open_directory(&place.host.directory(place.id()))?;
+        let qmp = Qmp::connect(&process::short_path(directory.as_fd(), QMP_SOCKET)).await?;
+        // An end that came while no worker ran is found here.
+        qmp.is_paused().await?;
+        Ok(Control {
+            qmp,
+            log: process::log_of(process.pid()),
+            console: Mutex::default(),
+            ready: tokio::sync::Mutex::new(None),
+        })
+    }
+
+    async fn watch(&self, control: &Control, process: &Process) -> ExitReason {
+        let end = tokio::select! {
+            _ = process.ended() => return ExitReason::VmmDied,
+            end = control.qmp.guest_end() => end,
+        };
+        let last = async {
+            match control.qmp.read_console(command_line::CONSOLE_BYTES).await {
+                Ok(console) => *lock(&control.console) = console,
+                Err(error) => tracing::debug!(%error, "the console cannot be read"),
+            }
+            // It may end before it answers.
+            let _ = control.qmp.execute("quit", json!({})).await;
+            process.ended().await;
+        };
+        if tokio::time::timeout(QUIT_LIMIT, last).await.is_err()
+            && let Err(error) = process.kill_and_wait().await
+        {
+            tracing::error!(%error, pid = process.pid(), "cannot end a QEMU whose guest has ended");
+        }
+        match end {
+            GuestEnd::Shutdown if !shows_panic(&lock(&control.console)) => {
+                ExitReason::GuestShutdown
+            }
+            GuestEnd::Shutdown | GuestEnd::Panicked => ExitReason::GuestPanic,
+        }
+    }
+
+    fn last_words(&self, control: &Control) -> String {
+        let console = process::last_lines(&lock(&control.console), CONSOLE_LINES_SHOWN);
+        if console.is_empty() {
+            let log = control.log.as_ref().map(process::read_log).unwrap_or_default();
+            process::last_lines(&log, CONSOLE_LINES_SHOWN)
+        } else {
+            console
+        }
+    }
+
+    async fn pause(&self, control: &Control) -> Result<(), DriverError> {
+        control.qmp.execute("stop", json!({})).await.map(drop)
+    }
+
+    async fn resume(&self, control: &Control) -> Result<(), DriverError> {
+        control.qmp.execute("cont", json!({})).await.map(drop)
+    }
+
+    async fn is_paused(&self, control: &Control) -> Result<bool, DriverError> {
+        control.qmp.is_paused().await
+    }
+
+    async fn connect(
+        &self,
+        place: &Place,
+        port: u32,
+        limit: Duration,
+    ) -> Result<BoxStream, DriverError> {
+        let stream = place.host.network().dial(place.id(), port, limit).await?;
+        Ok(Box::new(stream))
+    }
+
+    fn clean(&self, host: &Host, record: &Record) -> Result<(), DriverError> {
+        remove_file(&host.directory(record.spec.vm_id).join(QMP_SOCKET))
+    }
+}
+
+/// What QEMU inherits, in the order of [`Inherited`].
+struct Files([OwnedFd; 7]);
+
+impl Files {
+    async fn open(
+        place: &Place,
+        directory: std::os::fd::BorrowedFd<'_>,
+        config: &str,
+    ) -> Result<Self, DriverError> {
+        let (boot, network) = (&place.record.spec.boot, place.host.network());
+        let channel_tap = place.attachment.channel_tap.as_deref().unwrap_or_default();
+        let socket = process::short_path(directory, QMP_SOCKET);
+        let qmp = std::os::unix::net::UnixListener::bind(&socket)
+            .map_err(|e| file_error("listen at", QMP_SOCKET.as_ref(), e))?;
+        Ok(Self([
+            process::open_for(&boot.kernel)?,
+            process::open_for(&boot.initrd)?,
+            process::open_for(&boot.rootfs)?,
+            qmp.into(),
+            network.open_tap(&place.attachment.tap).await?,
+            network.open_tap(channel_tap).await?,
+            process::secret_file(config)?,
+        ]))
+    }
+
+    fn numbers(&self) -> Inherited {
+        let [kernel, initrd, rootfs, qmp, tap, channel, config] =
+            self.0.each_ref().map(AsRawFd::as_raw_fd);
+        Inherited { kernel, initrd, rootfs, qmp, tap, channel, config }
+    }
+}
+
+fn ended_early(log: &File) -> DriverError {
+    let words = process::last_lines(&process::read_log(log), CONSOLE_LINES_SHOWN);
+    let detail = if words.is_empty() { "QEMU ended without a word".to_owned() } else { words };
+    DriverError::ExitedDuringStart { detail }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+crate::machines::delegate_driver!(QemuDriver);

@@ -1,0 +1,289 @@
+//! QMP over one kept Unix socket: requests with ids, events, bounded reads.
+//!
+//! The VMM is trusted less than the worker: lines have a limit, and whatever is not understood is
+//! ignored or ends the connection.
+
+use std::{
+    collections::HashMap,
+    io,
+    path::Path,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncBufRead, AsyncBufReadExt as _, AsyncWriteExt as _, BufReader},
+    net::{
+        UnixStream,
+        unix::{OwnedReadHalf, OwnedWriteHalf},
+    },
+    sync::{oneshot, watch},
+};
+use tokio_util::task::AbortOnDropHandle;
+
+use crate::DriverError;
+
+/// A console's 64 KiB, each byte of which may be written as `\u0000`, and some.
+const LINE_BYTES_MAX: usize = 512 * 1024;
+
+/// What the machine said of its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum GuestEnd {
+    /// A shutdown or reset that the guest asked for.
+    Shutdown,
+    /// The guest's kernel told a pvpanic device.
+    Panicked,
+}
+
+type Answer = Result<Value, String>;
+
+#[derive(Debug, Default)]
+struct Shared {
+    /// Requests without an answer. `None` once the connection is gone.
+    pending: Mutex<Option<HashMap<u64, oneshot::Sender<Answer>>>>,
+    end: watch::Sender<Option<GuestEnd>>,
+}
+
+/// A connection, past its greeting.
+#[derive(Debug)]
+pub(super) struct Qmp {
+    writer: tokio::sync::Mutex<OwnedWriteHalf>,
+    next_id: AtomicU64,
+    shared: Arc<Shared>,
+    _reader: AbortOnDropHandle<()>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn broken(source: io::Error) -> DriverError {
+    DriverError::Io { action: "speak to QEMU".to_owned(), source }
+}
+
+impl Qmp {
+    /// Connects, reads the greeting and switches commands on. The caller bounds it.
+    pub(super) async fn connect(path: &Path) -> Result<Self, DriverError> {
+        let stream = UnixStream::connect(path).await.map_err(broken)?;
+        let (reader, writer) = stream.into_split();
+        let mut reader = BufReader::new(reader);
+        let greeting = read_line(&mut reader).await.map_err(broken)?;
+        if greeting.is_none_or(|line| line.get("QMP").is_none()) {
+            return Err(broken(io::Error::other("it gave no greeting")));
+        }
+        let shared = Arc::new(Shared {
+            pending: Mutex::new(Some(HashMap::new())),
+            end: watch::Sender::new(None),
+        });
+        let reading = tokio::spawn(read(reader, Arc::clone(&shared)));
+        let qmp = Self {
+            writer: tokio::sync::Mutex::new(writer),
+            next_id: AtomicU64::new(1),
+            shared,
+            _reader: AbortOnDropHandle::new(reading),
+        };
+        qmp.execute("qmp_capabilities", json!({})).await?;
+        Ok(qmp)
+    }
+
+    /// One command and its answer. A dropped call leaves the answer unread. The caller bounds it.
+    pub(super) async fn execute(
+        &self,
+        command: &'static str,
+        arguments: Value,
+    ) -> Result<Value, DriverError> {
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        let (sender, receiver) = oneshot::channel();
+        let gone = || broken(io::Error::from(io::ErrorKind::ConnectionReset));
+        lock(&self.shared.pending).as_mut().ok_or_else(gone)?.insert(id, sender);
+        let pending = Pending { shared: &self.shared, id };
+        let mut line = json!({ "execute": command, "arguments": arguments, "id": id }).to_string();
+        line.push('\n');
+        {
+            // Half a line would garble the next one: the write is not given up with the caller,
+            // as it fits the socket's buffer whole.
+            let mut writer = self.writer.lock().await;
+            writer.write_all(line.as_bytes()).await.map_err(broken)?;
+        }
+        let answer = receiver.await.map_err(|_| gone())?;
+        drop(pending);
+        answer.map_err(|detail| DriverError::Vmm { action: command.to_owned(), detail })
+    }
+
+    /// Waits until the guest has ended. Pending for ever where the connection ends first: then the
+    /// process's end is what counts.
+    pub(super) async fn guest_end(&self) -> GuestEnd {
+        let mut end = self.shared.end.subscribe();
+        match end.wait_for(Option::is_some).await.map(|end| *end) {
+            Ok(Some(end)) => end,
+            Ok(None) | Err(_) => std::future::pending().await,
+        }
+    }
+
+    /// Whether the machine is paused. Finds an end that came while nobody listened.
+    pub(super) async fn is_paused(&self) -> Result<bool, DriverError> {
+        let answer = self.execute("query-status", json!({})).await?;
+        let status = answer.get("status").and_then(Value::as_str).unwrap_or_default();
+        match status {
+            "shutdown" => self.shared.note(GuestEnd::Shutdown),
+            "guest-panicked" => self.shared.note(GuestEnd::Panicked),
+            _ => {}
+        }
+        Ok(matches!(status, "paused" | "prelaunch" | "suspended"))
+    }
+
+    /// All that the guest's console holds.
+    pub(super) async fn read_console(&self, bytes: u64) -> Result<String, DriverError> {
+        let arguments = json!({ "device": "console", "size": bytes, "format": "utf8" });
+        let answer = self.execute("ringbuf-read", arguments).await?;
+        Ok(answer.as_str().unwrap_or_default().to_owned())
+    }
+}
+
+/// Forgets a request whose caller has gone.
+struct Pending<'a> {
+    shared: &'a Shared,
+    id: u64,
+}
+
+impl Drop for Pending<'_> {
+    fn drop(&mut self) {
+        if let Some(pending) = lock(&self.shared.pending).as_mut() {
+            pending.remove(&self.id);
+        }
+    }
+}
+
+impl Shared {
+    /// The first word counts, but a panic is the better one.
+    fn note(&self, end: GuestEnd) {
+        self.end.send_if_modified(|known| {
+            let is_news = known.is_none() || (end == GuestEnd::Panicked && *known != Some(end));
+            if is_news {
+                *known = Some(end);
+            }
+            is_news
+        });
+    }
+
+    fn take(&self, line: &Value) {
+        if let Some(event) = line.get("event").and_then(Value::as_str) {
+            let by_guest = line.pointer("/data/guest").and_then(Value::as_bool) == Some(true);
+            match event {
+                "GUEST_PANICKED" => self.note(GuestEnd::Panicked),
+                "SHUTDOWN" if by_guest => self.note(GuestEnd::Shutdown),
+                _ => {}
+            }
+            return;
+        }
+        let Some(id) = line.get("id").and_then(Value::as_u64) else { return };
+        let sender = lock(&self.pending).as_mut().and_then(|pending| pending.remove(&id));
+        let Some(sender) = sender else { return };
+        let answer = match (line.get("return"), line.pointer("/error/desc")) {
+            (Some(value), _) => Ok(value.clone()),
+            (None, Some(text)) => {
+                Err(text.as_str().unwrap_or_default().chars().take(500).collect())
+            }
+            (None, None) => Err("an answer without a result".to_owned()),
+        };
+        // The caller may have gone.
+        let _ = sender.send(answer);
+    }
+}
+
+async fn read(mut reader: BufReader<OwnedReadHalf>, shared: Arc<Shared>) {
+    loop {
+        match read_line(&mut reader).await {
+            Ok(Some(line)) => shared.take(&line),
+            Ok(None) => break,
+            Err(error) => {
+                tracing::debug!(%error, "the connection to QEMU has ended");
+                break;
+            }
+        }
+    }
+    // Callers that wait see their sender gone.
+    lock(&shared.pending).take();
+}
+
+/// One line of JSON; `None` at the end.
+async fn read_line(reader: &mut (impl AsyncBufRead + Unpin)) -> io::Result<Option<Value>> {
+    let mut line = Vec::new();
+    loop {
+        let available = reader.fill_buf().await?;
+        if available.is_empty() {
+            return Ok(None);
+        }
+        let end = available.iter().position(|b| *b == b'\n');
+        let take = end.map_or(available.len(), |end| end + 1);
+        line.extend_from_slice(&available[..take]);
+        reader.consume(take);
+        if line.len() > LINE_BYTES_MAX {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "a line past its limit"));
+        }
+        if end.is_some() {
+            return serde_json::from_slice(&line).map(Some).map_err(io::Error::from);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::net::UnixListener;
+
+    /// A QEMU that greets, answers what it is told to, and says the events of the script.
+    async fn peer(listener: UnixListener, script: &'static [&'static str]) {
+        let (stream, _) = listener.accept().await.unwrap();
+        let (reader, mut writer) = stream.into_split();
+        let mut reader = BufReader::new(reader);
+        writer.write_all(b"{\"QMP\": {}}\n").await.unwrap();
+        let mut script = script.iter();
+        while let Some(request) = read_line(&mut reader).await.unwrap() {
+            if request["execute"] == "qmp_capabilities" {
+                let answer = json!({ "return": {}, "id": request["id"] });
+                writer.write_all(format!("{answer}\n").as_bytes()).await.unwrap();
+                continue;
+            }
+            let Some(line) = script.next() else { return };
+            let line = line.replace("ID", &request["id"].to_string());
+            writer.write_all(format!("{line}\n").as_bytes()).await.unwrap();
+        }
+    }
+
+    async fn connected(script: &'static [&'static str]) -> (tempfile::TempDir, Qmp) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("q");
+        tokio::spawn(peer(UnixListener::bind(&path).unwrap(), script));
+        let qmp = Qmp::connect(&path).await.unwrap();
+        (folder, qmp)
+    }
+
+    #[tokio::test]
+    async fn answers_find_their_request_and_events_are_seen() {
+        let script = &[
+            "{\"event\": \"STOP\"}\n{\"return\": {\"status\": \"paused\"}, \"id\": ID}",
+            "{\"return\": 1, \"id\": 999}\n{\"error\": {\"desc\": \"no\"}, \"id\": ID}",
+            "{\"event\": \"SHUTDOWN\", \"data\": {\"guest\": true}}\n{\"return\": {}, \"id\": ID}",
+        ];
+        let (_folder, qmp) = connected(script).await;
+        assert!(qmp.is_paused().await.unwrap());
+        let error = qmp.execute("cont", json!({})).await.unwrap_err();
+        assert!(error.to_string().contains("no"), "{error}");
+        qmp.execute("stop", json!({})).await.unwrap();
+        assert_eq!(qmp.guest_end().await, GuestEnd::Shutdown);
+        // The peer hangs up: neither this request nor a later one waits for ever.
+        assert!(qmp.execute("stop", json!({})).await.is_err());
+        assert!(qmp.execute("stop", json!({})).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_line_without_end_is_cut_off() {
+        let long = vec![b'x'; LINE_BYTES_MAX + 10];
+        let mut reader = BufReader::new(long.as_slice());
+        assert!(read_line(&mut reader).await.is_err());
+    }
+}
