@@ -5,7 +5,7 @@ use std::{
     collections::BTreeSet,
     fs,
     net::{Ipv6Addr, SocketAddrV6, TcpStream},
-    os::fd::AsFd as _,
+    os::{fd::AsFd as _, unix::fs::MetadataExt as _},
     path::Path,
     process::Command,
     sync::mpsc::{Sender, channel},
@@ -20,7 +20,7 @@ use rustix::{
 
 /// The agent's end of every private link.
 const GUEST: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 2);
-const NAMESPACES: &str = "/run/netns";
+const NAMESPACES: &str = "/run/aether/netns";
 
 /// Everything on this host that belongs to a data directory and is not a file in it.
 pub fn host_leftovers(data_dir: &Path, namespaces: &BTreeSet<String>) -> Result<Vec<String>> {
@@ -129,7 +129,10 @@ fn private_link() -> Result<u32> {
 
 /// Processes in a network namespace: the VMMs of an instance.
 pub fn processes_in(namespace: &str) -> Result<Vec<Pid>> {
-    let output = Command::new("ip").args(["netns", "pids", namespace]).output()?;
-    let pids = String::from_utf8(output.stdout)?;
-    Ok(pids.split_whitespace().filter_map(|pid| Pid::from_raw(pid.parse().ok()?)).collect())
+    let inode = fs::metadata(Path::new(NAMESPACES).join(namespace))?.ino();
+    let is_in = |process: &fs::DirEntry| {
+        fs::metadata(process.path().join("ns/net")).is_ok_and(|found| found.ino() == inode)
+    };
+    let processes = fs::read_dir("/proc")?.flatten().filter(is_in);
+    Ok(processes.filter_map(|p| Pid::from_raw(p.file_name().to_str()?.parse().ok()?)).collect())
 }

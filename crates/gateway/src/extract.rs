@@ -7,7 +7,7 @@ use aether_api::{IDEMPOTENCY_KEY_HEADER, parse_wait};
 use aether_store::{Idempotency, PageRequest};
 use aether_types::{ErrorCode, limits};
 use axum::{
-    body::Body,
+    body::{Body, BodyDataStream},
     extract::{FromRequestParts, Request},
     http::{HeaderMap, StatusCode, header, request::Parts},
 };
@@ -96,11 +96,15 @@ fn too_large() -> ApiError {
     ApiError::new(ErrorCode::BodyTooLarge, detail)
 }
 
-/// Takes in a part of what a refused request still sends.
+/// Takes in a part of what a refused request still sends: a client that is cut off while it sends
+/// does not read why.
 pub(crate) async fn drain(body: Body) {
-    let mut left = DRAIN_BYTES_MAX;
-    let mut stream = body.into_data_stream();
-    let deadline = Instant::now() + DRAIN_LIMIT;
+    drain_stream(&mut body.into_data_stream(), DRAIN_BYTES_MAX, DRAIN_LIMIT).await;
+}
+
+pub(crate) async fn drain_stream(stream: &mut BodyDataStream, bytes_max: usize, limit: Duration) {
+    let mut left = bytes_max;
+    let deadline = Instant::now() + limit;
     while let Ok(Some(Ok(chunk))) = timeout_at(deadline, stream.next()).await {
         left = left.saturating_sub(chunk.len());
         if left == 0 {

@@ -27,6 +27,9 @@ use crate::{
     worker::Core,
 };
 
+/// Between tries to reach an agent that is being replaced.
+const RECONNECT_PAUSE: Duration = Duration::from_millis(25);
+
 impl Core {
     pub(crate) async fn execute(
         self: &Arc<Self>,
@@ -265,8 +268,7 @@ impl Core {
         collected: &Collected,
     ) -> Result<RunSession, Fault> {
         let deadline = Instant::now() + self.parts.config.reattach_limit;
-        let attach = timeout_at(deadline, self.attach(execution, guest, collected.offsets()));
-        let unreachable = Fault::new(ErrorCode::GuestUnreachable, "the guest stopped answering");
+        let attach = timeout_at(deadline, self.attach_patiently(execution, guest, collected));
         let result = tokio::select! {
             // The machine's end explains a lost connection better than the connection does.
             biased;
@@ -279,8 +281,27 @@ impl Core {
                 self.refresh_boot_id(guest).await;
                 Err(agent_lost())
             }
-            Ok(Err(error)) => Err(self.ended_or(guest, deadline, error.fault()).await),
-            Err(_) => Err(unreachable),
+            Ok(Err(error)) => Err(error.fault()),
+            Err(_) => Err(Fault::new(ErrorCode::GuestUnreachable, "the guest stopped answering")),
+        }
+    }
+
+    /// An agent that is being replaced refuses connections for a moment, and nothing says when it
+    /// does not any more.
+    async fn attach_patiently(
+        &self,
+        execution: &Execution,
+        guest: &Guest,
+        collected: &Collected,
+    ) -> Result<RunSession, AskError> {
+        loop {
+            match self.attach(execution, guest, collected.offsets()).await {
+                Err(AskError::Connect(_)) => tokio::time::sleep(RECONNECT_PAUSE).await,
+                Err(AskError::Client(error)) if error.is_connection_lost() => {
+                    tokio::time::sleep(RECONNECT_PAUSE).await;
+                }
+                result => return result,
+            }
         }
     }
 

@@ -14,7 +14,7 @@ use aether_protocol::{
 use aether_types::{ErrorCode, Timestamp, VmState, limits};
 use axum::{
     Json as JsonAnswer,
-    body::Body,
+    body::{Body, BodyDataStream},
     extract::{Path, State},
     http::{StatusCode, header},
     response::{IntoResponse as _, Response},
@@ -28,11 +28,15 @@ use futures::StreamExt as _;
 use tokio::{sync::OwnedSemaphorePermit, time::timeout};
 
 use crate::{
-    extract::{Json, Params, drain, read_mode},
+    extract::{Json, Params, drain_stream, read_mode},
     parts::App,
     problem::{ApiError, ApiResult},
     routes::vms::find,
 };
+
+/// Of a file that was refused, so that its client reads why; past these it is cut off.
+const UPLOAD_DRAIN_BYTES_MAX: usize = 1024 * 1024 * 1024;
+const UPLOAD_DRAIN_LIMIT: Duration = Duration::from_secs(10);
 
 /// For the opening of a session in the guest, and for one question and its answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
@@ -145,12 +149,25 @@ pub(super) async fn write(
     };
     params.finish()?;
     let _place = app.stream_place()?;
-    let guest = connect(&app, &vm).await?;
-    let mut writer = host::write_file(guest.stream, &guest.token, request, ANSWER_LIMIT).await?;
     let mut chunks = body.into_data_stream();
+    let written = write_chunks(&app, &vm, request, &mut chunks).await;
+    if written.is_err() {
+        drain_stream(&mut chunks, UPLOAD_DRAIN_BYTES_MAX, UPLOAD_DRAIN_LIMIT).await;
+    }
+    Ok(JsonAnswer(FileWritten { bytes: written? }))
+}
+
+/// Where this returns early the writer is dropped, and the guest discards the file.
+async fn write_chunks(
+    app: &App,
+    vm: &str,
+    request: WriteFile,
+    chunks: &mut BodyDataStream,
+) -> ApiResult<u64> {
+    let guest = connect(app, vm).await?;
+    let mut writer = host::write_file(guest.stream, &guest.token, request, ANSWER_LIMIT).await?;
     let idle_limit = app.parts.config.idle_limit;
     loop {
-        // Where this returns early the writer is dropped, and the guest discards the file.
         let chunk = match timeout(idle_limit, chunks.next()).await {
             Ok(Some(Ok(chunk))) => chunk,
             Ok(None) => break,
@@ -163,18 +180,13 @@ pub(super) async fn write(
                     .status(StatusCode::REQUEST_TIMEOUT));
             }
         };
-        let written = match timeout(idle_limit, writer.write(chunk)).await {
-            Ok(written) => written.map_err(ApiError::from),
-            Err(_) => Err(stalled()),
-        };
-        if let Err(error) = written {
-            drain(Body::from_stream(chunks)).await;
-            return Err(error);
+        match timeout(idle_limit, writer.write(chunk)).await {
+            Ok(written) => written?,
+            Err(_) => return Err(stalled()),
         }
     }
     let finished = timeout(FINISH_LIMIT, writer.finish()).await;
-    let bytes = finished.map_err(|_| stalled())??;
-    Ok(JsonAnswer(FileWritten { bytes }))
+    Ok(finished.map_err(|_| stalled())??)
 }
 
 fn stalled() -> ApiError {
