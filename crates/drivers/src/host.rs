@@ -243,7 +243,8 @@ impl Host {
         Some(Identity { uid, gid: uid, groups: kvm.into_iter().collect() })
     }
 
-    /// Starts a VM's VMM: in the journal and in its cgroup before it runs.
+    /// Starts a VM's VMM: in the journal and in its cgroup before it runs. If the call is dropped,
+    /// the process is either in the journal by then or will never run.
     pub(crate) async fn spawn(
         self: &Arc<Self>,
         spec: &MachineSpec,
@@ -251,12 +252,19 @@ impl Host {
         what: &'static str,
     ) -> Result<Process, DriverError> {
         let (host, spec) = (Arc::clone(self), spec.clone());
+        let wanted = Arc::new(Mutex::new(true));
+        let _unwanted = Unwanted(Arc::clone(&wanted));
         blocking(move || {
             let group = host.cgroup.group_of(&spec);
             if let Some(path) = &group {
                 host.journal.intend(spec.vm_id, &Resource::Cgroup { path: path.clone() })?;
             }
             process::spawn(launch, |id| {
+                let wanted = wanted.lock().unwrap_or_else(PoisonError::into_inner);
+                if !*wanted {
+                    let detail = "nobody waits for it any more".to_owned();
+                    return Err(DriverError::ExitedDuringStart { detail });
+                }
                 host.fault.hit("start process")?;
                 host.journal.intend(spec.vm_id, &process_resource(id, what))?;
                 if let Some(group) = &group {
@@ -350,6 +358,15 @@ impl Host {
             self.journal.forget(id, &resource)?;
         }
         Ok(())
+    }
+}
+
+/// Says that nobody waits any more for a process that is being started.
+struct Unwanted(Arc<Mutex<bool>>);
+
+impl Drop for Unwanted {
+    fn drop(&mut self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = false;
     }
 }
 

@@ -5,7 +5,8 @@
 //! links, until it starts its first program; once for each boot of the host.
 
 use std::{
-    fs, os::unix::fs::MetadataExt as _, path::Path, process::Stdio, sync::Arc, time::Duration,
+    fs, os::fd::AsRawFd as _, os::unix::fs::MetadataExt as _, path::Path, process::Stdio,
+    sync::Arc, time::Duration,
 };
 
 use serde::{Deserialize, Serialize};
@@ -20,6 +21,8 @@ use crate::{
 /// Accelerated, a guest boots in a fraction of this; what takes longer is better emulated.
 const BOOT_LIMIT: Duration = Duration::from_secs(8);
 const VERSION_LIMIT: Duration = Duration::from_secs(10);
+/// For all data directories of this host, until it boots again. Only root writes there.
+const FINDING: &str = "/run/aether/qemu-kvm.json";
 /// The kernel's word that it hands over to the first program.
 const BOOTED: &str = "Run /init as init process";
 const LOG_BYTES: u64 = 256 * 1024;
@@ -78,8 +81,8 @@ pub(super) async fn kvm(
         boot: [&boot.kernel, &boot.initrd].map(|path| identity(path)).into(),
         reason: String::new(),
     };
-    let path = host.data_dir.join("probe/qemu-kvm.json");
-    let known = fs::read(&path).ok().and_then(|b| serde_json::from_slice::<Finding>(&b).ok());
+    let path = Path::new(FINDING);
+    let known = fs::read(path).ok().and_then(|b| serde_json::from_slice::<Finding>(&b).ok());
     if let Some(known) = known {
         finding.reason.clone_from(&known.reason);
         if finding == known {
@@ -91,7 +94,10 @@ pub(super) async fn kvm(
         Err(reason) => reason,
     };
     let kept = serde_json::to_vec_pretty(&finding).map_err(std::io::Error::from);
-    if let Err(error) = kept.and_then(|bytes| fs::write(&path, bytes)) {
+    if let Err(error) = kept.and_then(|bytes| {
+        path.parent().map_or(Ok(()), fs::create_dir_all)?;
+        fs::write(path, bytes)
+    }) {
         // It is found out again next time.
         tracing::warn!(%error, path = %path.display(), "cannot keep what a probe found");
     }
@@ -145,10 +151,8 @@ async fn launch(
         &boot.initrd.display().to_string(),
         "-append",
         "console=ttyS0 8250.nr_uarts=1 loglevel=7 panic=-1 reboot=t",
-        "-add-fd",
-        &format!("fd={},set=1", std::os::fd::AsRawFd::as_raw_fd(&as_file)),
         "-chardev",
-        "file,id=console,path=/dev/fdset/1",
+        &format!("file,id=console,path=/dev/fd/{}", as_file.as_raw_fd()),
         "-serial",
         "chardev:console",
     ]
@@ -190,4 +194,22 @@ async fn saw(mut console: tokio::net::unix::pipe::Receiver) -> bool {
         }
     }
     false
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::AsyncWriteExt as _;
+
+    #[tokio::test]
+    async fn a_boot_is_seen_on_the_console_and_so_is_its_lack() {
+        for (words, booted) in [("Run /init as ini|t process\n", true), ("panic", false)] {
+            let (mut writer, console) = tokio::net::unix::pipe::pipe().unwrap();
+            for part in words.split('|') {
+                writer.write_all(part.as_bytes()).await.unwrap();
+            }
+            drop(writer);
+            assert_eq!(saw(console).await, booted);
+        }
+    }
 }

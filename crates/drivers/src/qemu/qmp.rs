@@ -132,7 +132,8 @@ impl Qmp {
             "guest-panicked" => self.shared.note(GuestEnd::Panicked),
             _ => {}
         }
-        Ok(matches!(status, "paused" | "prelaunch" | "suspended"))
+        // The last: the host's disk was full when the guest wrote. It may go on once there is room.
+        Ok(matches!(status, "paused" | "prelaunch" | "suspended" | "io-error"))
     }
 
     /// All that the guest's console holds.

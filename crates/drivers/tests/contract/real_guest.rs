@@ -1,5 +1,10 @@
 //! The contract on real guests.
 
+use std::{
+    os::unix::fs::PermissionsExt as _,
+    time::{Duration, Instant},
+};
+
 use crate::{
     rig::{Kind, Rig},
     suite,
@@ -46,6 +51,19 @@ macro_rules! contract {
             }
 
             #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn crashes() {
+                if let Some(rig) = Rig::open($kind).await {
+                    let worker = concat!("real_guest::", stringify!($module), "::crashing_worker");
+                    suite::crashes(rig, worker).await;
+                }
+            }
+
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn crashing_worker() {
+                suite::crashing_worker($kind).await;
+            }
+
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
             async fn start_is_bounded() {
                 if let Some(rig) = Rig::open($kind).await {
                     suite::start_is_bounded(rig).await;
@@ -64,3 +82,49 @@ macro_rules! contract {
 
 contract!(qemu, Kind::Qemu, 64, 64);
 contract!(qemu_debian, Kind::QemuDebian, 64, 64);
+
+#[tokio::test]
+async fn a_vmm_is_confined_and_keeps_the_token_to_itself() {
+    let Some(rig) = Rig::open(Kind::Qemu).await else { return };
+    let vm = rig.boot().await;
+    let machine = rig.driver().inspect(vm.id).await.unwrap().unwrap();
+    let proc =
+        |name: &str| std::fs::read(format!("/proc/{}/{name}", machine.pid.unwrap())).unwrap();
+    let cmdline = String::from_utf8_lossy(&proc("cmdline")).into_owned();
+    assert!(!cmdline.contains(&vm.token.to_hex()), "{cmdline}");
+    let status = String::from_utf8(proc("status")).unwrap();
+    let field = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        line.split_whitespace().next().unwrap().to_owned()
+    };
+    assert_ne!(field("Uid:"), "0");
+    assert_ne!(field("Gid:"), "0");
+    assert_eq!(field("NoNewPrivs:"), "1");
+    assert_eq!(field("Seccomp:"), "2");
+    assert_eq!(field("CapEff:"), "0000000000000000");
+    let mode = |name: &str| {
+        std::fs::metadata(rig.folder().join(name)).unwrap().permissions().mode() & 0o777
+    };
+    let folder = format!("vms/{}", vm.id);
+    assert_eq!((mode("journal"), mode(&folder)), (0o600, 0o700));
+    rig.driver().delete(vm.id).await.unwrap();
+    rig.close().await;
+}
+
+#[tokio::test]
+async fn kvm_is_used_only_where_a_probe_boots() {
+    let Some(mut rig) = Rig::open(Kind::QemuAuto).await else { return };
+    println!("{:?}", rig.driver().capabilities());
+    let found = rig.driver().capabilities();
+    assert_eq!(found.accelerated, found.isolation.starts_with("hardware"));
+    // What was found is kept.
+    let begun = Instant::now();
+    rig.reopen().await;
+    assert!(begun.elapsed() < Duration::from_secs(5));
+    assert_eq!(rig.driver().capabilities(), found);
+    if found.accelerated {
+        suite::lifecycle(rig).await;
+    } else {
+        rig.close().await;
+    }
+}

@@ -1,7 +1,7 @@
 //! A driver to try, with what a test needs beside the trait.
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, OnceLock},
     time::Duration,
 };
@@ -28,6 +28,8 @@ pub(crate) enum Kind {
     Qemu,
     /// QEMU and the kernel that products use.
     QemuDebian,
+    /// The same with KVM, if a probe boots.
+    QemuAuto,
 }
 
 pub(crate) struct Rig {
@@ -40,16 +42,32 @@ pub(crate) struct Rig {
 
 /// What a driver on this host needs.
 struct Real {
-    folder: tempfile::TempDir,
+    folder: Folder,
     images: Arc<ImageStore>,
     boot: BootSource,
+}
+
+enum Folder {
+    /// Goes with the test.
+    Own(tempfile::TempDir),
+    /// Of the test that started this process.
+    Given(PathBuf),
+}
+
+impl Folder {
+    fn path(&self) -> &Path {
+        match self {
+            Self::Own(folder) => folder.path(),
+            Self::Given(path) => path,
+        }
+    }
 }
 
 #[expect(
     clippy::disallowed_methods,
     reason = "tests are told by the environment what they may use"
 )]
-fn setting(name: &str) -> Option<PathBuf> {
+pub(crate) fn setting(name: &str) -> Option<PathBuf> {
     std::env::var(name).ok().filter(|value| !value.is_empty()).map(PathBuf::from)
 }
 
@@ -88,8 +106,13 @@ fn boot_source(images: &ImageStore, name: &str) -> Result<BootSource, String> {
 impl Rig {
     /// `None` where this host cannot; says so.
     pub(crate) async fn open(kind: Kind) -> Option<Self> {
+        Self::open_in(kind, None).await
+    }
+
+    /// A rig in a folder that another process has made.
+    pub(crate) async fn open_in(kind: Kind, folder: Option<PathBuf>) -> Option<Self> {
         log();
-        match Self::try_open(kind).await {
+        match Self::try_open(kind, folder).await {
             Ok(rig) => Some(rig),
             Err(reason) => {
                 println!("skipped: {kind:?}: {reason}");
@@ -98,7 +121,7 @@ impl Rig {
         }
     }
 
-    async fn try_open(kind: Kind) -> Result<Self, String> {
+    async fn try_open(kind: Kind, given: Option<PathBuf>) -> Result<Self, String> {
         let fault = FaultPoints::recording();
         let mut rig = Self { kind, fault, driver: None, real: None, sim: None };
         let image = match kind {
@@ -108,7 +131,7 @@ impl Rig {
                 rig.reopen().await;
                 return Ok(rig);
             }
-            Kind::QemuDebian => DEFAULT_IMAGE,
+            Kind::QemuDebian | Kind::QemuAuto => DEFAULT_IMAGE,
             Kind::Qemu => TEST_KERNEL_IMAGE,
         };
         if !rustix::process::geteuid().is_root() {
@@ -117,10 +140,14 @@ impl Rig {
         let images = images()?;
         let boot = boot_source(&images, image)?;
         // Deep on purpose: sockets in it must be reached all the same.
-        let folder = tempfile::Builder::new()
-            .prefix("aether-contract-with-a-name-that-is-longer-than-most-")
-            .tempdir()
-            .map_err(|e| e.to_string())?;
+        let own = || {
+            tempfile::Builder::new()
+                .prefix("aether-contract-with-a-name-that-is-longer-than-most-")
+                .tempdir()
+                .map(Folder::Own)
+                .map_err(|e| e.to_string())
+        };
+        let folder = given.map_or_else(own, |path| Ok(Folder::Given(path)))?;
         rig.real = Some(Real { folder, images, boot });
         match rig.connect_driver().await {
             Ok(driver) => rig.driver = Some(driver),
@@ -143,6 +170,10 @@ impl Rig {
             Kind::Qemu | Kind::QemuDebian => {
                 let acceleration = QemuAcceleration::Tcg;
                 let config = QemuConfig { acceleration, ..QemuConfig::default() };
+                Arc::new(QemuDriver::open(host, config).await?)
+            }
+            Kind::QemuAuto => {
+                let config = QemuConfig { probe: Some(real.boot.clone()), ..QemuConfig::default() };
                 Arc::new(QemuDriver::open(host, config).await?)
             }
         })
@@ -175,11 +206,16 @@ impl Rig {
         self.driver = Some(driver.expect("the driver opens again"));
     }
 
+    /// Where the host's things are kept.
+    pub(crate) fn folder(&self) -> &Path {
+        self.real.as_ref().expect("a real driver's things").folder.path()
+    }
+
     /// How long a boot may take on a busy host.
     pub(crate) fn boot_limit(&self) -> Duration {
         match self.kind {
             Kind::Sim => Duration::from_secs(5),
-            Kind::Qemu | Kind::QemuDebian => Duration::from_mins(1),
+            Kind::Qemu | Kind::QemuDebian | Kind::QemuAuto => Duration::from_mins(1),
         }
     }
 
@@ -187,7 +223,7 @@ impl Rig {
     pub(crate) fn guest_limit(&self) -> Duration {
         match self.kind {
             Kind::Sim => Duration::from_secs(5),
-            Kind::Qemu | Kind::QemuDebian => Duration::from_secs(30),
+            Kind::Qemu | Kind::QemuDebian | Kind::QemuAuto => Duration::from_secs(30),
         }
     }
 

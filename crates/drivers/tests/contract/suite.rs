@@ -1,11 +1,14 @@
 //! The contract. Each function is one promise; it leaves the rig without VMs.
 
-use std::time::{Duration, Instant};
+use std::{
+    os::unix::process::ExitStatusExt as _,
+    time::{Duration, Instant},
+};
 
 use aether_drivers::{DriverError, ExitReason, MachineState};
 use aether_protocol::{AGENT_PORT, ExitStatus, Run, Shutdown, WriteFile, host};
 
-use crate::rig::{Kind, Rig, Vm, kill_process, run_on};
+use crate::rig::{Kind, Rig, Vm, kill_process, run_on, setting};
 
 /// For what a host does, not a guest.
 const SOON: Duration = Duration::from_secs(20);
@@ -270,6 +273,71 @@ pub(crate) async fn faults(mut rig: Rig) {
         assert_eq!(rig.leftovers(), Vec::<String>::new(), "after {point}");
     }
     rig.close().await;
+}
+
+/// The worker is killed at every step: the next one finds what there is, can use what runs, and
+/// can remove all of it. `worker` is the name of the test that is the worker.
+pub(crate) async fn crashes(mut rig: Rig, worker: &str) {
+    whole_life(&rig).await.expect("a life without faults");
+    let mut deaths = 0;
+    for point in rig.fault.seen() {
+        let (folder, program) = (rig.folder().to_owned(), std::env::current_exe().unwrap());
+        let died = async || {
+            let mut child = tokio::process::Command::new(program)
+                .args(["--exact", worker, "--nocapture"])
+                .env(CRASH_FOLDER, folder)
+                .env(CRASH_POINT, point)
+                .stdout(std::process::Stdio::null())
+                .stderr(std::process::Stdio::null())
+                .spawn()
+                .unwrap();
+            let status = child.wait().await.unwrap();
+            // Some points lie in no worker's life but the first.
+            assert!(status.signal() == Some(9) || status.success(), "{point}: {status}");
+            deaths += usize::from(!status.success());
+        };
+        rig.reopen_after(died).await;
+        for machine in rig.driver().list().await.unwrap() {
+            let spec = machine.spec.expect("a sound record");
+            let vm = Vm { id: machine.vm_id, token: spec.token.parse_token() };
+            if machine.state == MachineState::Running {
+                let limit = rig.boot_limit();
+                until_it_answers(&rig, &vm, limit).await;
+            }
+            rig.driver().delete(vm.id).await.expect("delete after a crash");
+        }
+        assert_eq!(rig.leftovers(), Vec::<String>::new(), "after a crash at {point}");
+    }
+    println!("{:?}: {deaths} deaths", rig.kind());
+    assert!(deaths >= 15, "{deaths}");
+    rig.close().await;
+}
+
+const CRASH_FOLDER: &str = "AETHER_CONTRACT_CRASH_FOLDER";
+const CRASH_POINT: &str = "AETHER_CONTRACT_CRASH_POINT";
+
+/// The worker of [`crashes`]: lives until its point. Does nothing unless it was started for that.
+pub(crate) async fn crashing_worker(kind: Kind) {
+    let (Some(folder), Some(point)) = (setting(CRASH_FOLDER), setting(CRASH_POINT)) else { return };
+    std::panic::set_hook(Box::new(|_| kill_process(std::process::id())));
+    let rig = Rig::open_in(kind, Some(folder)).await.expect("what the parent could open");
+    rig.fault.arm_crash(point.to_str().unwrap());
+    whole_life(&rig).await.expect("a life whose point lies elsewhere");
+}
+
+/// A guest that was adopted while it booted answers when it has.
+async fn until_it_answers(rig: &Rig, vm: &Vm, limit: Duration) {
+    let deadline = Instant::now() + limit;
+    loop {
+        let attempt = async {
+            let stream = rig.driver().connect(vm.id, AGENT_PORT, SOON).await.ok()?;
+            host::ping(stream, &vm.token, SOON).await.ok()
+        };
+        if attempt.await.is_some() {
+            return;
+        }
+        assert!(Instant::now() < deadline, "an adopted guest does not answer");
+    }
 }
 
 /// A creation that fails has been undone; a start that fails leaves no process.

@@ -17,165 +17,37 @@
 //! - An operation runs in a task of its own: a caller that stops waiting changes nothing.
 //! - One watcher task for each VMM that runs; it alone says how the VMM ended.
 
+mod driver;
+mod live;
+mod vmm;
+
 use std::{
     collections::HashMap,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError, Weak,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
-use aether_protocol::host::BoxStream;
-use aether_types::{DriverKind, VmId};
-use async_trait::async_trait;
-use tokio::{
-    sync::watch,
-    time::{Instant, timeout_at},
-};
+use aether_types::VmId;
+use tokio::time::{Instant, timeout_at};
 use tokio_util::{
     sync::{CancellationToken, DropGuard},
     task::TaskTracker,
 };
 
+use self::live::{Live, Slot, Watcher};
+pub(crate) use self::{
+    driver::delegate_driver,
+    vmm::{Booted, Place, Vmm},
+};
 use crate::{
-    Capabilities, Driver, DriverError, ExitReason, GuestNetwork, Machine, MachineSpec,
-    MachineState,
+    DriverError, ExitReason, GuestNetwork, Machine, MachineSpec, MachineState,
     host::{Host, Record},
     journal::{Owner, Resource},
     network::Attachment,
-    process::Process,
-    stream::GuestStream,
 };
 
 /// How long a VMM may take to answer a question about itself.
 const CONTROL_LIMIT: Duration = Duration::from_secs(10);
-
-/// A VM, as its driver sees it while it acts.
-#[derive(Debug, Clone)]
-pub(crate) struct Place {
-    pub(crate) host: Arc<Host>,
-    pub(crate) record: Record,
-    pub(crate) attachment: Attachment,
-}
-
-impl Place {
-    pub(crate) fn id(&self) -> VmId {
-        self.record.spec.vm_id
-    }
-}
-
-/// A VMM that was started.
-pub(crate) struct Booted<C> {
-    pub(crate) process: Process,
-    pub(crate) control: C,
-}
-
-/// What differs between VMMs.
-#[async_trait]
-pub(crate) trait Vmm: Send + Sync + 'static {
-    /// The way to a VMM that runs.
-    type Control: Send + Sync + 'static;
-
-    const KIND: DriverKind;
-    /// The guest's channel is a private link of the network.
-    const CHANNEL_LINK: bool;
-
-    fn capabilities(&self) -> Capabilities;
-
-    /// Starts the VMM and lets the guest boot. What it leaves when it fails is found in the
-    /// journal.
-    async fn boot(&self, place: &Place) -> Result<Booted<Self::Control>, DriverError>;
-
-    /// Waits for the guest's hint that it can be connected to, and sees that it can.
-    async fn ready(&self, place: &Place, control: &Self::Control) -> Result<(), DriverError>;
-
-    /// Takes up the way to a VMM that an earlier worker started.
-    async fn adopt(&self, place: &Place, process: &Process) -> Result<Self::Control, DriverError>;
-
-    /// Waits until the VMM has ended, and says why as far as it can be told.
-    async fn watch(&self, control: &Self::Control, process: &Process) -> ExitReason;
-
-    /// The last words of guest and VMM, for an error.
-    fn last_words(&self, control: &Self::Control) -> String;
-
-    async fn pause(&self, control: &Self::Control) -> Result<(), DriverError>;
-    async fn resume(&self, control: &Self::Control) -> Result<(), DriverError>;
-    async fn is_paused(&self, control: &Self::Control) -> Result<bool, DriverError>;
-
-    async fn connect(
-        &self,
-        place: &Place,
-        port: u32,
-        limit: Duration,
-    ) -> Result<BoxStream, DriverError>;
-
-    /// Removes what a VMM that has ended left in the VM's directory.
-    fn clean(&self, host: &Host, record: &Record) -> Result<(), DriverError>;
-}
-
-/// A VMM that runs, or has just ended.
-struct Live<C> {
-    process: Process,
-    control: C,
-    /// The end is our doing.
-    is_killed: AtomicBool,
-    exit: watch::Sender<Option<ExitReason>>,
-    /// Breaks the streams to the guest.
-    ended: CancellationToken,
-}
-
-impl<C> Live<C> {
-    fn has_ended(&self) -> bool {
-        self.exit.borrow().is_some()
-    }
-
-    async fn ended(&self) -> ExitReason {
-        let mut exit = self.exit.subscribe();
-        let ended = exit.wait_for(Option::is_some).await;
-        // The sender is in `self`.
-        ended.ok().and_then(|exit| *exit).unwrap_or(ExitReason::VmmDied)
-    }
-
-    async fn kill(&self) -> Result<(), DriverError> {
-        if self.has_ended() {
-            return Ok(());
-        }
-        self.is_killed.store(true, Ordering::Release);
-        self.process.kill()?;
-        self.ended().await;
-        Ok(())
-    }
-}
-
-struct Slot<C> {
-    /// One operation at a time.
-    operation: tokio::sync::Mutex<()>,
-    live: Mutex<Option<Arc<Live<C>>>>,
-    /// Ends the start that is under way, if any.
-    interrupt: Mutex<CancellationToken>,
-}
-
-impl<C> Default for Slot<C> {
-    fn default() -> Self {
-        Self {
-            operation: tokio::sync::Mutex::default(),
-            live: Mutex::default(),
-            interrupt: Mutex::default(),
-        }
-    }
-}
-
-impl<C> Slot<C> {
-    fn running(&self) -> Option<Arc<Live<C>>> {
-        lock(&self.live).as_ref().filter(|live| !live.has_ended()).cloned()
-    }
-
-    /// Ends a start that is under way; later starts are not concerned.
-    fn interrupt(&self) {
-        std::mem::take(&mut *lock(&self.interrupt)).cancel();
-    }
-}
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -388,13 +260,7 @@ impl<V: Vmm> Machines<V> {
 
     /// Makes a VMM known, and watches it to its end.
     fn watch(self: &Arc<Self>, id: VmId, booted: Booted<V::Control>) -> Arc<Live<V::Control>> {
-        let live = Arc::new(Live {
-            process: booted.process,
-            control: booted.control,
-            is_killed: AtomicBool::new(false),
-            exit: watch::Sender::new(None),
-            ended: CancellationToken::new(),
-        });
+        let live = Arc::new(Live::new(booted));
         *lock(&self.slot(id).live) = Some(Arc::clone(&live));
         let closing = self.closing.clone();
         let watcher = Watcher {
@@ -437,21 +303,14 @@ impl<V: Vmm> Machines<V> {
     }
 
     async fn machine(&self, id: VmId) -> Result<Option<Machine>, DriverError> {
-        let Some(value) = self.host.journal.machine(id) else { return Ok(None) };
-        let record: Record = match serde_json::from_value(value) {
-            Ok(record) => record,
-            Err(error) => {
-                // It can be deleted, and nothing else.
-                tracing::error!(vm.id = %id, %error, "the record of a VM is damaged");
-                let state = MachineState::Created;
-                return Ok(Some(Machine {
-                    vm_id: id,
-                    state,
-                    network: None,
-                    pid: None,
-                    spec: None,
-                }));
-            }
+        if !self.host.journal.machines().contains(&id) {
+            return Ok(None);
+        }
+        let Some(record) = self.host.record(id) else {
+            // It can be deleted, and nothing else.
+            tracing::error!(vm.id = %id, "the record of a VM is damaged");
+            let state = MachineState::Created;
+            return Ok(Some(Machine { vm_id: id, state, network: None, pid: None, spec: None }));
         };
         if record.kind != V::KIND {
             return Ok(None);
@@ -525,36 +384,6 @@ impl<V: Vmm> Machines<V> {
     }
 }
 
-/// Sees a VMM to its end.
-struct Watcher<V: Vmm> {
-    id: VmId,
-    vmm: Arc<V>,
-    live: Arc<Live<V::Control>>,
-    machines: Weak<Machines<V>>,
-}
-
-impl<V: Vmm> Watcher<V> {
-    async fn watch(self) {
-        let seen = self.vmm.watch(&self.live.control, &self.live.process).await;
-        // A guest that ended by itself just before the kill has done so.
-        let reason = match seen {
-            ExitReason::VmmDied if self.live.is_killed.load(Ordering::Acquire) => {
-                ExitReason::Killed
-            }
-            reason => reason,
-        };
-        let pid = self.live.process.pid();
-        tracing::info!(vm.id = %self.id, pid, reason = describe(reason), "a VMM has ended");
-        if let Some(machines) = self.machines.upgrade()
-            && let Err(error) = machines.record_end(self.id, reason).await
-        {
-            tracing::error!(vm.id = %self.id, %error, "cannot record the end of a VMM");
-        }
-        self.live.exit.send_replace(Some(reason));
-        self.live.ended.cancel();
-    }
-}
-
 fn describe(reason: ExitReason) -> &'static str {
     match reason {
         ExitReason::Killed => "it was killed",
@@ -563,177 +392,3 @@ fn describe(reason: ExitReason) -> &'static str {
         ExitReason::VmmDied => "the VMM died",
     }
 }
-
-/// What a driver's public type delegates to.
-#[async_trait]
-impl<V: Vmm> Driver for Arc<Machines<V>> {
-    fn capabilities(&self) -> Capabilities {
-        self.vmm.capabilities()
-    }
-
-    async fn create(&self, spec: MachineSpec) -> Result<GuestNetwork, DriverError> {
-        let machines = Arc::clone(self);
-        self.finish(async move { machines.create_one(spec).await }).await
-    }
-
-    async fn start(&self, id: VmId, limit: Duration) -> Result<(), DriverError> {
-        let machines = Arc::clone(self);
-        self.finish(async move { machines.start_one(id, limit).await }).await
-    }
-
-    async fn pause(&self, id: VmId) -> Result<(), DriverError> {
-        let machines = Arc::clone(self);
-        self.finish(async move { machines.set_paused(id, true).await }).await
-    }
-
-    async fn resume(&self, id: VmId) -> Result<(), DriverError> {
-        let machines = Arc::clone(self);
-        self.finish(async move { machines.set_paused(id, false).await }).await
-    }
-
-    async fn kill(&self, id: VmId) -> Result<(), DriverError> {
-        let machines = Arc::clone(self);
-        self.finish(async move {
-            machines.known(id)?;
-            let slot = machines.slot(id);
-            slot.interrupt();
-            let _one = slot.operation.lock().await;
-            machines.host.fault.hit("kill")?;
-            let live = slot.running();
-            match live {
-                Some(live) => live.kill().await,
-                None => Ok(()),
-            }
-        })
-        .await
-    }
-
-    async fn exited(&self, id: VmId) -> Result<ExitReason, DriverError> {
-        self.known(id)?;
-        let live = self.slot(id).running();
-        match live {
-            Some(live) => Ok(live.ended().await),
-            None => Ok(match self.at_rest(id) {
-                MachineState::Exited(reason) => reason,
-                // It never ran: nobody but its owner keeps it from running.
-                MachineState::Created | MachineState::Running | MachineState::Paused => {
-                    ExitReason::Killed
-                }
-            }),
-        }
-    }
-
-    async fn delete(&self, id: VmId) -> Result<(), DriverError> {
-        let machines = Arc::clone(self);
-        self.finish(async move {
-            if machines.host.record(id).is_some_and(|record| record.kind != V::KIND) {
-                return Ok(());
-            }
-            let slot = machines.slot(id);
-            slot.interrupt();
-            let _one = slot.operation.lock().await;
-            machines.remove(id).await?;
-            lock(&machines.slots).remove(&id);
-            Ok(())
-        })
-        .await
-    }
-
-    async fn inspect(&self, id: VmId) -> Result<Option<Machine>, DriverError> {
-        self.machine(id).await
-    }
-
-    async fn list(&self) -> Result<Vec<Machine>, DriverError> {
-        let mut found = Vec::new();
-        for id in self.host.journal.machines() {
-            found.extend(self.machine(id).await?);
-        }
-        Ok(found)
-    }
-
-    async fn release(&self) -> Result<(), DriverError> {
-        let machines = Arc::clone(self);
-        self.finish(async move {
-            for id in machines.host.journal.machines() {
-                if !machines.host.record(id).is_some_and(|record| record.kind == V::KIND) {
-                    continue;
-                }
-                let slot = machines.slot(id);
-                let _one = slot.operation.lock().await;
-                if slot.running().is_none() {
-                    machines.host.network().detach(id).await?;
-                }
-            }
-            machines.host.network().close_if_empty().await?;
-            Ok(())
-        })
-        .await
-    }
-
-    async fn connect(
-        &self,
-        id: VmId,
-        port: u32,
-        limit: Duration,
-    ) -> Result<BoxStream, DriverError> {
-        let live = self.running(id, "connect to it")?;
-        let place = self.place(&self.known(id)?).ok_or(DriverError::UnknownVm(id))?;
-        tokio::select! {
-            stream = self.vmm.connect(&place, port, limit) => {
-                Ok(Box::new(GuestStream::new(stream?, live.ended.clone())))
-            }
-            _ = live.ended() => Err(wrong(id, "stopped", "connect to it")),
-        }
-    }
-}
-
-/// Makes a public driver of a tuple around `Arc<Machines<_>>`.
-macro_rules! delegate_driver {
-    ($driver:ty) => {
-        #[async_trait]
-        impl Driver for $driver {
-            fn capabilities(&self) -> Capabilities {
-                self.0.capabilities()
-            }
-            async fn create(&self, spec: MachineSpec) -> Result<GuestNetwork, DriverError> {
-                self.0.create(spec).await
-            }
-            async fn start(&self, id: VmId, limit: Duration) -> Result<(), DriverError> {
-                self.0.start(id, limit).await
-            }
-            async fn pause(&self, id: VmId) -> Result<(), DriverError> {
-                self.0.pause(id).await
-            }
-            async fn resume(&self, id: VmId) -> Result<(), DriverError> {
-                self.0.resume(id).await
-            }
-            async fn kill(&self, id: VmId) -> Result<(), DriverError> {
-                self.0.kill(id).await
-            }
-            async fn exited(&self, id: VmId) -> Result<ExitReason, DriverError> {
-                self.0.exited(id).await
-            }
-            async fn delete(&self, id: VmId) -> Result<(), DriverError> {
-                self.0.delete(id).await
-            }
-            async fn inspect(&self, id: VmId) -> Result<Option<Machine>, DriverError> {
-                self.0.inspect(id).await
-            }
-            async fn list(&self) -> Result<Vec<Machine>, DriverError> {
-                self.0.list().await
-            }
-            async fn release(&self) -> Result<(), DriverError> {
-                self.0.release().await
-            }
-            async fn connect(
-                &self,
-                id: VmId,
-                port: u32,
-                limit: Duration,
-            ) -> Result<BoxStream, DriverError> {
-                self.0.connect(id, port, limit).await
-            }
-        }
-    };
-}
-pub(crate) use delegate_driver;

@@ -1,0 +1,187 @@
+//! The driver's trait: each operation in a task of its own.
+
+use std::{sync::Arc, time::Duration};
+
+use aether_protocol::host::BoxStream;
+use aether_types::VmId;
+use async_trait::async_trait;
+
+use super::{Machines, Vmm, lock, wrong};
+use crate::{
+    Capabilities, Driver, DriverError, ExitReason, GuestNetwork, Machine, MachineSpec,
+    MachineState, stream::GuestStream,
+};
+
+/// What a driver's public type delegates to.
+#[async_trait]
+impl<V: Vmm> Driver for Arc<Machines<V>> {
+    fn capabilities(&self) -> Capabilities {
+        self.vmm.capabilities()
+    }
+
+    async fn create(&self, spec: MachineSpec) -> Result<GuestNetwork, DriverError> {
+        let machines = Arc::clone(self);
+        self.finish(async move { machines.create_one(spec).await }).await
+    }
+
+    async fn start(&self, id: VmId, limit: Duration) -> Result<(), DriverError> {
+        let machines = Arc::clone(self);
+        self.finish(async move { machines.start_one(id, limit).await }).await
+    }
+
+    async fn pause(&self, id: VmId) -> Result<(), DriverError> {
+        let machines = Arc::clone(self);
+        self.finish(async move { machines.set_paused(id, true).await }).await
+    }
+
+    async fn resume(&self, id: VmId) -> Result<(), DriverError> {
+        let machines = Arc::clone(self);
+        self.finish(async move { machines.set_paused(id, false).await }).await
+    }
+
+    async fn kill(&self, id: VmId) -> Result<(), DriverError> {
+        let machines = Arc::clone(self);
+        self.finish(async move {
+            machines.known(id)?;
+            let slot = machines.slot(id);
+            slot.interrupt();
+            let _one = slot.operation.lock().await;
+            machines.host.fault.hit("kill")?;
+            let live = slot.running();
+            match live {
+                Some(live) => live.kill().await,
+                None => Ok(()),
+            }
+        })
+        .await
+    }
+
+    async fn exited(&self, id: VmId) -> Result<ExitReason, DriverError> {
+        self.known(id)?;
+        let live = self.slot(id).running();
+        match live {
+            Some(live) => Ok(live.ended().await),
+            None => Ok(match self.at_rest(id) {
+                MachineState::Exited(reason) => reason,
+                // It never ran: nobody but its owner keeps it from running.
+                MachineState::Created | MachineState::Running | MachineState::Paused => {
+                    ExitReason::Killed
+                }
+            }),
+        }
+    }
+
+    async fn delete(&self, id: VmId) -> Result<(), DriverError> {
+        let machines = Arc::clone(self);
+        self.finish(async move {
+            if machines.host.record(id).is_some_and(|record| record.kind != V::KIND) {
+                return Ok(());
+            }
+            let slot = machines.slot(id);
+            slot.interrupt();
+            let _one = slot.operation.lock().await;
+            machines.remove(id).await?;
+            lock(&machines.slots).remove(&id);
+            Ok(())
+        })
+        .await
+    }
+
+    async fn inspect(&self, id: VmId) -> Result<Option<Machine>, DriverError> {
+        self.machine(id).await
+    }
+
+    async fn list(&self) -> Result<Vec<Machine>, DriverError> {
+        let mut found = Vec::new();
+        for id in self.host.journal.machines() {
+            found.extend(self.machine(id).await?);
+        }
+        Ok(found)
+    }
+
+    async fn release(&self) -> Result<(), DriverError> {
+        let machines = Arc::clone(self);
+        self.finish(async move {
+            for id in machines.host.journal.machines() {
+                if !machines.host.record(id).is_some_and(|record| record.kind == V::KIND) {
+                    continue;
+                }
+                let slot = machines.slot(id);
+                let _one = slot.operation.lock().await;
+                if slot.running().is_none() {
+                    machines.host.network().detach(id).await?;
+                }
+            }
+            machines.host.network().close_if_empty().await?;
+            Ok(())
+        })
+        .await
+    }
+
+    async fn connect(
+        &self,
+        id: VmId,
+        port: u32,
+        limit: Duration,
+    ) -> Result<BoxStream, DriverError> {
+        let live = self.running(id, "connect to it")?;
+        let place = self.place(&self.known(id)?).ok_or(DriverError::UnknownVm(id))?;
+        tokio::select! {
+            stream = self.vmm.connect(&place, port, limit) => {
+                Ok(Box::new(GuestStream::new(stream?, live.ended.clone())))
+            }
+            _ = live.ended() => Err(wrong(id, "stopped", "connect to it")),
+        }
+    }
+}
+
+/// Makes a public driver of a tuple around `Arc<Machines<_>>`.
+macro_rules! delegate_driver {
+    ($driver:ty) => {
+        #[async_trait]
+        impl Driver for $driver {
+            fn capabilities(&self) -> Capabilities {
+                self.0.capabilities()
+            }
+            async fn create(&self, spec: MachineSpec) -> Result<GuestNetwork, DriverError> {
+                self.0.create(spec).await
+            }
+            async fn start(&self, id: VmId, limit: Duration) -> Result<(), DriverError> {
+                self.0.start(id, limit).await
+            }
+            async fn pause(&self, id: VmId) -> Result<(), DriverError> {
+                self.0.pause(id).await
+            }
+            async fn resume(&self, id: VmId) -> Result<(), DriverError> {
+                self.0.resume(id).await
+            }
+            async fn kill(&self, id: VmId) -> Result<(), DriverError> {
+                self.0.kill(id).await
+            }
+            async fn exited(&self, id: VmId) -> Result<ExitReason, DriverError> {
+                self.0.exited(id).await
+            }
+            async fn delete(&self, id: VmId) -> Result<(), DriverError> {
+                self.0.delete(id).await
+            }
+            async fn inspect(&self, id: VmId) -> Result<Option<Machine>, DriverError> {
+                self.0.inspect(id).await
+            }
+            async fn list(&self) -> Result<Vec<Machine>, DriverError> {
+                self.0.list().await
+            }
+            async fn release(&self) -> Result<(), DriverError> {
+                self.0.release().await
+            }
+            async fn connect(
+                &self,
+                id: VmId,
+                port: u32,
+                limit: Duration,
+            ) -> Result<BoxStream, DriverError> {
+                self.0.connect(id, port, limit).await
+            }
+        }
+    };
+}
+pub(crate) use delegate_driver;
