@@ -234,6 +234,11 @@ impl Host {
             .map_err(|e| file_error("change the owner of", path, e.into()))
     }
 
+    /// What any VM's VMM runs as; `None` where that is the worker's own user.
+    pub(crate) fn sample_identity(&self) -> Option<Identity> {
+        self.identity(self.uid_base)
+    }
+
     /// The user that a VM's VMM runs as, with the group that may use KVM.
     #[expect(clippy::unused_self, reason = "it is this host's user")]
     pub(crate) fn identity(&self, uid: Option<u32>) -> Option<Identity> {
@@ -427,7 +432,7 @@ pub(crate) fn remove_tree(path: &Path) -> Result<(), DriverError> {
     }
 }
 
-fn unmount(path: &Path) -> Result<(), DriverError> {
+pub(crate) fn unmount(path: &Path) -> Result<(), DriverError> {
     use rustix::{io::Errno, mount::UnmountFlags};
     match rustix::mount::unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
         // Not a mount point, or not there: it was never made, or is gone.

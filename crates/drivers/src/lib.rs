@@ -13,6 +13,7 @@
 mod cgroup;
 pub mod error;
 pub mod fault;
+pub mod firecracker;
 mod host;
 pub mod journal;
 mod machines;

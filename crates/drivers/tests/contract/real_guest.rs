@@ -82,6 +82,8 @@ macro_rules! contract {
 
 contract!(qemu, Kind::Qemu, 64, 64);
 contract!(qemu_debian, Kind::QemuDebian, 64, 64);
+contract!(firecracker, Kind::Firecracker, 2, 4);
+contract!(firecracker_jailed, Kind::FirecrackerJailed, 2, 4);
 
 #[tokio::test]
 async fn a_vmm_is_confined_and_keeps_the_token_to_itself() {

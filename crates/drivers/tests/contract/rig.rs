@@ -9,6 +9,7 @@ use std::{
 use aether_drivers::{
     BootSource, Driver, DriverError, Host, HostConfig, KernelFlavour, MachineSpec,
     fault::FaultPoints,
+    firecracker::FirecrackerDriver,
     network::leftovers,
     qemu::{QemuAcceleration, QemuConfig, QemuDriver},
     sim::{SimConfig, SimDriver, SimHost},
@@ -24,6 +25,9 @@ use aether_types::{NetworkPolicy, VmId};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     Sim,
+    /// Firecracker and the small test kernel, without a jailer and with one.
+    Firecracker,
+    FirecrackerJailed,
     /// QEMU and the small test kernel: boots fastest.
     Qemu,
     /// QEMU and the kernel that products use.
@@ -132,7 +136,7 @@ impl Rig {
                 return Ok(rig);
             }
             Kind::QemuDebian | Kind::QemuAuto => DEFAULT_IMAGE,
-            Kind::Qemu => TEST_KERNEL_IMAGE,
+            Kind::Qemu | Kind::Firecracker | Kind::FirecrackerJailed => TEST_KERNEL_IMAGE,
         };
         if !rustix::process::geteuid().is_root() {
             return Err("only root makes networks and starts VMMs".to_owned());
@@ -162,11 +166,21 @@ impl Rig {
             return Ok(Arc::new(SimDriver::new(Arc::clone(sim))));
         }
         let real = self.real.as_ref().expect("a real driver's things");
-        let config =
+        let mut config =
             HostConfig { fault: self.fault.clone(), ..HostConfig::new(real.folder.path()) };
+        if self.kind == Kind::Firecracker {
+            // Without a jailer, where only root may open the devices.
+            config.uid_base = None;
+        }
         let host = Host::open(config, Arc::clone(&real.images)).await?;
         Ok(match self.kind {
             Kind::Sim => unreachable!("handled above"),
+            Kind::Firecracker | Kind::FirecrackerJailed => {
+                let config =
+                    crate::firecracker::config(self.kind == Kind::FirecrackerJailed, &real.boot)
+                        .map_err(DriverError::Unavailable)?;
+                Arc::new(FirecrackerDriver::open(host, config).await?)
+            }
             Kind::Qemu | Kind::QemuDebian => {
                 let acceleration = QemuAcceleration::Tcg;
                 let config = QemuConfig { acceleration, ..QemuConfig::default() };
@@ -216,6 +230,7 @@ impl Rig {
         match self.kind {
             Kind::Sim => Duration::from_secs(5),
             Kind::Qemu | Kind::QemuDebian | Kind::QemuAuto => Duration::from_mins(1),
+            Kind::Firecracker | Kind::FirecrackerJailed => Duration::from_mins(2),
         }
     }
 
@@ -224,6 +239,7 @@ impl Rig {
         match self.kind {
             Kind::Sim => Duration::from_secs(5),
             Kind::Qemu | Kind::QemuDebian | Kind::QemuAuto => Duration::from_secs(30),
+            Kind::Firecracker | Kind::FirecrackerJailed => Duration::from_mins(2),
         }
     }
 
