@@ -33,7 +33,7 @@ pub use self::machine::RateLimit;
 use self::{
     api::{Session, State},
     home::{Appearance, Home},
-    version::Version,
+    version::{SOUND, Version},
 };
 use crate::{
     BootSource, Capabilities, Driver, DriverError, ExitReason, GuestNetwork, Machine, MachineSpec,
@@ -98,7 +98,7 @@ impl FirecrackerDriver {
             found.and_then(|path| path.canonicalize().ok())
         };
         let program = find(config.firecracker, "firecracker").ok_or_else(|| {
-            unavailable("firecracker is not installed; get a release of 1.15.1 or later")
+            unavailable(format!("firecracker is not installed; get release {SOUND} or later"))
         })?;
         let jailer = match config.jailer {
             None => None,
@@ -138,17 +138,11 @@ impl FirecrackerDriver {
 
 /// The version for people, or why it is refused.
 fn judge(version: Version, allow_vulnerable: bool) -> Result<String, DriverError> {
-    let known = version.vulnerabilities();
-    let names: Vec<_> = known.iter().map(|(name, _)| *name).collect();
-    match known.last() {
-        None => Ok(version.to_string()),
-        Some(_) if allow_vulnerable => {
-            Ok(format!("{version} (allowed although it has {})", names.join(", ")))
-        }
-        Some((_, mended)) => Err(unavailable(format!(
-            "Firecracker {version} has {}; use {mended} or later",
-            names.join(", ")
-        ))),
+    let known = version.vulnerabilities().join(", ");
+    match known.as_str() {
+        "" => Ok(version.to_string()),
+        _ if allow_vulnerable => Ok(format!("{version} (allowed although it has {known})")),
+        _ => Err(unavailable(format!("Firecracker {version} has {known}; use {SOUND} or later"))),
     }
 }
 
@@ -425,6 +419,20 @@ crate::machines::delegate_driver!(FirecrackerDriver);
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_vulnerable_version_is_refused_unless_it_is_allowed_and_then_shown() {
+        let version = |text| Version::parse(text, "v").unwrap();
+        let refused = judge(version("v1.12.1"), false).unwrap_err();
+        assert!(matches!(&refused, DriverError::Unavailable(_)), "{refused:?}");
+        assert_eq!(
+            refused.to_string(),
+            "Firecracker 1.12.1 has CVE-2026-1386; use 1.15.1 or later"
+        );
+        let allowed = judge(version("v1.12.1"), true).unwrap();
+        assert_eq!(allowed, "1.12.1 (allowed although it has CVE-2026-1386)");
+        assert_eq!(judge(version("v1.15.1"), false).unwrap(), "1.15.1");
+    }
 
     #[test]
     fn the_log_tells_a_panic_and_an_adopted_end() {

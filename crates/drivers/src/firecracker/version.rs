@@ -6,6 +6,9 @@ use crate::{DriverError, host::file_error};
 
 const VERSION_LIMIT: Duration = Duration::from_secs(10);
 
+/// The least that nothing is known against, nor against any later one.
+pub(super) const SOUND: Version = Version(1, 15, 1);
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Version(u32, u32, u32);
 
@@ -19,7 +22,6 @@ impl std::fmt::Display for Version {
 struct Vulnerability {
     name: &'static str,
     ranges: &'static [(Version, Version)],
-    mended: &'static str,
 }
 
 /// As the advisories give it (AWS-2026-003 with GHSA-36j2-f825-qvgc, AWS-2026-015 with
@@ -31,19 +33,17 @@ const KNOWN: &[Vulnerability] = &[
     Vulnerability {
         name: "CVE-2026-1386",
         ranges: &[(Version(0, 0, 0), Version(1, 13, 1)), (Version(1, 14, 0), Version(1, 14, 0))],
-        mended: "1.13.2 or 1.14.1",
     },
     // A guest writes out of bounds through the virtio PCI transport.
     Vulnerability {
         name: "CVE-2026-5747",
         ranges: &[(Version(1, 13, 0), Version(1, 14, 3)), (Version(1, 15, 0), Version(1, 15, 0))],
-        mended: "1.14.4 or 1.15.1",
     },
 ];
 
 impl Version {
     /// The numbers after `prefix` on the first line of `--version`.
-    fn parse(text: &str, prefix: &str) -> Option<Self> {
+    pub(super) fn parse(text: &str, prefix: &str) -> Option<Self> {
         let rest = text.lines().next()?.strip_prefix(prefix)?;
         let numbers = rest.split(|c: char| !c.is_ascii_digit() && c != '.').next()?;
         let mut parts = numbers.split('.').map(|part| part.parse::<u32>().ok());
@@ -72,11 +72,11 @@ impl Version {
         }
     }
 
-    /// What is known against this version: names, and the versions that mend it.
-    pub(super) fn vulnerabilities(self) -> Vec<(&'static str, &'static str)> {
+    /// The names of what is known against this version.
+    pub(super) fn vulnerabilities(self) -> Vec<&'static str> {
         let is_in = |(first, last): &(Self, Self)| *first <= self && self <= *last;
         let has = |known: &&Vulnerability| known.ranges.iter().any(is_in);
-        KNOWN.iter().filter(has).map(|known| (known.name, known.mended)).collect()
+        KNOWN.iter().filter(has).map(|known| known.name).collect()
     }
 }
 
@@ -86,7 +86,7 @@ mod tests {
 
     fn names(text: &str) -> Vec<&'static str> {
         let version = Version::parse(&format!("Firecracker v{text}\n"), "Firecracker v").unwrap();
-        version.vulnerabilities().into_iter().map(|(name, _)| name).collect()
+        version.vulnerabilities()
     }
 
     #[test]
