@@ -116,6 +116,9 @@ pub(crate) struct Backend {
     /// Firecracker's jailer; without one, Firecracker runs without
     #[arg(long, env = "AETHER_JAILER", value_name = "FILE")]
     pub(crate) jailer: Option<PathBuf>,
+    /// Use a Firecracker that something is known against; for tests only
+    #[arg(long, env = "AETHER_ALLOW_VULNERABLE_FIRECRACKER", hide = true)]
+    pub(crate) allow_vulnerable_firecracker: bool,
 }
 
 #[derive(Debug, Clone, clap::Args)]

@@ -8,7 +8,8 @@ use std::{
 };
 
 use aether_drivers::{
-    Capabilities, CgroupStatus, Driver, DriverError, Host, HostConfig,
+    BootSource, Capabilities, CgroupStatus, Driver, DriverError, Host, HostConfig,
+    firecracker::{FirecrackerConfig, FirecrackerDriver},
     network::NetworkConfig,
     qemu::{QemuConfig, QemuDriver},
     sim::{SimConfig, SimDriver, SimHost},
@@ -203,7 +204,8 @@ impl Machines {
     }
 }
 
-/// The driver that VMs get stands first. The others are there for VMs that an earlier run made.
+/// The driver that VMs get stands first. The others are there for VMs that ask for them, or that
+/// an earlier run made.
 async fn open_drivers(
     host: &Arc<Host>,
     images: &Arc<dyn ImageSource>,
@@ -214,27 +216,53 @@ async fn open_drivers(
     if probe.is_none() {
         tracing::warn!(image = backend.image, "the image is not there; `aether image build`");
     }
+    let firecracker = open_firecracker(host, probe.clone(), backend);
+    let qemu = open_qemu(host, probe);
     match backend.driver {
-        DriverChoice::Auto | DriverChoice::Qemu => {}
-        DriverChoice::Firecracker => return Err(firecracker_missing(backend)),
         // It has no host.
-        DriverChoice::Sim => return Ok(Vec::new()),
+        DriverChoice::Sim => Ok(Vec::new()),
+        DriverChoice::Qemu => Ok(vec![qemu.await.map_err(|e| driver_failure(&e))?]),
+        // Asked for by name, it is never replaced by something weaker.
+        DriverChoice::Firecracker => Ok(vec![firecracker.await.map_err(|e| driver_failure(&e))?]),
+        DriverChoice::Auto => {
+            let mut drivers = Vec::new();
+            match firecracker.await {
+                Ok(driver) => drivers.push(driver),
+                Err(error) => tracing::info!(reason = chain(&error), "Firecracker is not used"),
+            }
+            match qemu.await {
+                Ok(driver) => drivers.push(driver),
+                Err(error) if drivers.is_empty() => return Err(driver_failure(&error)),
+                Err(error) => tracing::info!(reason = chain(&error), "QEMU is not used"),
+            }
+            Ok(drivers)
+        }
     }
-    let qemu = QemuConfig { probe, search_path: std::env::var_os("PATH"), ..QemuConfig::default() };
-    let qemu = QemuDriver::open(Arc::clone(host), qemu).await.map_err(|e| driver_failure(&e))?;
-    Ok(vec![Arc::new(qemu)])
 }
 
-/// Asked for by name, it is never replaced by something weaker.
-fn firecracker_missing(backend: &Backend) -> Failure {
-    let program = backend.firecracker.as_deref().unwrap_or(std::path::Path::new("firecracker"));
-    let jailed = if backend.jailer.is_some() { " with its jailer" } else { "" };
-    Failure::new(
-        aether_types::ErrorCode::DriverUnavailable.as_str(),
-        Exit::Unavailable,
-        format!("{}{jailed} cannot be driven by this build", program.display()),
-    )
-    .hint("use --driver qemu")
+async fn open_qemu(
+    host: &Arc<Host>,
+    probe: Option<BootSource>,
+) -> Result<Arc<dyn Driver>, DriverError> {
+    let config =
+        QemuConfig { probe, search_path: std::env::var_os("PATH"), ..QemuConfig::default() };
+    Ok(Arc::new(QemuDriver::open(Arc::clone(host), config).await?))
+}
+
+async fn open_firecracker(
+    host: &Arc<Host>,
+    probe: Option<BootSource>,
+    backend: &Backend,
+) -> Result<Arc<dyn Driver>, DriverError> {
+    let config = FirecrackerConfig {
+        firecracker: backend.firecracker.clone(),
+        jailer: backend.jailer.clone(),
+        probe,
+        allow_vulnerable: backend.allow_vulnerable_firecracker,
+        search_path: std::env::var_os("PATH"),
+        ..FirecrackerConfig::default()
+    };
+    Ok(Arc::new(FirecrackerDriver::open(Arc::clone(host), config).await?))
 }
 
 fn driver_failure(error: &DriverError) -> Failure {
