@@ -133,8 +133,9 @@ pub(super) fn arguments(
     add("-device", "virtio-blk-device,drive=disk".into());
     add("-netdev", format!("tap,id=net,fd={tap}"));
     let GuestNetwork { mac, mtu, .. } = guest;
-    // Without the MTU large downloads hang where the host's is small.
-    add("-device", format!("virtio-net-device,netdev=net,mac={mac},host_mtu={mtu}"));
+    // Without the MTU large downloads hang where the host's is small. A link that has a status comes
+    // up up to a second after it was configured.
+    add("-device", format!("virtio-net-device,netdev=net,mac={mac},host_mtu={mtu},status=off"));
     add("-netdev", format!("tap,id=channel,fd={channel}"));
     add("-device", format!("virtio-net-device,netdev=channel,mac={CHANNEL_GUEST_MAC}"));
     add("-object", "rng-random,id=random,filename=/dev/urandom".into());
@@ -199,7 +200,7 @@ mod tests {
              virtio-blk-device,drive=rootfs -drive \
              if=none,id=disk,format=raw,file=disk.img,discard=unmap -device \
              virtio-blk-device,drive=disk -netdev tap,id=net,fd=25 -device \
-             virtio-net-device,netdev=net,mac=02:ae:01:00:00:05,host_mtu=1400 -netdev \
+             virtio-net-device,netdev=net,mac=02:ae:01:00:00:05,host_mtu=1400,status=off -netdev \
              tap,id=channel,fd=26 -device \
              virtio-net-device,netdev=channel,mac=02:ae:00:00:00:02 -object \
              rng-random,id=random,filename=/dev/urandom -device virtio-rng-device,rng=random"
