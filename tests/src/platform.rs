@@ -26,7 +26,7 @@ use tempfile::TempDir;
 use crate::wire;
 
 /// A boot in software emulation on a busy machine; far from what is usual.
-const LONG: Duration = Duration::from_secs(240);
+const LONG: Duration = Duration::from_mins(4);
 
 /// Where the bare agent listens in the guest, and where it is.
 pub const BARE_PORT: u16 = 2000;
@@ -181,7 +181,8 @@ impl Platform {
             ];
             let events = poll(&mut watched, Some(&limit))?;
             if !watched[0].revents().contains(PollFlags::IN) {
-                bail!("aether up did not become ready ({events} events): {}", self.log());
+                let words = fs::read_to_string(self.words_path()).unwrap_or_default();
+                bail!("aether up is not ready ({events} events): {words}{}", self.log());
             }
             let count = ready.recv(&mut buffer)?;
             if buffer[..count].starts_with(b"READY=1") {

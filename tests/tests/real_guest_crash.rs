@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use aether_api::{ExecuteRequest, StreamEvent, client::CallOptions};
+use aether_api::{
+    ExecuteRequest, StreamEvent,
+    client::{CallOptions, PageQuery},
+};
 use aether_tests::{
     Platform, Setup,
     platform::{can_run_guests, small_vm},
@@ -44,7 +47,7 @@ async fn a_killed_platform_finds_its_vms_and_their_commands_again() -> Result<()
     let next = platform.execute(&vm, &["echo", "usable"]).await?;
     ensure!(next.stdout.as_deref() == Some("usable\n"), "{next:?}");
     let execution = platform.client().execution(execution.expect("accepted first")).await?;
-    platform.client().task(execution.task_id, Some(Duration::from_secs(60))).await?;
+    platform.client().task(execution.task_id, Some(Duration::from_mins(1))).await?;
     let execution = platform.client().execution(execution.id).await?;
     ensure!(execution.status == ExecutionState::Completed, "{execution:?}");
     ensure!(execution.stdout.unwrap_or_default().ends_with("done\n"));
@@ -80,10 +83,10 @@ async fn thirty_cycles_with_kills_leave_nothing_and_every_task_ends() -> Result<
         platform.kill()?;
         platform.restart()?;
         for task in &tasks {
-            let ended = platform.client().task(*task, Some(Duration::from_secs(120))).await?;
+            let ended = platform.client().task(*task, Some(Duration::from_mins(2))).await?;
             ensure!(ended.status.is_end(), "{ended:?} (killed at {moment:?})\n{}", platform.log());
         }
-        let page = platform.client().executions(&vm, &Default::default()).await?;
+        let page = platform.client().executions(&vm, &PageQuery::default()).await?;
         for execution in page.items {
             let execution = platform.client().execution(execution.id).await?;
             let output = execution.stdout.clone().unwrap_or_default();

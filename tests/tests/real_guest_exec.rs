@@ -2,7 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use aether_api::{ExecuteRequest, StreamEvent, client::CallOptions};
+use aether_api::{
+    ExecuteRequest, StreamEvent,
+    client::{CallOptions, PageQuery, WriteOptions},
+};
 use aether_tests::{
     Platform, Setup,
     platform::{can_run_guests, small_vm},
@@ -37,7 +40,7 @@ async fn commands_do_what_their_users_expect() -> Result<()> {
     many_at_once(&platform, &vm).await?;
     a_stalled_reader_holds_back_only_its_own(&platform, &vm).await?;
     a_full_disk_is_said(&platform, &vm).await?;
-    let page = platform.client().executions(&vm, &Default::default()).await?;
+    let page = platform.client().executions(&vm, &PageQuery::default()).await?;
     ensure!(page.items.len() >= 50, "the history is short: {}", page.items.len());
 
     platform.delete(&vm).await?;
@@ -165,7 +168,8 @@ async fn a_full_disk_is_said(platform: &Platform, vm: &str) -> Result<()> {
     let body = futures::stream::iter(
         (0..64).map(|_| Ok::<_, std::io::Error>(Bytes::from(vec![1; 1024 * 1024]))),
     );
-    let refused = platform.client().write_file(vm, "/root/more", &Default::default(), body).await;
+    let refused =
+        platform.client().write_file(vm, "/root/more", &WriteOptions::default(), body).await;
     ensure!(refused.as_ref().is_err_and(|e| e.code() == Some(ErrorCode::NoSpace)), "{refused:?}");
     let cleared = platform.execute(vm, &["rm", "/root/fill"]).await?;
     ensure!(cleared.exit_code == Some(0), "{cleared:?}");
@@ -204,9 +208,9 @@ async fn a_command_ends_with_the_reason_of_what_carried_it() -> Result<()> {
         }
         let event = Instant::now();
         let end = loop {
-            match follow.next().await?.context("the stream ended without an end")? {
-                StreamEvent::End(end) => break end,
-                _ => {}
+            let event = follow.next().await?.context("the stream ended without an end")?;
+            if let StreamEvent::End(end) = event {
+                break end;
             }
         };
         let found = end.error.clone().map(|fault| fault.code);

@@ -41,7 +41,7 @@ async fn a_guest_reaches_what_it_may_and_nothing_else() -> Result<()> {
     let server = aether_api::ExecuteRequest {
         command: "/bin/sh".into(),
         args: vec!["-c".into(), "nc -l -k -p 7000 & nc -6 -l -k -p 7001 & echo up; wait".into()],
-        ..Default::default()
+        ..aether_api::ExecuteRequest::default()
     };
     let mut serving = platform.client().execute_stream(&open_id, &server, None).await?;
     while !matches!(serving.next().await?, Some(aether_api::StreamEvent::Stdout { .. })) {}
@@ -116,7 +116,7 @@ async fn three_vms_clone_and_check_out_at_once() -> Result<()> {
         async move {
             let mut request = small_vm(&format!("clone-{n}"));
             let rule = format!("{host}:{port}").parse()?;
-            request.network = Some(NetworkPolicy { allow: vec![rule], ..Default::default() });
+            request.network = Some(NetworkPolicy { allow: vec![rule], ..NetworkPolicy::default() });
             let vm = platform.create(&request).await?.id.to_string();
             let url = format!("git://{host}:{port}/demo.git");
             for command in [

@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use aether_api::{CreateVm, ExecuteRequest, client::CallOptions};
+use aether_api::{
+    CreateVm, ExecuteRequest,
+    client::{CallOptions, PageQuery, TaskQuery, VmQuery},
+};
 use aether_tests::{Platform, Setup};
 use aether_types::{ExecutionState, VmState};
 use anyhow::{Result, ensure};
@@ -13,7 +16,7 @@ use anyhow::{Result, ensure};
 #[tokio::test]
 async fn five_hundred_cycles_with_kills_lose_no_task() -> Result<()> {
     let mut platform = Platform::start(Setup::sim())?;
-    let long = Duration::from_secs(60);
+    let long = Duration::from_mins(1);
     for cycle in 0..500_u64 {
         let no_wait = CallOptions::default();
         let request = CreateVm { name: Some(format!("cycle-{cycle}")), ..CreateVm::default() };
@@ -35,7 +38,7 @@ async fn five_hundred_cycles_with_kills_lose_no_task() -> Result<()> {
             let task = platform.client().task(task, Some(long)).await?;
             ensure!(task.status.is_end(), "cycle {cycle}: {task:?}\n{}", platform.log());
         }
-        let page = platform.client().executions(&vm, &Default::default()).await?;
+        let page = platform.client().executions(&vm, &PageQuery::default()).await?;
         ensure!(page.items.len() == 1, "cycle {cycle}: {page:?}");
         let execution = platform.client().execution(page.items[0].id).await?;
         ensure!(killed || execution.status == ExecutionState::Completed, "{execution:?}");
@@ -44,9 +47,9 @@ async fn five_hundred_cycles_with_kills_lose_no_task() -> Result<()> {
         }
         platform.delete(&vm).await?;
     }
-    let tasks = platform.client().tasks(&Default::default()).await?;
+    let tasks = platform.client().tasks(&TaskQuery::default()).await?;
     ensure!(tasks.items.iter().all(|task| task.status.is_end()), "{tasks:?}");
-    let vms = platform.client().vms(&Default::default()).await?;
+    let vms = platform.client().vms(&VmQuery::default()).await?;
     ensure!(vms.items.iter().all(|vm| vm.state == VmState::Deleted), "{vms:?}");
     platform.finish()
 }

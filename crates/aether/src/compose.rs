@@ -216,8 +216,8 @@ async fn open_drivers(
     if probe.is_none() {
         tracing::warn!(image = backend.image, "the image is not there; `aether image build`");
     }
-    let firecracker = open_firecracker(host, probe.clone(), backend);
-    let qemu = open_qemu(host, probe);
+    let firecracker = Box::pin(open_firecracker(host, probe.clone(), backend));
+    let qemu = Box::pin(open_qemu(host, probe));
     match backend.driver {
         // It has no host.
         DriverChoice::Sim => Ok(Vec::new()),

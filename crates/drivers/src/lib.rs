@@ -175,12 +175,8 @@ pub trait Driver: Send + Sync + 'static {
     async fn release(&self) -> Result<(), DriverError>;
 
     /// A byte stream to a port in the guest (vsock, or the private link). Bounded by `limit`.
-    async fn connect(
-        &self,
-        id: VmId,
-        port: u32,
-        limit: Duration,
-    ) -> Result<BoxStream, DriverError>;
+    async fn connect(&self, id: VmId, port: u32, limit: Duration)
+    -> Result<BoxStream, DriverError>;
 }
 
 /// The result of a driver's own task. It is never aborted, so that a failure to join is a panic in

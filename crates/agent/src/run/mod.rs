@@ -16,6 +16,7 @@
 mod command;
 mod ending;
 mod finished;
+mod input;
 mod ring;
 mod spawn;
 mod stdio;

@@ -1,21 +1,21 @@
 //! The poll loop of one run.
 
-use std::collections::VecDeque;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use aether_protocol::codec::DataHeader;
-use aether_protocol::limits::{DATA_BYTES_MAX, DRAIN_LIMIT, STDIN_WINDOW_BYTES};
+use aether_protocol::limits::{DATA_BYTES_MAX, DRAIN_LIMIT};
 use aether_protocol::{
-    Cause, ErrorCode, ExitStatus, Exited, Failed, Started, StdinTaken, Stream, ToGuestBody, TtySize,
+    Cause, ErrorCode, ExitStatus, Exited, Failed, Started, Stream, ToGuestBody, TtySize,
 };
-use bytes::{Buf as _, Bytes};
+use bytes::Bytes;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
 use super::finished::Finished;
+use super::input::Input;
 use super::ring::Ring;
 use super::stdio::{Pipes, resize};
 use super::{Process, ending, reap};
@@ -27,9 +27,6 @@ use crate::sys;
 /// Output that is still taken from a descendant that writes on after the drain limit: what the
 /// pipe can have held when the command ended.
 const LATE_BYTES_MAX: u64 = 1024 * 1024;
-
-/// Standard input that was taken and not reported yet, at most.
-const REPORT_BYTES: u64 = STDIN_WINDOW_BYTES as u64 / 4;
 
 /// The end-of-file character of a terminal in its usual mode.
 const TERMINAL_EOF: &[u8] = &[4];
@@ -72,19 +69,6 @@ struct Source {
     sent: u64,
     /// Read after the drain limit.
     late: u64,
-}
-
-/// Standard input.
-struct Input {
-    pipe: Option<OwnedFd>,
-    pending: VecDeque<Bytes>,
-    pending_bytes: usize,
-    is_at_end: bool,
-    /// Counted over the present connection.
-    received: u64,
-    taken: u64,
-    reported: u64,
-    window: u64,
 }
 
 /// Which of the descriptors that were polled have something.
@@ -567,98 +551,4 @@ impl Source {
         let Ok(length) = conn.queue_data(DATA_BYTES_MAX, header, fill);
         self.sent += length as u64;
     }
-}
-
-impl Input {
-    fn new(pipe: Option<OwnedFd>) -> Self {
-        Self {
-            pipe,
-            pending: VecDeque::new(),
-            pending_bytes: 0,
-            is_at_end: false,
-            received: 0,
-            taken: 0,
-            reported: 0,
-            window: 0,
-        }
-    }
-
-    /// Counts from zero for a new connection; gives its window.
-    fn restart(&mut self) -> u32 {
-        (self.received, self.taken, self.reported) = (0, 0, 0);
-        let pending = u32::try_from(self.pending_bytes).unwrap_or(u32::MAX);
-        let window = STDIN_WINDOW_BYTES.saturating_sub(pending);
-        // What still waits of an earlier connection earns this one its credit as it is taken.
-        self.window = window.into();
-        window
-    }
-
-    /// Whether the host has kept to its window.
-    fn receive(&mut self, data: Bytes) -> bool {
-        self.received += data.len() as u64;
-        self.pending_bytes += data.len();
-        if !self.is_at_end && !data.is_empty() {
-            self.pending.push_back(data);
-        } else {
-            self.pending_bytes -= data.len();
-            self.taken += data.len() as u64;
-        }
-        self.received <= self.window + self.taken
-    }
-
-    /// Writes to the terminal, or to the command's pipe.
-    fn write_to(&mut self, terminal: Option<&OwnedFd>) -> Result<(), Errno> {
-        let mut written = 0;
-        let result = match terminal.or(self.pipe.as_ref()) {
-            Some(target) => write_pending(target, &mut self.pending, &mut written),
-            // The command does not want it; the host must not wait for it.
-            None => Err(Errno::PIPE),
-        };
-        self.count(written);
-        result
-    }
-
-    fn count(&mut self, taken: usize) {
-        self.taken += taken as u64;
-        self.pending_bytes = self.pending_bytes.saturating_sub(taken);
-    }
-
-    fn discard(&mut self) {
-        self.count(self.pending_bytes);
-        self.pending.clear();
-    }
-
-    fn close(&mut self) {
-        self.pipe = None;
-        self.discard();
-    }
-
-    fn report(&mut self, conn: &mut Conn) {
-        if self.taken - self.reported >= REPORT_BYTES {
-            self.reported = self.taken;
-            conn.queue(StdinTaken { bytes: self.taken });
-        }
-    }
-}
-
-fn write_pending(
-    target: &OwnedFd,
-    pending: &mut VecDeque<Bytes>,
-    total: &mut usize,
-) -> Result<(), Errno> {
-    while let Some(first) = pending.front_mut() {
-        match rustix::io::write(target, first) {
-            Ok(written) => {
-                *total += written;
-                first.advance(written);
-                if first.is_empty() {
-                    pending.pop_front();
-                }
-            }
-            Err(Errno::AGAIN) => return Ok(()),
-            Err(Errno::INTR) => {}
-            Err(errno) => return Err(errno),
-        }
-    }
-    Ok(())
 }

@@ -82,10 +82,56 @@ macro_rules! contract {
 
 contract!(qemu, Kind::Qemu, 64, 64);
 contract!(qemu_debian, Kind::QemuDebian, 64, 64);
-contract!(firecracker_jailed, Kind::FirecrackerJailed, 2, 4);
 
-/// Without the jailer, what the jailer has a part in: a boot takes seconds of a processor where an
-/// emulator stands behind KVM.
+/// Where an emulator stands behind KVM a boot takes ten seconds of a processor, so the two loops over
+/// every step, which boot dozens of times, run on the engine that Firecracker shares with QEMU.
+mod firecracker_jailed {
+    use super::*;
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn lifecycle() {
+        if let Some(rig) = Rig::open(Kind::FirecrackerJailed).await {
+            suite::lifecycle(rig).await;
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn delete_from_every_state() {
+        if let Some(rig) = Rig::open(Kind::FirecrackerJailed).await {
+            suite::delete_from_every_state(rig).await;
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn exit_reasons() {
+        if let Some(rig) = Rig::open(Kind::FirecrackerJailed).await {
+            suite::exit_reasons(rig).await;
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn adoption() {
+        if let Some(rig) = Rig::open(Kind::FirecrackerJailed).await {
+            suite::adoption(rig).await;
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn start_is_bounded() {
+        if let Some(rig) = Rig::open(Kind::FirecrackerJailed).await {
+            suite::start_is_bounded(rig).await;
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn channel() {
+        if let Some(rig) = Rig::open(Kind::FirecrackerJailed).await {
+            suite::channel(rig, 2, 4).await;
+        }
+    }
+}
+
+/// Without the jailer, what the jailer has a part in.
 mod firecracker {
     use super::*;
 
