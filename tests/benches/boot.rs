@@ -31,7 +31,7 @@ fn main() -> Result<()> {
     let bare = Bare::new()?;
     let platform = Platform::start(Setup::qemu())?;
     let mut times = Comparison::new("boot", 1.1);
-    for sample in 0..samples(10) + 1 {
+    for sample in 0..=samples(10) {
         let name = format!("boot-{sample}");
         let mut request = small_vm(&name);
         request.memory_mb = Some(MEMORY_MB);
@@ -114,7 +114,7 @@ impl Bare {
                 let index = fs::read_to_string("/proc/thread-self/net/dev_snmp6/bare0")?;
                 let index = index.split_whitespace().nth(1).context("no index")?.parse()?;
                 let socket = UdpSocket::bind(SocketAddrV6::new(HOST, READY_PORT, 0, index))?;
-                socket.set_read_timeout(Some(Duration::from_secs(120)))?;
+                socket.set_read_timeout(Some(Duration::from_mins(2)))?;
                 let start = Instant::now();
                 let _machine = Machine(self.command(&disk)?.spawn().context("start QEMU")?);
                 let mut hint = [0; 256];

@@ -65,9 +65,15 @@ async fn set_going(app: &App, accepted: &Accepted) {
         TaskKind::VmPause | TaskKind::VmResume | TaskKind::VmExecute => {}
     }
     app.dispatcher.dispatch(task, vm.worker_id).await;
-    for ended in cancelled {
-        publish_task(app, ended).await;
-        app.dispatcher.withdraw(ended.id).await;
+    for other in cancelled {
+        if other.state.is_end() {
+            publish_task(app, other).await;
+            app.dispatcher.withdraw(other.id).await;
+        } else {
+            // A worker has it in hand: a deletion does not wait for a boot to end.
+            let (task_id, worker_id) = (other.id, other.worker_id);
+            app.publish(Event::CancelRequested { task_id, worker_id }).await;
+        }
     }
 }
 

@@ -131,7 +131,10 @@ impl Core {
                 if vm.state != VmState::Starting {
                     return Ok(superseded(vm));
                 }
-                let network = self.start(vm).await?;
+                let network = tokio::select! {
+                    network = self.start(vm) => network?,
+                    () = attempt.cancelled.cancelled() => return Ok(self.abandon_start(vm).await),
+                };
                 Ok(completed(change(VmEvent::Started, None, self.patch(&network))))
             }
             TaskKind::VmStop => {
@@ -139,7 +142,7 @@ impl Core {
                     return Ok(superseded(vm));
                 }
                 let why = Fault::new(ErrorCode::VmStopped, "the VM was stopped");
-                self.stop(vm, why).await?;
+                self.stop(vm, why, self.parts.config.stop_grace).await?;
                 Ok(completed(change(VmEvent::Stopped, None, VmPatch::default())))
             }
             TaskKind::VmPause => match vm.state {
@@ -187,6 +190,18 @@ impl Core {
             vm: Some(change(VmEvent::Failed, Some(fault), VmPatch::default())),
             execution: None,
         }
+    }
+
+    /// A start of a VM that is to be deleted instead. Its disk is the deletion's business.
+    async fn abandon_start(&self, vm: &Vm) -> AttemptEnd {
+        if let Ok(driver) = self.driver(vm)
+            && let Err(error) = driver.kill(vm.id).await
+        {
+            tracing::error!(vm.id = %vm.id, error = fault::chain(&error), "abandon a start");
+        }
+        self.guests.remove_guest(vm.id);
+        let fault = Fault::new(ErrorCode::Cancelled, "the start was cancelled");
+        AttemptEnd { state: TaskState::Cancelled, ..failed(fault) }
     }
 
     fn patch(&self, network: &aether_drivers::GuestNetwork) -> VmPatch {

@@ -3,7 +3,7 @@
 
 use std::{
     sync::Arc,
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use aether_drivers::{Driver, DriverError, GuestNetwork, MachineSpec, MachineState};
@@ -224,30 +224,29 @@ impl Core {
     }
 
     /// Asks the guest to end, waits, and ends it by force where it does not.
-    pub(crate) async fn stop(&self, vm: &Vm, why: Fault) -> Result<(), Failure> {
+    pub(crate) async fn stop(&self, vm: &Vm, why: Fault, grace: Duration) -> Result<(), Failure> {
         let driver = self.driver(vm)?;
         if let Some(guest) = self.guests.get(vm.id) {
             guest.will_end(why);
-            self.ask_to_end(vm.id, &guest, vm.state != VmState::Paused).await;
+            self.ask_to_end(vm, &guest, grace).await;
         }
         driver.kill(vm.id).await.map_err(|e| Failure::driver(&e, vm.id))?;
         self.guests.remove_guest(vm.id);
         Ok(())
     }
 
-    async fn ask_to_end(&self, id: VmId, guest: &Guest, awake: bool) {
-        // A paused guest hears nothing, and one that is stuck should not cost the whole limit.
-        if !awake && guest.driver.resume(id).await.is_err() {
+    async fn ask_to_end(&self, vm: &Vm, guest: &Guest, grace: Duration) {
+        // A paused guest hears nothing.
+        if vm.state == VmState::Paused && guest.driver.resume(vm.id).await.is_err() {
             return;
         }
-        let grace = self.parts.config.stop_grace;
         let grace_ms = u32::try_from(grace.as_millis() / 2).unwrap_or(u32::MAX);
         let asked = guest.ask(grace / 2, |stream, token| async move {
             let wish = Shutdown { grace_ms, reboot: true };
             host::shutdown(stream, &token, wish, grace / 2).await
         });
-        if asked.await.is_ok() && timeout(grace, guest.driver.exited(id)).await.is_err() {
-            tracing::warn!(vm.id = %id, "the guest did not end in time; it is ended by force");
+        if asked.await.is_ok() && timeout(grace, guest.driver.exited(vm.id)).await.is_err() {
+            tracing::warn!(vm.id = %vm.id, "the guest did not end in time; it is ended by force");
         }
     }
 

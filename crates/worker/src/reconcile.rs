@@ -233,8 +233,12 @@ async fn delete(core: &Core, id: VmId) {
     let dispatched = match recorded {
         Ok(accepted) if accepted.task.state.is_end() => Ok(()),
         Ok(accepted) => {
-            for cancelled in &accepted.cancelled {
-                core.publish_task(cancelled).await;
+            for task in &accepted.cancelled {
+                if task.state.is_end() {
+                    core.publish_task(task).await;
+                } else {
+                    core.attempts.cancel(task.id);
+                }
             }
             core.publish_vm(&accepted.vm).await;
             dispatch(core, vec![accepted.task]).await

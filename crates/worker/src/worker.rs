@@ -190,13 +190,16 @@ impl Worker {
     async fn stop_all(&self, deadline: Instant) -> usize {
         let why = Fault::new(ErrorCode::VmStopped, "the platform was shut down");
         let guests = self.core.guests.all();
+        // What does not end in half of the time is ended by force in the other half.
+        let left = deadline.saturating_duration_since(Instant::now());
+        let grace = self.core.parts.config.stop_grace.min(left / 2);
         let stops = guests.iter().map(|guest| {
             let (core, id, why) = (Arc::clone(&self.core), guest.id, why.clone());
             async move {
                 // An operation in hand on this VM comes first; it is short or it is a boot.
                 let order = core.guests.order(id);
                 let _turn = timeout_at(deadline, order.lock()).await.ok()?;
-                core.stop_for_shutdown(id, why).await.then_some(())
+                core.stop_for_shutdown(id, why, grace).await.then_some(())
             }
         });
         let stops: Vec<_> = stops.map(|stop| self.core.spawn(stop)).collect();
@@ -225,12 +228,12 @@ impl Core {
         self.tasks.spawn(self.dropped.clone().run_until_cancelled_owned(future))
     }
 
-    async fn stop_for_shutdown(&self, id: VmId, why: Fault) -> bool {
+    async fn stop_for_shutdown(&self, id: VmId, why: Fault, grace: Duration) -> bool {
         let Ok(Some(vm)) = self.parts.store.vm(id).await else { return false };
         if !matches!(vm.state, VmState::Running | VmState::Paused) {
             return false;
         }
-        if let Err(failure) = self.stop(&vm, why.clone()).await {
+        if let Err(failure) = self.stop(&vm, why.clone(), grace).await {
             tracing::error!(vm.id = %id, code = %failure.fault.code, "stop a VM at shutdown");
             return false;
         }

@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on is to say where")]
 
 mod bounds;
+mod docs;
 mod files;
 mod guest;
 mod outbox;

@@ -20,6 +20,8 @@ mod rows;
 
 use std::{
     collections::HashSet,
+    fs::OpenOptions,
+    os::unix::fs::OpenOptionsExt as _,
     path::Path,
     sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -83,6 +85,14 @@ impl SqliteQueue {
     }
 
     pub async fn open_with_clock(path: &Path, clock: Arc<dyn Clock>) -> Result<Self, QueueError> {
+        // SQLite gives its log the mode of the file.
+        OpenOptions::new()
+            .create(true)
+            .append(true)
+            .mode(0o600)
+            .open(path)
+            .map_err(sqlx::Error::Io)
+            .context("open the queue")?;
         let mut db = SqliteConnectOptions::new()
             .filename(path)
             .create_if_missing(true)

@@ -142,3 +142,18 @@ async fn a_clean_end_stops_vms_and_the_next_start_can_start_them() {
     let task = rig.request(vm, TaskKind::VmStart).await;
     assert_eq!(rig.ended(task.id).await.state, TaskState::Completed);
 }
+
+#[tokio::test]
+async fn a_vm_that_is_being_started_can_be_deleted() {
+    let fault = FaultPoints::none();
+    let latency = SimLatency { boot: std::time::Duration::from_millis(300), ..Default::default() };
+    let rig = Rig::new(SimConfig { fault, latency, ..SimConfig::default() }).await;
+    let vm = rig.create("slow").await;
+    let stop = rig.request(vm, TaskKind::VmStop).await;
+    rig.ended(stop.id).await;
+    let start = rig.request(vm, TaskKind::VmStart).await;
+    let deletion = rig.request(vm, TaskKind::VmDelete).await;
+    assert_eq!(rig.ended(deletion.id).await.state, TaskState::Completed);
+    assert_eq!(rig.ended(start.id).await.state, TaskState::Cancelled);
+    rig.assert_clean().await;
+}
