@@ -1,5 +1,4 @@
 //! The whole platform over a real, jailed Firecracker, where the host can run one.
-#![expect(clippy::print_stdout, reason = "how a test says that it skipped")]
 
 use aether_tests::{
     Platform, Setup,
