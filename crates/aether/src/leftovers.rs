@@ -14,7 +14,7 @@ pub(crate) fn of(data_dir: &Path, instance: Option<&str>) -> Vec<String> {
     left
 }
 
-/// Every VMM has its data directory on its command line.
+/// A VMM works in its VM's folder, or has the data directory on its command line.
 fn processes(data_dir: &Path) -> Vec<String> {
     let wanted = data_dir.display().to_string();
     let us = std::process::id().to_string();
@@ -26,7 +26,10 @@ fn processes(data_dir: &Path) -> Vec<String> {
         }
         // One that ends meanwhile is not left.
         let Ok(line) = fs::read(entry.path().join("cmdline")) else { continue };
-        if String::from_utf8_lossy(&line).contains(&wanted) {
+        let works_in = fs::read_link(entry.path().join("cwd"));
+        if works_in.is_ok_and(|folder| folder.starts_with(data_dir))
+            || String::from_utf8_lossy(&line).contains(&wanted)
+        {
             let program = line.split(|b| *b == 0).next().unwrap_or_default();
             left.push(format!("process {pid} ({})", String::from_utf8_lossy(program)));
         }
@@ -48,6 +51,11 @@ fn files(folder: &Path) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        io::{Read as _, Write as _},
+        process::Stdio,
+    };
+
     use super::*;
 
     #[test]
@@ -55,21 +63,18 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         assert_eq!(of(root.path(), None), Vec::<String>::new());
         fs::create_dir_all(root.path().join("vms/a")).unwrap();
-        let mut child = std::process::Command::new("sleep").arg0_with(root.path()).spawn().unwrap();
+        let mut child = std::process::Command::new("cat")
+            .current_dir(root.path().join("vms/a"))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        // What it echoes shows that it is there.
+        child.stdin.as_mut().unwrap().write_all(b"x").unwrap();
+        child.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
         let left = of(root.path(), None);
         child.kill().unwrap();
         child.wait().unwrap();
         assert_eq!(left.len(), 2, "{left:?}");
-    }
-
-    trait Arg0With {
-        fn arg0_with(&mut self, path: &Path) -> &mut Self;
-    }
-
-    impl Arg0With for std::process::Command {
-        fn arg0_with(&mut self, path: &Path) -> &mut Self {
-            use std::os::unix::process::CommandExt as _;
-            self.arg0(path.join("sleep")).arg("60")
-        }
     }
 }
