@@ -41,6 +41,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "aether-events",
             "aether-streams",
             "aether-drivers",
+            "aether-images",
         ],
     ),
     (

@@ -3,7 +3,10 @@
 
 mod local;
 
-use aether_types::{ExecutionId, TaskId, TaskState, Timestamp, VmId, VmState, WorkerId};
+use aether_types::{
+    ExecutionId, SnapshotId, SnapshotState, TaskId, TaskState, TemplateId, TemplateState, Timestamp,
+    VmId, VmState, WorkerId,
+};
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
@@ -17,6 +20,10 @@ pub enum Event {
     Vm { vm_id: VmId, state: VmState, at: Timestamp },
     /// A task was recorded, began, was given back or ended.
     Task { task_id: TaskId, vm_id: VmId, state: TaskState, at: Timestamp },
+    /// A snapshot is in a new state.
+    Snapshot { snapshot_id: SnapshotId, state: SnapshotState, at: Timestamp },
+    /// A template is in a new state, or its build has come further.
+    Template { template_id: TemplateId, state: TemplateState, at: Timestamp },
     /// Someone asks for the end of a running task.
     CancelRequested { task_id: TaskId, worker_id: Option<WorkerId> },
     /// A command was handed to a guest.

@@ -14,7 +14,7 @@ mod sessions;
 use std::fmt;
 
 use aether_protocol::host::BoxStream;
-use aether_types::{Fault, VmId};
+use aether_types::{Fault, TemplateId, VmId};
 use async_trait::async_trait;
 
 pub use sessions::{ClientEnd, SessionInput, SessionOutput, Sessions, WorkerEnd};
@@ -37,4 +37,26 @@ impl fmt::Debug for GuestConnection {
 pub trait GuestLink: Send + Sync + 'static {
     /// Bounded in time by the implementation. The fault is for the client's eyes.
     async fn connect(&self, vm: VmId) -> Result<GuestConnection, Fault>;
+}
+
+/// A pool of a worker: machines of a template that wait to be claimed.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct PoolStatus {
+    pub template_id: TemplateId,
+    /// `name:tag`.
+    pub template: String,
+    /// Machines that can be claimed now.
+    pub ready: u32,
+    /// Machines that there shall be now, by configuration, demand and memory.
+    pub target: u32,
+    pub min: u32,
+    pub max: u32,
+    /// Claims since the worker started, and creations that found the pool empty.
+    pub hits: u64,
+    pub misses: u64,
+}
+
+/// What a worker's pools hold.
+pub trait Pools: Send + Sync + 'static {
+    fn pools(&self) -> Vec<PoolStatus>;
 }
