@@ -28,6 +28,9 @@ pub enum ImageError {
     #[error("{action} {}", path.display())]
     Io { action: &'static str, path: PathBuf, source: io::Error },
 
+    #[error("{action} {}: the disk is full; free some room and try again", path.display())]
+    NoSpace { action: &'static str, path: PathBuf, source: io::Error },
+
     #[error("images are built by root only: file owners and device nodes have to be kept")]
     NotRoot,
 
@@ -67,6 +70,7 @@ impl ImageError {
             Self::Manifest { .. } => "image_manifest_unreadable",
             Self::InvalidDigest { .. } => "image_digest_invalid",
             Self::Io { .. } => "image_io",
+            Self::NoSpace { .. } => "no_space",
             Self::NotRoot => "image_build_needs_root",
             Self::MissingTool { .. } => "image_build_tool_missing",
             Self::UnsupportedHost { .. } => "image_build_host_unsupported",
@@ -79,13 +83,18 @@ impl ImageError {
         }
     }
 
-    /// Puts the step and the file to an I/O error, for `map_err`.
+    /// Puts the step and the file to an I/O error, for `map_err`. A full disk is told apart.
     pub(crate) fn io(
         action: &'static str,
         path: impl Into<PathBuf>,
     ) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();
-        move |source| Self::Io { action, path, source }
+        move |source: io::Error| match source.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                Self::NoSpace { action, path, source }
+            }
+            _ => Self::Io { action, path, source },
+        }
     }
 }
 

@@ -24,17 +24,23 @@ mod blobs;
 mod build;
 mod cpio;
 mod digest;
+mod disk;
 mod error;
 mod manifest;
 mod program;
 mod seed;
+mod snapshots;
 mod store;
 
 pub use build::{BuildRequest, Mirror};
 pub use digest::Digest;
+pub use disk::{Cloned, clone_sparse, write_qcow2_overlay};
 pub use error::ImageError;
 pub use manifest::{Blob, BootSet, Image, Kernel, KernelFlavour};
 pub use seed::DiskSeed;
+pub use snapshots::{
+    Draft, PruneBudget, SealedSnapshot, SnapshotEntry, SnapshotError, SnapshotStore,
+};
 pub use store::{ImageStore, Pruned};
 
 /// The image every VM gets unless it asks for another.
