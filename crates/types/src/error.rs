@@ -35,6 +35,16 @@ codes! {
     TaskNotFound = "task_not_found",
     ExecutionNotFound = "execution_not_found",
     ImageNotFound = "image_not_found",
+    SnapshotNotFound = "snapshot_not_found",
+    TemplateNotFound = "template_not_found",
+    /// The snapshot or template is not ready, or something still needs it.
+    SnapshotStateConflict = "snapshot_state_conflict",
+    /// A file of the snapshot is missing, changed, or not this platform's; the text names it.
+    SnapshotDamaged = "snapshot_damaged",
+    /// The snapshot was taken on another VMM, processor or machine layout than there is here.
+    SnapshotIncompatible = "snapshot_incompatible",
+    /// A step of the template, or its ready check, failed or took too long.
+    TemplateBuildFailed = "template_build_failed",
     /// A live VM has this name.
     NameTaken = "name_taken",
     /// The VM's state does not allow the request.
@@ -45,6 +55,8 @@ codes! {
     IdempotencyConflict = "idempotency_conflict",
     /// The host cannot give what was asked for: memory, processors, disk, addresses.
     InsufficientCapacity = "insufficient_capacity",
+    /// As many VMs as the platform is configured for are there or being made; try again later.
+    TooManyVms = "too_many_vms",
     /// The driver asked for is not configured or does not work on this host.
     DriverUnavailable = "driver_unavailable",
     /// A part of the platform does not answer or is full; try again later.

@@ -61,6 +61,26 @@ id!(
     VmId, "vm"
 );
 id!(
+    /// The host's side of a VM. A VM's first machine has the VM's own id; one that was claimed from
+    /// a pool was there before the VM was.
+    MachineId, "machine"
+);
+
+impl From<VmId> for MachineId {
+    fn from(id: VmId) -> Self {
+        Self(id.0)
+    }
+}
+
+id!(
+    /// A snapshot of a VM.
+    SnapshotId, "snapshot"
+);
+id!(
+    /// A template.
+    TemplateId, "template"
+);
+id!(
     /// A unit of work that a client asked for and a worker carries out.
     TaskId, "task"
 );

@@ -8,7 +8,10 @@ pub mod execution;
 pub mod id;
 pub mod limits;
 pub mod network;
+pub mod snapshot;
+pub mod start;
 pub mod task;
+pub mod template;
 pub mod time;
 pub mod vm;
 
@@ -16,8 +19,14 @@ pub use error::{ErrorCode, Fault};
 pub use execution::{
     Execution, ExecutionSpec, ExecutionState, ExitStatus, OutputStream, RetainedOutput, TtySize,
 };
-pub use id::{ExecutionId, KeyId, TaskId, VmId, WorkerId};
+pub use id::{ExecutionId, KeyId, MachineId, SnapshotId, TaskId, TemplateId, VmId, WorkerId};
 pub use network::{AllowRule, Egress, NetworkPolicy, PortRange, TransportProtocol};
+pub use snapshot::{Snapshot, SnapshotPurpose, SnapshotState};
+pub use start::{StartKind, StartPhase, StartReport};
 pub use task::{Priority, Task, TaskKind, TaskState};
+pub use template::{
+    Template, TemplateFile, TemplateProgress, TemplateReady, TemplateSpec, TemplateState,
+    TemplateStep,
+};
 pub use time::Timestamp;
-pub use vm::{DriverKind, StateChange, Vm, VmEvent, VmSpec, VmState};
+pub use vm::{DriverKind, Origin, StateChange, Vm, VmEvent, VmSpec, VmState};

@@ -69,3 +69,21 @@ pub const TASK_ATTEMPTS_MAX: u32 = 5;
 
 /// Executions that run at once in one VM; the rest wait for a place.
 pub const EXECUTIONS_PER_VM_MAX: usize = 64;
+
+/// Clones of one fork.
+pub const FORK_COUNT_MAX: u32 = 64;
+pub const SNAPSHOT_NAME_BYTES_MAX: usize = 63;
+pub const TEMPLATE_NAME_BYTES_MAX: usize = 63;
+pub const TEMPLATE_TAG_BYTES_MAX: usize = 63;
+pub const TEMPLATE_STEPS_MAX: usize = 100;
+pub const TEMPLATE_FILES_MAX: usize = 100;
+/// Of the contents of all files of a template together.
+pub const TEMPLATE_FILES_BYTES_MAX: usize = 1024 * 1024;
+pub const TEMPLATE_STEP_TIMEOUT_S_DEFAULT: u64 = 600;
+/// A step is no longer than a build may be.
+pub const TEMPLATE_STEP_TIMEOUT_S_MAX: u64 = 3600;
+pub const TEMPLATE_READY_TIMEOUT_S_DEFAULT: u64 = 60;
+/// Of a whole build; the VM in which it runs goes then.
+pub const TEMPLATE_BUILD_TIMEOUT_S: u64 = 2 * 3600;
+/// Kept of what the steps of a build say: the end.
+pub const TEMPLATE_LOG_BYTES: usize = 64 * 1024;

@@ -10,7 +10,7 @@ use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ExecutionId, Fault, TaskId, Timestamp, VmId, WorkerId};
+use crate::{ExecutionId, Fault, SnapshotId, TaskId, Timestamp, VmId, WorkerId};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum TaskKind {
@@ -24,6 +24,14 @@ pub enum TaskKind {
     VmPause,
     #[serde(rename = "vm:resume")]
     VmResume,
+    /// Stop with the memory kept, so that a start goes on where it was.
+    #[serde(rename = "vm:suspend")]
+    VmSuspend,
+    #[serde(rename = "vm:snapshot")]
+    VmSnapshot,
+    /// Build a template in the task's VM, which exists for that.
+    #[serde(rename = "template:build")]
+    TemplateBuild,
     #[serde(rename = "vm:execute")]
     VmExecute,
     #[serde(rename = "vm:delete")]
@@ -37,6 +45,9 @@ impl TaskKind {
         Self::VmStop,
         Self::VmPause,
         Self::VmResume,
+        Self::VmSuspend,
+        Self::VmSnapshot,
+        Self::TemplateBuild,
         Self::VmExecute,
         Self::VmDelete,
     ];
@@ -49,6 +60,9 @@ impl TaskKind {
             Self::VmStop => "vm:stop",
             Self::VmPause => "vm:pause",
             Self::VmResume => "vm:resume",
+            Self::VmSuspend => "vm:suspend",
+            Self::VmSnapshot => "vm:snapshot",
+            Self::TemplateBuild => "template:build",
             Self::VmExecute => "vm:execute",
             Self::VmDelete => "vm:delete",
         }
@@ -181,6 +195,8 @@ pub struct Task {
     pub priority: Priority,
     pub vm_id: VmId,
     pub execution_id: Option<ExecutionId>,
+    /// The snapshot that it makes: of `vm:snapshot`, `vm:suspend` and `template:build`.
+    pub snapshot_id: Option<SnapshotId>,
     /// Attempts begun so far.
     pub attempts: u32,
     pub max_attempts: u32,

@@ -11,12 +11,18 @@
 //!      └─StartRequested───┴────── stopped ◄────┘
 //!   every state but deleted ── DeleteRequested ──► deleting ── Deleted ──► deleted
 //! ```
+//!
+//! A stop that keeps the memory takes the same way. The VM is then `stopped` with a snapshot in
+//! `memory`, which lasts through `starting` and no further: whether the start goes on from it or
+//! fails, it is used up. A snapshot that leaves the VM as it was is no transition.
 
 use std::{collections::BTreeMap, fmt, net::IpAddr, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Fault, NetworkPolicy, Timestamp, VmId, WorkerId, limits};
+use crate::{
+    Fault, NetworkPolicy, SnapshotId, StartReport, TemplateId, Timestamp, VmId, WorkerId, limits,
+};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -111,6 +117,36 @@ impl VmState {
         }
     }
 
+    /// A VM in this state may have its memory kept in a snapshot.
+    #[must_use]
+    pub fn keeps_memory(self) -> bool {
+        match self {
+            Self::Stopped | Self::Starting => true,
+            Self::Creating
+            | Self::Running
+            | Self::Paused
+            | Self::Stopping
+            | Self::Failed
+            | Self::Deleting
+            | Self::Deleted => false,
+        }
+    }
+
+    /// A snapshot can be taken of a VM in this state, which it stays in.
+    #[must_use]
+    pub fn takes_snapshots(self) -> bool {
+        match self {
+            Self::Running | Self::Paused => true,
+            Self::Creating
+            | Self::Starting
+            | Self::Stopping
+            | Self::Stopped
+            | Self::Failed
+            | Self::Deleting
+            | Self::Deleted => false,
+        }
+    }
+
     /// A process on the host is expected to exist.
     #[must_use]
     pub fn has_process(self) -> bool {
@@ -191,6 +227,22 @@ impl FromStr for DriverKind {
     }
 }
 
+/// What a VM's memory and disk begin as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Origin {
+    /// The image, booted.
+    #[default]
+    Image,
+    /// A template's snapshot; from its pool where that has a machine, and booted on the template's
+    /// disk where its memory cannot be restored.
+    Template(TemplateId),
+    /// A snapshot, and nothing else in its place.
+    Snapshot(SnapshotId),
+    /// The VM exists to build this template, and goes when that is done. Not listed.
+    Builder(TemplateId),
+}
+
 /// What was asked for, complete: defaults filled in and checked.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmSpec {
@@ -210,17 +262,14 @@ pub struct VmSpec {
     pub timeout_s: Option<u64>,
     #[serde(default)]
     pub network: NetworkPolicy,
+    #[serde(default)]
+    pub origin: Origin,
 }
 
 impl VmSpec {
     /// Checks what can be checked without the host; names the field and its bounds.
     pub fn validate(&self) -> Result<(), String> {
-        bounds("vcpus", self.vcpus, limits::VCPUS_MIN, limits::VCPUS_MAX)?;
-        bounds("memory_mb", self.memory_mb, limits::MEMORY_MB_MIN, limits::MEMORY_MB_MAX)?;
-        bounds("disk_mb", self.disk_mb, limits::DISK_MB_MIN, limits::DISK_MB_MAX)?;
-        if self.image.is_empty() || self.image.len() > limits::IMAGE_NAME_BYTES_MAX {
-            return Err(format!("image: 1 to {} bytes", limits::IMAGE_NAME_BYTES_MAX));
-        }
+        validate_machine(self.vcpus, self.memory_mb, self.disk_mb, &self.image)?;
         if let Some(s) = self.timeout_s
             && (s == 0 || s > limits::VM_TIMEOUT_S_MAX)
         {
@@ -230,6 +279,22 @@ impl VmSpec {
         validate_labels(&self.labels)?;
         self.network.validate()
     }
+}
+
+/// What a VM and a template have in common.
+pub(crate) fn validate_machine(
+    vcpus: u32,
+    memory_mb: u32,
+    disk_mb: u32,
+    image: &str,
+) -> Result<(), String> {
+    bounds("vcpus", vcpus, limits::VCPUS_MIN, limits::VCPUS_MAX)?;
+    bounds("memory_mb", memory_mb, limits::MEMORY_MB_MIN, limits::MEMORY_MB_MAX)?;
+    bounds("disk_mb", disk_mb, limits::DISK_MB_MIN, limits::DISK_MB_MAX)?;
+    if image.is_empty() || image.len() > limits::IMAGE_NAME_BYTES_MAX {
+        return Err(format!("image: 1 to {} bytes", limits::IMAGE_NAME_BYTES_MAX));
+    }
+    Ok(())
 }
 
 fn bounds(field: &str, value: u32, min: u32, max: u32) -> Result<(), String> {
@@ -329,6 +394,10 @@ pub struct Vm {
     pub created_at: Timestamp,
     pub updated_at: Timestamp,
     pub expires_at: Option<Timestamp>,
+    /// How it last came to run.
+    pub start: Option<StartReport>,
+    /// The snapshot that holds its memory while it is stopped with its memory kept.
+    pub memory: Option<SnapshotId>,
     /// Counts every change; the store changes a VM only for one who knows the last.
     pub generation: i64,
 }
@@ -381,6 +450,21 @@ mod tests {
         let id = VmId::new().to_string();
         for bad in ["", "-a", "a-", "A", "a.b", "a b", "ä", &"x".repeat(64), id.as_str()] {
             assert!(validate_name(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn memory_is_kept_from_a_stop_to_the_end_of_a_start() {
+        for &state in VmState::ALL {
+            for next in EVENTS.iter().filter_map(|event| state.apply(*event)) {
+                let lost = state.keeps_memory() && !next.keeps_memory();
+                let ends = matches!(
+                    next,
+                    VmState::Running | VmState::Failed | VmState::Deleting | VmState::Deleted
+                );
+                assert!(!lost || ends, "lost from {state} to {next}");
+            }
+            assert!(!(state.keeps_memory() && state.takes_snapshots()));
         }
     }
 
