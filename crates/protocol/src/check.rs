@@ -5,6 +5,7 @@ use crate::limits::{
     RUN_ID_BYTES_MAX, USER_BYTES_MAX,
 };
 use crate::message::{Configure, EnvVar, ErrorCode, Refused, RequestBody, Run};
+use crate::token::TOKEN_BYTES;
 
 /// A request that no guest would take.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -21,6 +22,8 @@ pub enum RequestError {
     RelativePath { path: String },
     #[error("{name:?} cannot name an environment variable")]
     EnvName { name: String },
+    #[error("{what} has {actual} bytes where {wanted} are wanted")]
+    Length { what: &'static str, actual: usize, wanted: usize },
     #[error("the request is unknown")]
     Unknown,
 }
@@ -29,9 +32,10 @@ impl RequestError {
     pub const fn code(&self) -> ErrorCode {
         match self {
             Self::TooLarge { .. } | Self::TooMany { .. } => ErrorCode::TooLarge,
-            Self::Empty { .. } | Self::ZeroByte { .. } | Self::EnvName { .. } => {
-                ErrorCode::InvalidArgument
-            }
+            Self::Empty { .. }
+            | Self::ZeroByte { .. }
+            | Self::EnvName { .. }
+            | Self::Length { .. } => ErrorCode::InvalidArgument,
             Self::RelativePath { .. } => ErrorCode::InvalidPath,
             Self::Unknown => ErrorCode::UnknownRequest,
         }
@@ -125,6 +129,16 @@ fn check_configure(configure: &Configure) -> Result<(), RequestError> {
         check_env(&env.vars)?;
     }
     at_most("entropy", configure.entropy.len(), ENTROPY_BYTES_MAX)?;
+    // Without it the guest would draw the same random numbers as its siblings.
+    if configure.restored && configure.entropy.is_empty() {
+        return Err(RequestError::Empty { what: "entropy of a restored guest" });
+    }
+    if let Some(token) = &configure.new_token
+        && token.len() != TOKEN_BYTES
+    {
+        let (actual, wanted) = (token.len(), TOKEN_BYTES);
+        return Err(RequestError::Length { what: "new token", actual, wanted });
+    }
     few("interfaces", configure.interfaces.len())?;
     for interface in &configure.interfaces {
         few("addresses", interface.addresses.len())?;
@@ -181,6 +195,22 @@ mod tests {
         let run = Run { command: "true".into(), env, ..Run::default() };
         let error = check_request(&RequestBody::Run(run)).unwrap_err();
         assert_eq!(error.code(), ErrorCode::InvalidArgument);
+    }
+
+    #[test]
+    fn new_token_has_its_length_and_a_restored_guest_gets_entropy() {
+        let with_token = |length: usize| {
+            let new_token = Some(vec![1; length].into());
+            check_request(&RequestBody::Configure(Configure { new_token, ..Default::default() }))
+        };
+        assert_eq!(with_token(TOKEN_BYTES), Ok(()));
+        for length in [0, TOKEN_BYTES - 1, TOKEN_BYTES + 1] {
+            assert_eq!(with_token(length).unwrap_err().code(), ErrorCode::InvalidArgument);
+        }
+        let mut restored = Configure { restored: true, ..Default::default() };
+        assert!(check_request(&RequestBody::Configure(restored.clone())).is_err());
+        restored.entropy = vec![1; 32].into();
+        assert_eq!(check_request(&RequestBody::Configure(restored)), Ok(()));
     }
 
     #[test]

@@ -37,6 +37,9 @@ pub const RUN_ID_BYTES_MAX: usize = 128;
 /// Longest text of an error that a peer keeps.
 pub const MESSAGE_BYTES_MAX: usize = 4096;
 
+/// Warnings of one `Configured` that a host keeps: one for each file and each interface, with room.
+pub const WARNINGS_MAX: usize = 64;
+
 /// Longest boot id or version that a peer accepts.
 pub const SHORT_TEXT_BYTES_MAX: usize = 128;
 

@@ -27,6 +27,11 @@ impl Token {
         &self.0
     }
 
+    /// The bytes of a message, if they are as many as a token has.
+    pub fn from_slice(bytes: &[u8]) -> Option<Self> {
+        bytes.try_into().ok().map(Self)
+    }
+
     /// Reads 64 hexadecimal digits.
     pub fn from_hex(text: &str) -> Result<Self, TokenParseError> {
         let digits = text.as_bytes();
@@ -87,6 +92,10 @@ mod tests {
         assert!(!token.matches(&[8; TOKEN_BYTES]));
         assert!(!token.matches(&[7; TOKEN_BYTES - 1]));
         assert!(!token.matches(&[]));
+        assert!(
+            Token::from_slice(&[7; TOKEN_BYTES]).is_some_and(|it| it.matches(&[7; TOKEN_BYTES]))
+        );
+        assert!(Token::from_slice(&[7; TOKEN_BYTES - 1]).is_none());
         assert!(Token::from_hex("é").is_err());
         assert!(Token::from_hex(&"g".repeat(64)).is_err());
     }

@@ -5,8 +5,8 @@
 use aether_protocol::codec::{LENGTH_BYTES, encode};
 use aether_protocol::limits::FRAME_BYTES_MAX;
 use aether_protocol::{
-    Cause, Decoder, Encoder, EnvVar, Exited, FromGuest, Hello, Output, Request, Run, Stdin, Stream,
-    ToGuest, TtySize, check_request,
+    Cause, Configure, Configured, Decoder, Encoder, EnvVar, Environment, Exited, FromGuest, Hello,
+    Output, Request, Run, Stdin, Stream, ToGuest, TtySize, check_request,
 };
 use bytes::Bytes;
 use proptest::collection::vec;
@@ -35,12 +35,35 @@ fn run() -> impl Strategy<Value = Run> {
         })
 }
 
+fn configure() -> impl Strategy<Value = Configure> {
+    let env = proptest::option::of(vec((".*", ".*"), 0..8));
+    let texts = (any::<Option<String>>(), any::<Option<String>>(), env);
+    let secrets = (bytes(600), proptest::option::of(bytes(64)));
+    (texts, secrets, any::<Option<u64>>(), any::<bool>()).prop_map(
+        |((hostname, machine_id, env), (entropy, new_token), unix_time_ns, restored)| {
+            let var = |(name, value): (String, String)| EnvVar::new(name, value);
+            let env = env.map(|vars| Environment { vars: vars.into_iter().map(var).collect() });
+            Configure {
+                hostname,
+                machine_id,
+                env,
+                unix_time_ns,
+                entropy,
+                new_token,
+                restored,
+                ..Configure::default()
+            }
+        },
+    )
+}
+
 fn to_guest() -> impl Strategy<Value = ToGuest> {
     prop_oneof![
         (any::<u32>(), any::<u32>(), bytes(64)).prop_map(|(generation, generation_min, token)| {
             Hello { generation, generation_min, token }.into()
         }),
         run().prop_map(|run| Request::from(run).into()),
+        configure().prop_map(|configure| Request::from(configure).into()),
         bytes(300).prop_map(|data| Stdin { data }.into()),
         Just(ToGuest::default()),
     ]
@@ -51,6 +74,8 @@ fn from_guest() -> impl Strategy<Value = FromGuest> {
         (any::<u64>(), bytes(5000)).prop_map(|(offset, data)| {
             Output { stream: Stream::Stderr.into(), offset, data }.into()
         }),
+        (vec(".*", 0..4), ".*")
+            .prop_map(|(warnings, boot_id)| { Configured { warnings, boot_id }.into() }),
         (any::<Option<i32>>(), any::<Option<i32>>(), any::<u64>()).prop_map(
             |(exit_code, signal, duration_us)| {
                 let cause = Cause::Cancelled.into();

@@ -8,10 +8,13 @@ use aether_protocol::codec::{DataHeader, encode};
 use aether_protocol::host::{
     self, ClientError, GuestAcceptor, GuestSession, ProtocolError, RunEvent, RunSession,
 };
-use aether_protocol::limits::{DATA_BYTES_MAX, STDIN_WINDOW_BYTES};
+use aether_protocol::limits::{
+    DATA_BYTES_MAX, MESSAGE_BYTES_MAX, STDIN_WINDOW_BYTES, WARNINGS_MAX,
+};
 use aether_protocol::{
-    Cause, ErrorCode, Exited, Failed, FileKind, FileStat, FromGuest, Output, ReadFile, Refused,
-    RequestBody, Run, Started, StdinTaken, Stream, ToGuestBody, Token, Welcome, WriteFile,
+    Cause, Configure, Configured, ErrorCode, Exited, Failed, FileKind, FileStat, FromGuest, Output,
+    ReadFile, Refused, RequestBody, Run, Started, StdinTaken, Stream, ToGuestBody, Token, Welcome,
+    WriteFile,
 };
 use bytes::Bytes;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, duplex};
@@ -209,6 +212,43 @@ async fn hostile_welcomes_are_refused() {
         assert!(matches!(error, ClientError::Protocol(_)), "{error:?}");
         drop(far);
     }
+}
+
+/// What a host makes of a guest's answer to this request.
+async fn configured(request: Configure, answer: Configured) -> Result<Configured, ClientError> {
+    let welcome = Welcome { generation: 1, boot_id: "before".into(), ..Welcome::default() };
+    let (near, far) = duplex(1 << 20);
+    let _far = canned(far, frames(&[welcome.into(), answer.into()])).await;
+    host::configure(near, &token(), request, LIMIT).await
+}
+
+#[tokio::test]
+async fn boot_id_of_a_configured_guest_is_the_newest_that_it_said() {
+    let plain = Configure::default;
+    let after = Configured { boot_id: "after".into(), ..Configured::default() };
+    assert_eq!(configured(plain(), after.clone()).await.unwrap().boot_id, "after");
+    let older = Configured::default();
+    assert_eq!(configured(plain(), older.clone()).await.unwrap().boot_id, "before");
+
+    let new_token = Some(Bytes::from_static(&[4; 32]));
+    let with_token = Configure { new_token, ..plain() };
+    let entropy = Bytes::from_static(&[5; 32]);
+    let restored = Configure { restored: true, entropy, ..plain() };
+    for request in [with_token, restored] {
+        assert!(!format!("{request:?}").contains('4'), "secrets are not printed");
+        assert_eq!(configured(request.clone(), after.clone()).await.unwrap().boot_id, "after");
+        // It has ignored what must not be ignored.
+        let error = configured(request, older.clone()).await.unwrap_err();
+        let ClientError::Protocol(ProtocolError::Outdated { .. }) = error else {
+            panic!("{error:?}")
+        };
+    }
+    let hostile = Configured { boot_id: "b".repeat(1000), ..older.clone() };
+    assert!(matches!(configured(plain(), hostile).await, Err(ClientError::Protocol(_))));
+    let talkative = Configured { warnings: vec!["é".repeat(3000); 100], ..older };
+    let kept = configured(plain(), talkative).await.unwrap().warnings;
+    assert_eq!(kept.len(), WARNINGS_MAX);
+    assert!(kept.iter().all(|warning| warning.len() <= MESSAGE_BYTES_MAX));
 }
 
 #[tokio::test]

@@ -10,7 +10,10 @@ use super::error::{ClientError, ProtocolError, unwanted};
 use super::frames::{FrameReader, FrameWriter};
 use crate::check::check_request;
 use crate::handshake;
-use crate::limits::{FILE_NAME_BYTES_MAX, LIST_ENTRIES_MAX, RUNS_MAX, SHORT_TEXT_BYTES_MAX};
+use crate::limits::{
+    FILE_NAME_BYTES_MAX, LIST_ENTRIES_MAX, MESSAGE_BYTES_MAX, RUNS_MAX, SHORT_TEXT_BYTES_MAX,
+    WARNINGS_MAX,
+};
 use crate::message::{
     Configure, Configured, Done, FileStat, Forget, FromGuest, FromGuestBody, List, ListRuns,
     Listing, Mkdir, Move, Ping, Pong, Remove, Request, RequestBody, Runs, Shutdown, Stat, ToGuest,
@@ -126,15 +129,25 @@ fn short(field: &'static str, text: &str) -> Result<(), ProtocolError> {
 async fn ask(
     stream: impl GuestStream + 'static,
     token: &Token,
-    request: impl Into<RequestBody>,
+    request: RequestBody,
     limit: Duration,
 ) -> Result<FromGuest, ClientError> {
+    exchange(stream, token, request, limit).await.map(|(_welcome, answer)| answer)
+}
+
+async fn exchange(
+    stream: impl GuestStream + 'static,
+    token: &Token,
+    request: RequestBody,
+    limit: Duration,
+) -> Result<(Welcome, FromGuest), ClientError> {
     let deadline = Instant::now() + limit;
-    let request = Request { body: Some(request.into()) };
-    let (mut client, _welcome) = GuestClient::open_until(stream, token, request, deadline).await?;
-    timeout_at(deadline, client.next())
+    let request = Request { body: Some(request) };
+    let (mut client, welcome) = GuestClient::open_until(stream, token, request, deadline).await?;
+    let answer = timeout_at(deadline, client.next())
         .await
-        .map_err(|_| ClientError::Timeout { context: "wait for the answer" })?
+        .map_err(|_| ClientError::Timeout { context: "wait for the answer" })??;
+    Ok((welcome, answer))
 }
 
 macro_rules! question {
@@ -157,10 +170,48 @@ macro_rules! question {
     };
 }
 
-question! {
-    /// Configures the guest, after its boot or after a restore.
-    configure, Configure => Configured
+/// Configures the guest, after its boot or after a restore. The answer has the guest's boot id from
+/// now on.
+///
+/// The limit is for the whole exchange. Where the answer is lost, the guest may have taken the new
+/// token or not.
+pub async fn configure(
+    stream: impl GuestStream + 'static,
+    token: &Token,
+    request: Configure,
+    limit: Duration,
+) -> Result<Configured, ClientError> {
+    let must_be_known = request.restored || request.new_token.is_some();
+    let request = RequestBody::Configure(request);
+    let (welcome, answer) = exchange(stream, token, request, limit).await?;
+    match answer.body {
+        Some(FromGuestBody::Configured(configured)) => {
+            checked_configured(configured, welcome, must_be_known)
+        }
+        body => Err(unwanted(FromGuest { body }, "configure")),
+    }
 }
+
+fn checked_configured(
+    mut configured: Configured,
+    welcome: Welcome,
+    must_be_known: bool,
+) -> Result<Configured, ClientError> {
+    short("boot id", &configured.boot_id)?;
+    if configured.boot_id.is_empty() {
+        if must_be_known {
+            let what = "clones and new tokens";
+            return Err(ProtocolError::Outdated { what }.into());
+        }
+        configured.boot_id = welcome.boot_id;
+    }
+    configured.warnings.truncate(WARNINGS_MAX);
+    for warning in &mut configured.warnings {
+        warning.truncate(warning.floor_char_boundary(MESSAGE_BYTES_MAX));
+    }
+    Ok(configured)
+}
+
 question! {
     /// Makes a directory.
     mkdir, Mkdir => Done

@@ -46,6 +46,9 @@ pub enum ProtocolError {
     Field { field: &'static str },
     #[error("the guest chose generation {generation}, which was not offered")]
     Generation { generation: u32 },
+    /// It ignored a field that it does not know, and that must not be ignored.
+    #[error("the guest's agent is too old: it does not know {what}; build its image again")]
+    Outdated { what: &'static str },
 }
 
 impl ClientError {

@@ -9,7 +9,8 @@ use super::EnvVar;
 /// Configure the guest: after its boot, and again after a restore from a snapshot.
 ///
 /// Every part is optional and what is absent stays as it is; the same message twice has the effect
-/// of one. The random generator is seeded first, then the clock is set, then the rest.
+/// of one, but for the boot id of a restored guest. The random generator is seeded first, then the
+/// clock is set, then the rest. A token and a boot id change last: after a failure the old ones hold.
 #[derive(Clone, PartialEq, prost::Message)]
 #[prost(skip_debug)]
 pub struct Configure {
@@ -31,9 +32,18 @@ pub struct Configure {
     /// 32 bytes or more; credited to the kernel's generator, which is then reseeded.
     #[prost(bytes = "bytes", tag = "8")]
     pub entropy: Bytes,
+    /// 32 bytes: what connections after the answer must show. This connection goes on, and so do
+    /// those that are open already. A host that loses the answer tries both.
+    #[prost(bytes = "bytes", optional, tag = "9")]
+    pub new_token: Option<Bytes>,
+    /// The guest is a clone, or was asleep: it takes a new boot id, ends every other connection of
+    /// the host and every TCP connection that the guest has beyond itself, and forgets ended runs
+    /// and the environment. Processes go on. Entropy must be given.
+    #[prost(bool, tag = "10")]
+    pub restored: bool,
 }
 
-// The entropy is a secret of the guest.
+// The entropy and the token are secrets of the guest.
 impl fmt::Debug for Configure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Configure")
@@ -42,6 +52,7 @@ impl fmt::Debug for Configure {
             .field("interfaces", &self.interfaces)
             .field("dns", &self.dns)
             .field("hosts", &self.hosts)
+            .field("restored", &self.restored)
             .finish_non_exhaustive()
     }
 }
@@ -100,4 +111,8 @@ pub struct Configured {
     /// What could not be done and does not keep the guest from working, one line each.
     #[prost(string, repeated, tag = "1")]
     pub warnings: Vec<String>,
+    /// The guest's boot id from now on. Empty from an agent that knows neither a new token nor a
+    /// restored guest.
+    #[prost(string, tag = "2")]
+    pub boot_id: String,
 }

@@ -18,6 +18,7 @@ pub struct ToGuest {
 }
 
 #[derive(Clone, PartialEq, prost::Oneof)]
+#[expect(clippy::large_enum_variant, reason = "one at a time exists, and most are the largest")]
 pub enum ToGuestBody {
     #[prost(message, tag = "1")]
     Hello(Hello),
