@@ -59,7 +59,7 @@ impl CgroupStatus {
     /// The group of a VM, if there are groups.
     pub(crate) fn group_of(&self, spec: &MachineSpec) -> Option<PathBuf> {
         match self {
-            Self::Enforced { parent } => Some(parent.join(format!("vm-{}", spec.vm_id))),
+            Self::Enforced { parent } => Some(parent.join(format!("vm-{}", spec.id))),
             Self::NotEnforced { .. } => None,
         }
     }

@@ -2,15 +2,15 @@
 
 use std::{io, path::PathBuf};
 
-use aether_types::{ErrorCode, VmId};
+use aether_types::{ErrorCode, MachineId};
 
 /// Context is a present-tense action; sources are chained, not repeated in the text.
 #[derive(Debug, thiserror::Error)]
 pub enum DriverError {
-    #[error("VM {0} is not known to the driver")]
-    UnknownVm(VmId),
-    #[error("VM {id} is {state}; cannot {action}")]
-    WrongState { id: VmId, state: &'static str, action: &'static str },
+    #[error("machine {0} is not known to the driver")]
+    UnknownVm(MachineId),
+    #[error("machine {id} is {state}; cannot {action}")]
+    WrongState { id: MachineId, state: &'static str, action: &'static str },
     #[error("{action}")]
     Io { action: String, source: io::Error },
     #[error("{action} {path}", path = path.display())]
@@ -32,6 +32,12 @@ pub enum DriverError {
     NoAddress { range: String },
     #[error("the range {range} overlaps {with} on this host; configure another")]
     RangeOverlaps { range: String, with: String },
+    /// What a snapshot was taken of is not what there is here.
+    #[error("the snapshot cannot be restored here: its {what} is {snapshot}, here it is {machine}")]
+    Incompatible { what: &'static str, snapshot: String, machine: String },
+    /// A file of a snapshot is not what it was when it was checked.
+    #[error("the snapshot's file {path} is damaged: {detail}", path = path.display())]
+    Damaged { path: PathBuf, detail: String },
     /// This host cannot run this driver; the text says what is missing and how to mend it.
     #[error("{0}")]
     Unavailable(String),
@@ -52,6 +58,8 @@ impl DriverError {
                 ErrorCode::GuestUnreachable
             }
             Self::NoAddress { .. } => ErrorCode::InsufficientCapacity,
+            Self::Incompatible { .. } => ErrorCode::SnapshotIncompatible,
+            Self::Damaged { .. } => ErrorCode::SnapshotDamaged,
             Self::RangeOverlaps { .. } | Self::Unavailable(_) => ErrorCode::DriverUnavailable,
             Self::Io { .. }
             | Self::File { .. }
@@ -70,6 +78,8 @@ impl DriverError {
             | Self::WrongState { .. }
             | Self::NoAddress { .. }
             | Self::RangeOverlaps { .. }
+            | Self::Incompatible { .. }
+            | Self::Damaged { .. }
             | Self::Unavailable(_) => false,
             Self::Io { .. }
             | Self::File { .. }

@@ -15,13 +15,14 @@ use std::{
 };
 
 use aether_images::ImageStore;
-use aether_types::{DriverKind, VmId};
+use aether_types::{DriverKind, MachineId};
 use rustix::process::{Gid, Uid};
 
 use crate::{
     CgroupMode, CgroupStatus, DriverError, ExitReason, GuestNetwork, MachineSpec, cgroup,
     fault::FaultPoints,
     journal::{Journal, Owner, Resource},
+    machines::{WasBefore, background},
     network::{Network, NetworkConfig},
     process::{self, Identity, Launch, Process, ProcessId},
 };
@@ -83,6 +84,19 @@ pub(crate) struct Record {
     pub(crate) network: Option<GuestNetwork>,
     /// How its last VMM ended.
     pub(crate) last_exit: Option<ExitReason>,
+    /// Started since its disk was made.
+    #[serde(default)]
+    pub(crate) started: bool,
+    /// The memory that was kept without the disk when the machine ended, and that the disk is still
+    /// as it was for.
+    #[serde(default)]
+    pub(crate) memory: Option<String>,
+    /// A snapshot is under way, or was when its worker died: what the machine was before.
+    #[serde(default)]
+    pub(crate) snapshotting: Option<WasBefore>,
+    /// It gets only what nobody else wants of the processors.
+    #[serde(default)]
+    pub(crate) background: bool,
 }
 
 impl std::fmt::Debug for Host {
@@ -141,7 +155,7 @@ impl Host {
         let entries = fs::read_dir(&vms).map_err(|e| file_error("read", &vms, e))?;
         for entry in entries {
             let entry = entry.map_err(|e| file_error("read", &vms, e))?;
-            let owner = entry.file_name().to_str().and_then(|name| name.parse::<VmId>().ok());
+            let owner = entry.file_name().to_str().and_then(|name| name.parse::<MachineId>().ok());
             if owner.is_some_and(|id| !known.contains(&id)) {
                 tracing::warn!(path = %entry.path().display(), "remove a folder that no VM owns");
                 remove_tree(&entry.path())?;
@@ -156,7 +170,7 @@ impl Host {
     /// Removes every VM and the network, whatever driver they have. For a host that is given up.
     pub async fn remove_all(&self) -> Result<(), DriverError> {
         for id in self.journal.machines() {
-            self.end_processes(Owner::Vm(id)).await?;
+            self.end_processes(Owner::Machine(id)).await?;
             self.network.detach(id).await?;
             self.remove_files(id).await?;
             self.journal.forget_owner(id)?;
@@ -164,17 +178,17 @@ impl Host {
         self.network.remove_all().await
     }
 
-    pub(crate) fn directory(&self, id: VmId) -> PathBuf {
+    pub(crate) fn directory(&self, id: MachineId) -> PathBuf {
         self.data_dir.join("vms").join(id.to_string())
     }
 
     /// The record of a VM of this kind. Damaged records are `None`, as unknown VMs are.
-    pub(crate) fn record(&self, id: VmId) -> Option<Record> {
+    pub(crate) fn record(&self, id: MachineId) -> Option<Record> {
         serde_json::from_value(self.journal.machine(id)?).ok()
     }
 
     pub(crate) fn set_record(&self, record: &Record) -> Result<(), DriverError> {
-        let id = record.spec.vm_id;
+        let id = record.spec.id;
         let value = serde_json::to_value(record)
             .map_err(|e| DriverError::Io { action: format!("record VM {id}"), source: e.into() })?;
         self.journal.set_machine(id, value)
@@ -193,14 +207,24 @@ impl Host {
                 Some(free.ok_or_else(range)?)
             }
         };
-        let record = Record { kind, spec, uid, network: None, last_exit: None };
+        let record = Record {
+            kind,
+            spec,
+            uid,
+            network: None,
+            last_exit: None,
+            started: false,
+            memory: None,
+            snapshotting: None,
+            background: false,
+        };
         self.set_record(&record)?;
         Ok(record)
     }
 
     /// Makes the VM's directory, for its user.
     pub(crate) fn make_directory(&self, record: &Record) -> Result<(), DriverError> {
-        let id = record.spec.vm_id;
+        let id = record.spec.id;
         let path = self.directory(id);
         self.journal.intend(id, &Resource::Directory { path: path.clone() })?;
         make_folder(&path, 0o700)?;
@@ -210,9 +234,9 @@ impl Host {
     /// Makes the VM's writable layer, for its user.
     pub(crate) fn make_disk(&self, record: &Record) -> Result<(), DriverError> {
         let spec = &record.spec;
-        let path = self.disk(spec.vm_id);
+        let path = self.disk(spec.id);
         let failed = |e: aether_images::ImageError| DriverError::Io {
-            action: format!("make the disk of VM {}", spec.vm_id),
+            action: format!("make the disk of VM {}", spec.id),
             source: io::Error::other(e),
         };
         // Of an earlier attempt: it may be half a disk.
@@ -221,7 +245,7 @@ impl Host {
         self.give(&path, record)
     }
 
-    pub(crate) fn disk(&self, id: VmId) -> PathBuf {
+    pub(crate) fn disk(&self, id: MachineId) -> PathBuf {
         self.directory(id).join(DISK_FILE)
     }
 
@@ -262,7 +286,7 @@ impl Host {
         blocking(move || {
             let group = host.cgroup.group_of(&spec);
             if let Some(path) = &group {
-                host.journal.intend(spec.vm_id, &Resource::Cgroup { path: path.clone() })?;
+                host.journal.intend(spec.id, &Resource::Cgroup { path: path.clone() })?;
             }
             process::spawn(launch, |id| {
                 let wanted = wanted.lock().unwrap_or_else(PoisonError::into_inner);
@@ -271,9 +295,15 @@ impl Host {
                     return Err(DriverError::ExitedDuringStart { detail });
                 }
                 host.fault.hit("start process")?;
-                host.journal.intend(spec.vm_id, &process_resource(id, what))?;
+                host.journal.intend(spec.id, &process_resource(id, what))?;
                 if let Some(group) = &group {
                     cgroup::admit(group, &spec, id.pid)?;
+                }
+                if host.record(spec.id).is_some_and(|record| record.background) {
+                    background::set(id.pid, true).map_err(|source| DriverError::Io {
+                        action: "lower a VMM's share of the processors".to_owned(),
+                        source,
+                    })?;
                 }
                 host.fault.hit("start process: journaled")
             })
@@ -297,7 +327,7 @@ impl Host {
     }
 
     /// The process of a VM that the journal names and that still runs.
-    pub(crate) fn running(&self, id: VmId) -> Result<Option<Process>, DriverError> {
+    pub(crate) fn running(&self, id: MachineId) -> Result<Option<Process>, DriverError> {
         for resource in self.journal.resources(id) {
             if let Resource::Process { pid, start_ticks, .. } = resource
                 && let Some(process) = Process::adopt(ProcessId { pid, start_ticks })?
@@ -340,7 +370,7 @@ impl Host {
     }
 
     /// Removes the VM's mounts and files, in the reverse order of their making.
-    pub(crate) async fn remove_files(&self, id: VmId) -> Result<(), DriverError> {
+    pub(crate) async fn remove_files(&self, id: MachineId) -> Result<(), DriverError> {
         for resource in self.journal.resources(id).into_iter().rev() {
             match &resource {
                 Resource::Mount { path } => unmount(path)?,

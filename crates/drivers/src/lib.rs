@@ -23,10 +23,15 @@ pub mod qemu;
 pub mod sim;
 mod stream;
 
-use std::{fmt, net::IpAddr, path::PathBuf, time::Duration};
+use std::{
+    fmt,
+    net::IpAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use aether_protocol::host::BoxStream;
-use aether_types::{DriverKind, NetworkPolicy, VmId};
+use aether_types::{DriverKind, MachineId, NetworkPolicy, VmId};
 use async_trait::async_trait;
 
 pub use cgroup::{CgroupMode, CgroupStatus};
@@ -37,20 +42,144 @@ pub use host::{Host, HostConfig, UID_BASE_DEFAULT, UID_COUNT};
 /// after a restart of the worker.
 #[derive(Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct MachineSpec {
-    pub vm_id: VmId,
+    pub id: MachineId,
+    /// The VM that it is. `None`: a spare machine of a pool, until [`Driver::claim`].
+    #[serde(default)]
+    pub vm: Option<VmId>,
     pub vcpus: u32,
     pub memory_mb: u32,
     pub disk_mb: u32,
     pub boot: BootSource,
     pub network: NetworkPolicy,
-    /// The secret that the guest's agent asks of whoever connects; 32 random bytes in hex.
+    /// The secret that the guest's agent asks of whoever connects; 32 random bytes in hex. After a
+    /// restore the agent asks the snapshot's until it is given this one.
     pub token: String,
+    /// The snapshot that its disk begins as; `None`: an empty layer over the image. The driver
+    /// keeps what it needs of it, so that the snapshot may be removed at any time.
+    #[serde(default)]
+    pub disk_from: Option<SnapshotFiles>,
+}
+
+/// A sealed snapshot, its files checked by who made this (see `aether_images::SnapshotStore`).
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct SnapshotFiles {
+    pub directory: PathBuf,
+    pub machine: SnapshotMachine,
+}
+
+/// What a snapshot was taken of: what a machine must have to be restored from it. Kept in the
+/// snapshot's manifest.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct SnapshotMachine {
+    pub driver: DriverKind,
+    /// As [`Capabilities::snapshot_format`] was: another one cannot be restored.
+    pub format: String,
+    pub vcpus: u32,
+    pub memory_mb: u32,
+    pub disk_mb: u32,
+    pub boot: BootSource,
+    /// MAC of the guest's network interface, by which the guest still knows it after a restore.
+    pub mac: String,
+    /// The driver's own: anything else that its command line must repeat.
+    #[serde(default)]
+    pub detail: serde_json::Value,
+}
+
+impl SnapshotMachine {
+    /// Whether a machine of this kind, format and specification can be restored from it. That its
+    /// disk is as it was then is for the driver to know.
+    pub(crate) fn check(
+        &self,
+        kind: DriverKind,
+        format: &str,
+        spec: &MachineSpec,
+    ) -> Result<(), DriverError> {
+        self.check_disk(kind, spec)?;
+        same("machine format", &self.format, format)?;
+        same("number of processors", self.vcpus, spec.vcpus)?;
+        same("memory in MB", self.memory_mb, spec.memory_mb)?;
+        for (what, theirs, ours) in [
+            ("kernel", &self.boot.kernel, &spec.boot.kernel),
+            ("initramfs", &self.boot.initrd, &spec.boot.initrd),
+        ] {
+            same(what, theirs.display(), ours.display())?;
+        }
+        Ok(())
+    }
+
+    /// Whether a machine of this kind and specification can have its disk.
+    pub(crate) fn check_disk(
+        &self,
+        kind: DriverKind,
+        spec: &MachineSpec,
+    ) -> Result<(), DriverError> {
+        same("driver", self.driver.as_str(), kind.as_str())?;
+        same("disk in MB", self.disk_mb, spec.disk_mb)?;
+        let (theirs, ours) = (&self.boot.rootfs, &spec.boot.rootfs);
+        same("root file system", theirs.display(), ours.display())
+    }
+}
+
+fn same(
+    what: &'static str,
+    snapshot: impl ToString,
+    machine: impl ToString,
+) -> Result<(), DriverError> {
+    let (snapshot, machine) = (snapshot.to_string(), machine.to_string());
+    if snapshot == machine {
+        return Ok(());
+    }
+    Err(DriverError::Incompatible { what, snapshot, machine })
+}
+
+/// How a machine's guest comes to run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Start {
+    /// From its kernel, on its disk.
+    Boot,
+    /// From a memory, on its disk, which must be as it was when the snapshot was taken: just made
+    /// from the same snapshot, or its own and not used since.
+    Restore(SnapshotFiles),
+}
+
+/// What becomes of a machine that a snapshot was taken of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AfterSnapshot {
+    /// It is what it was: running or paused.
+    GoOn,
+    /// It is killed.
+    End,
+}
+
+/// Whether a snapshot holds the disk. One that does not is for this machine alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SnapshotDisk {
+    Include,
+    Leave,
+}
+
+/// A snapshot's files, not sealed yet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SnapshotTaken {
+    pub machine: SnapshotMachine,
+    /// How long the guest stood still; zero for one that was paused.
+    pub paused: Duration,
+}
+
+/// One step of a start and how long it took. Steps follow one another without a gap.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Phase {
+    pub name: &'static str,
+    pub took: Duration,
 }
 
 // The token must not reach a log.
 impl fmt::Debug for MachineSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("MachineSpec").field("vm_id", &self.vm_id).finish_non_exhaustive()
+        f.debug_struct("MachineSpec")
+            .field("id", &self.id)
+            .field("vm", &self.vm)
+            .finish_non_exhaustive()
     }
 }
 
@@ -111,7 +240,7 @@ pub enum ExitReason {
 
 #[derive(Debug, Clone)]
 pub struct Machine {
-    pub vm_id: VmId,
+    pub id: MachineId,
     pub state: MachineState,
     pub network: Option<GuestNetwork>,
     /// Process id of the VMM, while there is one.
@@ -130,6 +259,9 @@ pub struct Capabilities {
     /// What holds a hostile guest, in words: shown wherever the driver is.
     pub isolation: &'static str,
     pub version: String,
+    /// What of a snapshot must be equal for this driver to restore it: VMM and version, processor
+    /// and accelerator, and the layout of our machines. `None`: it takes and restores none.
+    pub snapshot_format: Option<String>,
 }
 
 /// A kind of machine. Every future may be dropped at any await: what was begun is either finished
@@ -142,29 +274,57 @@ pub trait Driver: Send + Sync + 'static {
     /// specification is harmless. On failure everything made is undone.
     async fn create(&self, spec: MachineSpec) -> Result<GuestNetwork, DriverError>;
 
-    /// Starts the VMM and returns when the guest's agent can be connected to (its ready hint has
-    /// come), or within `limit`; on failure no process is left, and `create`d resources stay.
-    /// Starting a running VM is an error; starting an exited one boots it again on its disk, and
-    /// makes its network anew where `release` took it down.
-    async fn start(&self, id: VmId, limit: Duration) -> Result<(), DriverError>;
+    /// Starts the VMM and returns when the guest's agent can be connected to, or within `limit`;
+    /// on failure no process is left, and `create`d resources stay. Starting a running VM is an
+    /// error; starting an exited one boots it again on its disk, and makes its network anew where
+    /// `release` took it down. A restored guest runs, has the name, addresses and token of the one
+    /// that the snapshot was taken of, and no network until it is configured.
+    async fn start(
+        &self,
+        id: MachineId,
+        how: Start,
+        limit: Duration,
+    ) -> Result<Vec<Phase>, DriverError>;
 
-    async fn pause(&self, id: VmId) -> Result<(), DriverError>;
+    /// Writes memory, device state and (as told) the disk of a running or paused machine into an
+    /// empty directory, which the caller then seals. On failure the machine is what it was.
+    async fn snapshot(
+        &self,
+        id: MachineId,
+        into: &Path,
+        disk: SnapshotDisk,
+        after: AfterSnapshot,
+    ) -> Result<SnapshotTaken, DriverError>;
 
-    async fn resume(&self, id: VmId) -> Result<(), DriverError>;
+    /// Makes a spare machine this VM's, with its network policy, durably. A repetition for the same
+    /// VM is harmless; a machine of another VM is refused.
+    async fn claim(
+        &self,
+        id: MachineId,
+        vm: VmId,
+        network: &NetworkPolicy,
+    ) -> Result<(), DriverError>;
+
+    /// The VMM's share of the processors: low while a machine is made for a pool.
+    async fn set_background(&self, id: MachineId, background: bool) -> Result<(), DriverError>;
+
+    async fn pause(&self, id: MachineId) -> Result<(), DriverError>;
+
+    async fn resume(&self, id: MachineId) -> Result<(), DriverError>;
 
     /// Ends the VMM at once and waits until it is gone; does nothing where none runs. A graceful
     /// stop is the caller's: it asks the agent, waits on `exited` with a limit, then calls this.
-    async fn kill(&self, id: VmId) -> Result<(), DriverError>;
+    async fn kill(&self, id: MachineId) -> Result<(), DriverError>;
 
     /// Completes when the VM's VMM has ended (at once where none runs). An event, never a poll.
-    async fn exited(&self, id: VmId) -> Result<ExitReason, DriverError>;
+    async fn exited(&self, id: MachineId) -> Result<ExitReason, DriverError>;
 
     /// Removes the VM, running or not, and everything it has on this host. Succeeds for an
     /// unknown id.
-    async fn delete(&self, id: VmId) -> Result<(), DriverError>;
+    async fn delete(&self, id: MachineId) -> Result<(), DriverError>;
 
     /// The VM as it is now, from the operating system, not from memory. `None`: unknown.
-    async fn inspect(&self, id: VmId) -> Result<Option<Machine>, DriverError>;
+    async fn inspect(&self, id: MachineId) -> Result<Option<Machine>, DriverError>;
 
     /// Every VM that has anything on this host, including those found after a restart.
     async fn list(&self) -> Result<Vec<Machine>, DriverError>;
@@ -175,8 +335,12 @@ pub trait Driver: Send + Sync + 'static {
     async fn release(&self) -> Result<(), DriverError>;
 
     /// A byte stream to a port in the guest (vsock, or the private link). Bounded by `limit`.
-    async fn connect(&self, id: VmId, port: u32, limit: Duration)
-    -> Result<BoxStream, DriverError>;
+    async fn connect(
+        &self,
+        id: MachineId,
+        port: u32,
+        limit: Duration,
+    ) -> Result<BoxStream, DriverError>;
 }
 
 /// The result of a driver's own task. It is never aborted, so that a failure to join is a panic in
@@ -196,11 +360,12 @@ pub(crate) fn finished<T>(
 pub(crate) mod tests {
     use std::path::Path;
 
-    use super::{BootSource, KernelFlavour, MachineSpec, NetworkPolicy, VmId};
+    use super::{BootSource, KernelFlavour, MachineId, MachineSpec, NetworkPolicy};
 
     pub(crate) fn spec(images: &Path) -> MachineSpec {
         MachineSpec {
-            vm_id: VmId::new(),
+            id: MachineId::new(),
+            vm: None,
             vcpus: 1,
             memory_mb: 128,
             disk_mb: 256,
@@ -211,6 +376,7 @@ pub(crate) mod tests {
                 kernel_flavour: KernelFlavour::Debian,
             },
             network: NetworkPolicy::default(),
+            disk_from: None,
             token: "0123456789abcdef".repeat(4),
         }
     }

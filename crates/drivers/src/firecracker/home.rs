@@ -15,7 +15,7 @@ use std::{
     time::Duration,
 };
 
-use aether_types::VmId;
+use aether_types::MachineId;
 use rustix::{
     fs::inotify::{self, CreateFlags, WatchFlags},
     mount::{MountFlags, mount_bind, mount_remount},
@@ -34,7 +34,7 @@ const JAIL: &str = "jail";
 /// Between the socket's making and its listening: two system calls of the VMM.
 const LISTEN_INTERVAL: Duration = Duration::from_millis(1);
 
-pub(super) fn jail_base(host: &Host, id: VmId) -> PathBuf {
+pub(super) fn jail_base(host: &Host, id: MachineId) -> PathBuf {
     host.directory(id).join(JAIL)
 }
 
@@ -51,7 +51,7 @@ impl Home {
     }
 
     /// Where a VMM lives that runs, whether its jailer is the one that is configured now or not.
-    pub(super) fn of_running(host: &Host, id: VmId) -> Result<Self, DriverError> {
+    pub(super) fn of_running(host: &Host, id: MachineId) -> Result<Self, DriverError> {
         let jail = fs::read_dir(jail_base(host, id)).ok().and_then(|mut jails| jails.next());
         let root =
             jail.and_then(Result::ok).map(|jail| jail.path().join(id.to_string()).join("root"));
@@ -60,7 +60,7 @@ impl Home {
 
     /// Puts a VM's files into its jail, as names in its root.
     pub(super) fn furnish(&self, host: &Host, record: &Record) -> Result<Files, DriverError> {
-        let id = record.spec.vm_id;
+        let id = record.spec.id;
         let BootSource { kernel, initrd, rootfs, kernel_flavour: _ } = &record.spec.boot;
         let disk = host.disk(id);
         for (source, name) in
@@ -78,7 +78,7 @@ impl Home {
     }
 
     /// Another name for the file, or where the file system has none, a mount over an empty one.
-    fn bring(&self, host: &Host, id: VmId, from: &Path, name: &str) -> Result<(), DriverError> {
+    fn bring(&self, host: &Host, id: MachineId, from: &Path, name: &str) -> Result<(), DriverError> {
         let from = fs::canonicalize(from).map_err(|e| file_error("find", from, e))?;
         let path = self.path.join(name);
         if fs::hard_link(&from, &path).is_ok() {
@@ -114,7 +114,7 @@ pub(super) fn inherited(boot: &BootSource) -> Result<(Vec<OwnedFd>, Files), Driv
 }
 
 /// Makes the root of a new jail.
-pub(super) fn make_jail(host: &Host, id: VmId, root: PathBuf) -> Result<Home, DriverError> {
+pub(super) fn make_jail(host: &Host, id: MachineId, root: PathBuf) -> Result<Home, DriverError> {
     // Of root until the jailer gives its inside to the VM's user.
     make_folder(&jail_base(host, id), 0o700)?;
     make_folder(&root, 0o700)?;
@@ -122,7 +122,7 @@ pub(super) fn make_jail(host: &Host, id: VmId, root: PathBuf) -> Result<Home, Dr
 }
 
 /// Removes what a VMM that has ended left, with a jail or without.
-pub(super) fn clean(host: &Host, id: VmId) -> Result<(), DriverError> {
+pub(super) fn clean(host: &Host, id: MachineId) -> Result<(), DriverError> {
     let (directory, jail) = (host.directory(id), jail_base(host, id));
     for resource in host.journal.resources(id) {
         if let Resource::Mount { path } = &resource

@@ -24,7 +24,7 @@ use std::{
 };
 
 use aether_protocol::{AGENT_PORT, host::BoxStream};
-use aether_types::{DriverKind, VmId};
+use aether_types::{DriverKind, MachineId};
 use async_trait::async_trait;
 use serde_json::json;
 use tokio::net::UnixListener;
@@ -182,7 +182,7 @@ pub(crate) struct Control {
 
 impl Firecracker {
     /// Where a VMM that is started now lives.
-    fn new_home_path(&self, host: &Host, id: VmId) -> PathBuf {
+    fn new_home_path(&self, host: &Host, id: MachineId) -> PathBuf {
         if self.jailer.is_none() {
             return host.directory(id);
         }
@@ -228,7 +228,7 @@ impl Firecracker {
     /// The jailer becomes Firecracker under the same process id. It starts in the VMs' network
     /// namespace and in the VM's cgroup, as every VMM does.
     fn jailer_arguments(&self, host: &Host, record: &Record, own: [String; 4]) -> Vec<String> {
-        let id = record.spec.vm_id;
+        let id = record.spec.id;
         let uid = record.uid.unwrap_or_else(|| rustix::process::geteuid().as_raw()).to_string();
         let mut args = Vec::new();
         for (option, value) in [
@@ -291,6 +291,7 @@ impl Vmm for Firecracker {
                 }
             },
             version: self.version.clone(),
+            snapshot_format: None,
         }
     }
 
@@ -389,7 +390,7 @@ impl Vmm for Firecracker {
     }
 
     fn clean(&self, host: &Host, record: &Record) -> Result<(), DriverError> {
-        home::clean(host, record.spec.vm_id)
+        home::clean(host, record.spec.id)
     }
 }
 

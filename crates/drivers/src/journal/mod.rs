@@ -27,7 +27,7 @@ use std::{
     time::Duration,
 };
 
-use aether_types::{NetworkPolicy, VmId};
+use aether_types::{MachineId, NetworkPolicy};
 use rustix::{
     fs::{FlockOperation, flock},
     io::Errno,
@@ -41,14 +41,14 @@ use crate::DriverError;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Owner {
-    Vm(VmId),
+    Machine(MachineId),
     /// The platform on this host: what all VMs share.
     Host,
 }
 
-impl From<VmId> for Owner {
-    fn from(id: VmId) -> Self {
-        Self::Vm(id)
+impl From<MachineId> for Owner {
+    fn from(id: MachineId) -> Self {
+        Self::Machine(id)
     }
 }
 
@@ -142,7 +142,7 @@ impl Holdings {
                 }
             }
             Record::Machine(id, machine) => {
-                self.0.entry(Owner::Vm(id)).or_default().machine = Some(machine);
+                self.0.entry(Owner::Machine(id)).or_default().machine = Some(machine);
             }
             Record::ForgetOwner(owner) => {
                 self.0.remove(&owner);
@@ -160,7 +160,7 @@ impl Holdings {
     fn records(&self) -> impl Iterator<Item = Record> {
         self.0.iter().flat_map(|(&owner, entry)| {
             let machine = match owner {
-                Owner::Vm(id) => entry.machine.clone().map(|m| Record::Machine(id, m)),
+                Owner::Machine(id) => entry.machine.clone().map(|m| Record::Machine(id, m)),
                 Owner::Host => None,
             };
             let resources = entry.resources.iter().cloned();
@@ -254,19 +254,23 @@ impl Journal {
     }
 
     /// Keeps the driver's own record of a VM, in place of the one before.
-    pub fn set_machine(&self, id: VmId, machine: serde_json::Value) -> Result<(), DriverError> {
+    pub fn set_machine(
+        &self,
+        id: MachineId,
+        machine: serde_json::Value,
+    ) -> Result<(), DriverError> {
         self.append(&mut self.state(), Record::Machine(id, machine))
     }
 
-    pub fn machine(&self, id: VmId) -> Option<serde_json::Value> {
-        self.state().holdings.0.get(&Owner::Vm(id))?.machine.clone()
+    pub fn machine(&self, id: MachineId) -> Option<serde_json::Value> {
+        self.state().holdings.0.get(&Owner::Machine(id))?.machine.clone()
     }
 
     /// Every VM that has a record or a resource.
-    pub fn machines(&self) -> Vec<VmId> {
+    pub fn machines(&self) -> Vec<MachineId> {
         let state = self.state();
         let vms = state.holdings.0.keys().filter_map(|owner| match owner {
-            Owner::Vm(id) => Some(*id),
+            Owner::Machine(id) => Some(*id),
             Owner::Host => None,
         });
         vms.collect()

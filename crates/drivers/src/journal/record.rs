@@ -3,7 +3,7 @@
 //! Text, so that a person can read what a host holds. The checksum (CRC-32) guards against a torn
 //! or half-written line, not against an enemy: the file is its owner's.
 
-use aether_types::VmId;
+use aether_types::MachineId;
 use serde::{Deserialize, Serialize};
 
 use super::{Owner, Resource};
@@ -13,7 +13,7 @@ use super::{Owner, Resource};
 pub(super) enum Record {
     Intend(Owner, Resource),
     Forget(Owner, Resource),
-    Machine(VmId, serde_json::Value),
+    Machine(MachineId, serde_json::Value),
     ForgetOwner(Owner),
 }
 

@@ -10,7 +10,7 @@ fn tap(name: &str) -> Resource {
 fn what_was_written_is_there_after_reopening() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("journal");
-    let (vm, other) = (VmId::new(), VmId::new());
+    let (vm, other) = (MachineId::new(), MachineId::new());
     {
         let journal = Journal::open(&path).unwrap();
         journal.intend(vm, &tap("a")).unwrap();
@@ -113,7 +113,7 @@ proptest! {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("journal");
         let vms: Vec<Owner> =
-            std::iter::once(Owner::Host).chain((1..4).map(|_| Owner::Vm(VmId::new()))).collect();
+            std::iter::once(Owner::Host).chain((1..4).map(|_| Owner::Machine(MachineId::new()))).collect();
         let journal = Journal::open(&path).unwrap();
         // The state after each step, with the file's length then.
         let mut history = vec![(0, Holdings::default())];
@@ -126,7 +126,7 @@ proptest! {
                     journal.forget(vms[usize::from(o)], &tap(&r.to_string())).unwrap();
                 }
                 Step::Machine(o, r) => {
-                    let Owner::Vm(id) = vms[usize::from(o)] else { unreachable!() };
+                    let Owner::Machine(id) = vms[usize::from(o)] else { unreachable!() };
                     journal.set_machine(id, serde_json::json!({ "n": r })).unwrap();
                 }
                 Step::ForgetOwner(o) => journal.forget_owner(vms[usize::from(o)]).unwrap(),

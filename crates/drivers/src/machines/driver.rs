@@ -1,15 +1,15 @@
 //! The driver's trait: each operation in a task of its own.
 
-use std::{sync::Arc, time::Duration};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use aether_protocol::host::BoxStream;
-use aether_types::VmId;
+use aether_types::{MachineId, NetworkPolicy, VmId};
 use async_trait::async_trait;
 
 use super::{Machines, Vmm, lock, wrong};
 use crate::{
-    Capabilities, Driver, DriverError, ExitReason, GuestNetwork, Machine, MachineSpec,
-    MachineState, stream::GuestStream,
+    AfterSnapshot, Capabilities, Driver, DriverError, ExitReason, GuestNetwork, Machine,
+    MachineSpec, MachineState, Phase, SnapshotDisk, SnapshotTaken, Start, stream::GuestStream,
 };
 
 /// What a driver's public type delegates to.
@@ -24,22 +24,53 @@ impl<V: Vmm> Driver for Arc<Machines<V>> {
         self.finish(async move { machines.create_one(spec).await }).await
     }
 
-    async fn start(&self, id: VmId, limit: Duration) -> Result<(), DriverError> {
+    async fn start(
+        &self,
+        id: MachineId,
+        how: Start,
+        limit: Duration,
+    ) -> Result<Vec<Phase>, DriverError> {
         let machines = Arc::clone(self);
-        self.finish(async move { machines.start_one(id, limit).await }).await
+        self.finish(async move { machines.start_one(id, how, limit).await }).await
     }
 
-    async fn pause(&self, id: VmId) -> Result<(), DriverError> {
+    async fn snapshot(
+        &self,
+        id: MachineId,
+        into: &Path,
+        disk: SnapshotDisk,
+        after: AfterSnapshot,
+    ) -> Result<SnapshotTaken, DriverError> {
+        let (machines, into) = (Arc::clone(self), into.to_owned());
+        self.finish(async move { machines.snapshot_one(id, &into, disk, after).await }).await
+    }
+
+    async fn claim(
+        &self,
+        id: MachineId,
+        vm: VmId,
+        network: &NetworkPolicy,
+    ) -> Result<(), DriverError> {
+        let (machines, network) = (Arc::clone(self), network.clone());
+        self.finish(async move { machines.claim_one(id, vm, &network).await }).await
+    }
+
+    async fn set_background(&self, id: MachineId, background: bool) -> Result<(), DriverError> {
+        let machines = Arc::clone(self);
+        self.finish(async move { machines.set_background_one(id, background).await }).await
+    }
+
+    async fn pause(&self, id: MachineId) -> Result<(), DriverError> {
         let machines = Arc::clone(self);
         self.finish(async move { machines.set_paused(id, true).await }).await
     }
 
-    async fn resume(&self, id: VmId) -> Result<(), DriverError> {
+    async fn resume(&self, id: MachineId) -> Result<(), DriverError> {
         let machines = Arc::clone(self);
         self.finish(async move { machines.set_paused(id, false).await }).await
     }
 
-    async fn kill(&self, id: VmId) -> Result<(), DriverError> {
+    async fn kill(&self, id: MachineId) -> Result<(), DriverError> {
         let machines = Arc::clone(self);
         self.finish(async move {
             machines.known(id)?;
@@ -56,7 +87,7 @@ impl<V: Vmm> Driver for Arc<Machines<V>> {
         .await
     }
 
-    async fn exited(&self, id: VmId) -> Result<ExitReason, DriverError> {
+    async fn exited(&self, id: MachineId) -> Result<ExitReason, DriverError> {
         self.known(id)?;
         let live = self.slot(id).running();
         match live {
@@ -71,7 +102,7 @@ impl<V: Vmm> Driver for Arc<Machines<V>> {
         }
     }
 
-    async fn delete(&self, id: VmId) -> Result<(), DriverError> {
+    async fn delete(&self, id: MachineId) -> Result<(), DriverError> {
         let machines = Arc::clone(self);
         self.finish(async move {
             if machines.host.record(id).is_some_and(|record| record.kind != V::KIND) {
@@ -87,7 +118,7 @@ impl<V: Vmm> Driver for Arc<Machines<V>> {
         .await
     }
 
-    async fn inspect(&self, id: VmId) -> Result<Option<Machine>, DriverError> {
+    async fn inspect(&self, id: MachineId) -> Result<Option<Machine>, DriverError> {
         self.machine(id).await
     }
 
@@ -120,7 +151,7 @@ impl<V: Vmm> Driver for Arc<Machines<V>> {
 
     async fn connect(
         &self,
-        id: VmId,
+        id: MachineId,
         port: u32,
         limit: Duration,
     ) -> Result<BoxStream, DriverError> {
@@ -146,25 +177,54 @@ macro_rules! delegate_driver {
             async fn create(&self, spec: MachineSpec) -> Result<GuestNetwork, DriverError> {
                 self.0.create(spec).await
             }
-            async fn start(&self, id: VmId, limit: Duration) -> Result<(), DriverError> {
-                self.0.start(id, limit).await
+            async fn start(
+                &self,
+                id: MachineId,
+                how: crate::Start,
+                limit: Duration,
+            ) -> Result<Vec<crate::Phase>, DriverError> {
+                self.0.start(id, how, limit).await
             }
-            async fn pause(&self, id: VmId) -> Result<(), DriverError> {
+            async fn snapshot(
+                &self,
+                id: MachineId,
+                into: &std::path::Path,
+                disk: crate::SnapshotDisk,
+                after: crate::AfterSnapshot,
+            ) -> Result<crate::SnapshotTaken, DriverError> {
+                self.0.snapshot(id, into, disk, after).await
+            }
+            async fn claim(
+                &self,
+                id: MachineId,
+                vm: aether_types::VmId,
+                network: &aether_types::NetworkPolicy,
+            ) -> Result<(), DriverError> {
+                self.0.claim(id, vm, network).await
+            }
+            async fn set_background(
+                &self,
+                id: MachineId,
+                background: bool,
+            ) -> Result<(), DriverError> {
+                self.0.set_background(id, background).await
+            }
+            async fn pause(&self, id: MachineId) -> Result<(), DriverError> {
                 self.0.pause(id).await
             }
-            async fn resume(&self, id: VmId) -> Result<(), DriverError> {
+            async fn resume(&self, id: MachineId) -> Result<(), DriverError> {
                 self.0.resume(id).await
             }
-            async fn kill(&self, id: VmId) -> Result<(), DriverError> {
+            async fn kill(&self, id: MachineId) -> Result<(), DriverError> {
                 self.0.kill(id).await
             }
-            async fn exited(&self, id: VmId) -> Result<ExitReason, DriverError> {
+            async fn exited(&self, id: MachineId) -> Result<ExitReason, DriverError> {
                 self.0.exited(id).await
             }
-            async fn delete(&self, id: VmId) -> Result<(), DriverError> {
+            async fn delete(&self, id: MachineId) -> Result<(), DriverError> {
                 self.0.delete(id).await
             }
-            async fn inspect(&self, id: VmId) -> Result<Option<Machine>, DriverError> {
+            async fn inspect(&self, id: MachineId) -> Result<Option<Machine>, DriverError> {
                 self.0.inspect(id).await
             }
             async fn list(&self) -> Result<Vec<Machine>, DriverError> {
@@ -175,7 +235,7 @@ macro_rules! delegate_driver {
             }
             async fn connect(
                 &self,
-                id: VmId,
+                id: MachineId,
                 port: u32,
                 limit: Duration,
             ) -> Result<BoxStream, DriverError> {

@@ -5,7 +5,7 @@ use std::sync::{
     atomic::{AtomicBool, Ordering},
 };
 
-use aether_types::VmId;
+use aether_types::MachineId;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -87,7 +87,7 @@ impl<C> Slot<C> {
 
 /// Sees a VMM to its end.
 pub(super) struct Watcher<V: Vmm> {
-    pub(super) id: VmId,
+    pub(super) id: MachineId,
     pub(super) vmm: Arc<V>,
     pub(super) live: Arc<Live<V::Control>>,
     pub(super) machines: Weak<Machines<V>>,

@@ -17,8 +17,11 @@
 //! - An operation runs in a task of its own: a caller that stops waiting changes nothing.
 //! - One watcher task for each VMM that runs; it alone says how the VMM ended.
 
+pub(crate) mod background;
 mod driver;
 mod live;
+mod snapshot;
+mod start;
 mod vmm;
 
 use std::{
@@ -27,8 +30,7 @@ use std::{
     time::Duration,
 };
 
-use aether_types::VmId;
-use tokio::time::{Instant, timeout_at};
+use aether_types::MachineId;
 use tokio_util::{
     sync::{CancellationToken, DropGuard},
     task::TaskTracker,
@@ -37,7 +39,7 @@ use tokio_util::{
 use self::live::{Live, Slot, Watcher};
 pub(crate) use self::{
     driver::delegate_driver,
-    vmm::{Booted, Place, Vmm},
+    vmm::{Booted, Phases, Place, Vmm, WasBefore},
 };
 use crate::{
     DriverError, ExitReason, GuestNetwork, Machine, MachineSpec, MachineState,
@@ -57,14 +59,14 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub(crate) struct Machines<V: Vmm> {
     host: Arc<Host>,
     vmm: Arc<V>,
-    slots: Mutex<HashMap<VmId, Arc<Slot<V::Control>>>>,
+    slots: Mutex<HashMap<MachineId, Arc<Slot<V::Control>>>>,
     tasks: TaskTracker,
     /// Ends the watchers with this.
     closing: CancellationToken,
     _closing: DropGuard,
 }
 
-fn wrong(id: VmId, state: &'static str, action: &'static str) -> DriverError {
+fn wrong(id: MachineId, state: &'static str, action: &'static str) -> DriverError {
     DriverError::WrongState { id, state, action }
 }
 
@@ -89,17 +91,25 @@ impl<V: Vmm> Machines<V> {
     }
 
     /// Finds a VM's VMM again, or that it has ended.
-    async fn adopt(self: &Arc<Self>, id: VmId) -> Result<(), DriverError> {
+    async fn adopt(self: &Arc<Self>, id: MachineId) -> Result<(), DriverError> {
         let Some(mut record) = self.host.record(id) else { return Ok(()) };
         let journaled = self.host.journal.resources(id);
         if !journaled.iter().any(|r| matches!(r, Resource::Process { .. })) {
             return Ok(());
         }
         if let (Some(process), Some(place)) = (self.host.running(id)?, self.place(&record)) {
-            let adopted =
-                tokio::time::timeout(CONTROL_LIMIT, self.vmm.adopt(&place, &process)).await;
-            match adopted {
+            let adopted = async {
+                let control = self.vmm.adopt(&place, &process).await?;
+                if let Some(was) = record.snapshotting {
+                    self.vmm.settle(&place, &control, was).await?;
+                }
+                Ok::<_, DriverError>(control)
+            };
+            match tokio::time::timeout(CONTROL_LIMIT, adopted).await {
                 Ok(Ok(control)) => {
+                    if record.snapshotting.take().is_some() {
+                        self.host.set_record(&record)?;
+                    }
                     tracing::info!(vm.id = %id, pid = process.pid(), "adopted a running VM");
                     self.watch(id, Booted { process, control });
                     return Ok(());
@@ -111,21 +121,21 @@ impl<V: Vmm> Machines<V> {
                 Err(_) => tracing::error!(vm.id = %id, "end a VMM that does not answer"),
             }
         }
-        self.host.end_processes(Owner::Vm(id)).await?;
+        self.host.end_processes(Owner::Machine(id)).await?;
         record.last_exit = Some(ExitReason::VmmDied);
         self.host.set_record(&record)
     }
 
     fn place(&self, record: &Record) -> Option<Place> {
-        let attachment = self.host.network().attachment(record.spec.vm_id)?;
+        let attachment = self.host.network().attachment(record.spec.id)?;
         Some(Place { host: Arc::clone(&self.host), record: record.clone(), attachment })
     }
 
-    fn slot(&self, id: VmId) -> Arc<Slot<V::Control>> {
+    fn slot(&self, id: MachineId) -> Arc<Slot<V::Control>> {
         Arc::clone(lock(&self.slots).entry(id).or_default())
     }
 
-    fn known(&self, id: VmId) -> Result<Record, DriverError> {
+    fn known(&self, id: MachineId) -> Result<Record, DriverError> {
         self.host
             .record(id)
             .filter(|record| record.kind == V::KIND)
@@ -141,7 +151,7 @@ impl<V: Vmm> Machines<V> {
     }
 
     async fn create_one(self: &Arc<Self>, spec: MachineSpec) -> Result<GuestNetwork, DriverError> {
-        let id = spec.vm_id;
+        let id = spec.id;
         let slot = self.slot(id);
         let _one = slot.operation.lock().await;
         match self.host.record(id) {
@@ -173,13 +183,16 @@ impl<V: Vmm> Machines<V> {
         let host = Arc::clone(&self.host);
         let fault = host.fault.clone();
         let mut record = host.begin(V::KIND, spec)?;
-        let made = record.clone();
+        if let Some(from) = &record.spec.disk_from {
+            from.machine.check_disk(V::KIND, &record.spec)?;
+        }
+        let (made, vmm) = (record.clone(), Arc::clone(&self.vmm));
         crate::host::blocking(move || {
             host.fault.hit("make directory")?;
             host.make_directory(&made)?;
             host.fault.hit("make directory: made")?;
             host.fault.hit("make disk")?;
-            host.make_disk(&made)?;
+            vmm.make_disk(&host, &made)?;
             host.fault.hit("make disk: made")
         })
         .await?;
@@ -195,71 +208,11 @@ impl<V: Vmm> Machines<V> {
     async fn attach(&self, record: &Record) -> Result<Attachment, DriverError> {
         let policy = &record.spec.network;
         let uid = record.uid.unwrap_or_else(|| rustix::process::geteuid().as_raw());
-        self.host.network().attach(record.spec.vm_id, policy, uid, V::CHANNEL_LINK).await
-    }
-
-    async fn start_one(self: &Arc<Self>, id: VmId, limit: Duration) -> Result<(), DriverError> {
-        let deadline = Instant::now() + limit;
-        self.known(id)?;
-        let slot = self.slot(id);
-        let interrupt = lock(&slot.interrupt).clone();
-        let _one = slot.operation.lock().await;
-        let mut record = self.known(id)?;
-        if record.network.is_none() {
-            return Err(wrong(id, "half made", "start it"));
-        }
-        if slot.running().is_some() {
-            return Err(wrong(id, "running", "start it"));
-        }
-        let started = tokio::select! {
-            started = self.boot(&mut record, deadline, limit) => started,
-            () = interrupt.cancelled() => {
-                Err(DriverError::ExitedDuringStart { detail: "it was killed".to_owned() })
-            }
-        };
-        if started.is_err() {
-            // The watcher, where there is one yet, sees the same end.
-            if let Some(live) = slot.running() {
-                live.kill().await?;
-            }
-            self.host.end_processes(Owner::Vm(id)).await?;
-            self.vmm.clean(&self.host, &record)?;
-        }
-        started
-    }
-
-    async fn boot(
-        self: &Arc<Self>,
-        record: &mut Record,
-        deadline: Instant,
-        limit: Duration,
-    ) -> Result<(), DriverError> {
-        let id = record.spec.vm_id;
-        let late = || DriverError::StartTimeout { limit_ms: limit.as_millis() };
-        self.vmm.clean(&self.host, record)?;
-        self.host.fault.hit("attach network again")?;
-        // Only after a release is there anything to do.
-        let attachment = self.attach(record).await?;
-        let place = Place { host: Arc::clone(&self.host), record: record.clone(), attachment };
-        self.host.fault.hit("boot")?;
-        let booted = timeout_at(deadline, self.vmm.boot(&place)).await.map_err(|_| late())??;
-        let live = self.watch(id, booted);
-        self.host.fault.hit("boot: begun")?;
-        tokio::select! {
-            ready = timeout_at(deadline, self.vmm.ready(&place, &live.control)) => {
-                ready.map_err(|_| late())??;
-            }
-            reason = live.ended() => {
-                let words = self.vmm.last_words(&live.control);
-                let detail = format!("{}{}{words}", describe(reason), if words.is_empty() { "" } else { ": " });
-                return Err(DriverError::ExitedDuringStart { detail });
-            }
-        }
-        self.host.fault.hit("boot: ready")
+        self.host.network().attach(record.spec.id, policy, uid, V::CHANNEL_LINK).await
     }
 
     /// Makes a VMM known, and watches it to its end.
-    fn watch(self: &Arc<Self>, id: VmId, booted: Booted<V::Control>) -> Arc<Live<V::Control>> {
+    fn watch(self: &Arc<Self>, id: MachineId, booted: Booted<V::Control>) -> Arc<Live<V::Control>> {
         let live = Arc::new(Live::new(booted));
         *lock(&self.slot(id).live) = Some(Arc::clone(&live));
         let closing = self.closing.clone();
@@ -273,16 +226,16 @@ impl<V: Vmm> Machines<V> {
         live
     }
 
-    async fn record_end(&self, id: VmId, reason: ExitReason) -> Result<(), DriverError> {
+    async fn record_end(&self, id: MachineId, reason: ExitReason) -> Result<(), DriverError> {
         if let Some(mut record) = self.host.record(id) {
             record.last_exit = Some(reason);
             self.host.set_record(&record)?;
         }
-        self.host.end_processes(Owner::Vm(id)).await
+        self.host.end_processes(Owner::Machine(id)).await
     }
 
     /// Removes everything of a VM, in the reverse order of its making. Repeating it is harmless.
-    async fn remove(&self, id: VmId) -> Result<(), DriverError> {
+    async fn remove(&self, id: MachineId) -> Result<(), DriverError> {
         let host = &self.host;
         if !host.journal.machines().contains(&id) {
             return Ok(());
@@ -292,7 +245,7 @@ impl<V: Vmm> Machines<V> {
         if let Some(live) = live {
             live.kill().await?;
         }
-        host.end_processes(Owner::Vm(id)).await?;
+        host.end_processes(Owner::Machine(id)).await?;
         host.fault.hit("delete network")?;
         host.network().detach(id).await?;
         host.fault.hit("delete files")?;
@@ -302,7 +255,7 @@ impl<V: Vmm> Machines<V> {
         host.fault.hit("delete record: deleted")
     }
 
-    async fn machine(&self, id: VmId) -> Result<Option<Machine>, DriverError> {
+    async fn machine(&self, id: MachineId) -> Result<Option<Machine>, DriverError> {
         if !self.host.journal.machines().contains(&id) {
             return Ok(None);
         }
@@ -310,7 +263,7 @@ impl<V: Vmm> Machines<V> {
             // It can be deleted, and nothing else.
             tracing::error!(vm.id = %id, "the record of a VM is damaged");
             let state = MachineState::Created;
-            return Ok(Some(Machine { vm_id: id, state, network: None, pid: None, spec: None }));
+            return Ok(Some(Machine { id, state, network: None, pid: None, spec: None }));
         };
         if record.kind != V::KIND {
             return Ok(None);
@@ -318,9 +271,16 @@ impl<V: Vmm> Machines<V> {
         let live = self.slot(id).running();
         let (state, pid) = match live {
             Some(live) if live.process.is_alive() => {
-                let asked = tokio::select! {
-                    asked = tokio::time::timeout(CONTROL_LIMIT, self.vmm.is_paused(&live.control)) => asked,
-                    _ = live.ended() => Ok(Ok(false)),
+                // It stands still for a snapshot, or is about to: that is nobody's state.
+                let asked = match record.snapshotting {
+                    Some(was) => Ok(Ok(was == WasBefore::Paused)),
+                    None => tokio::select! {
+                        asked = tokio::time::timeout(
+                            CONTROL_LIMIT,
+                            self.vmm.is_paused(&live.control),
+                        ) => asked,
+                        _ = live.ended() => Ok(Ok(false)),
+                    },
                 };
                 match asked {
                     _ if live.has_ended() => (self.at_rest(id), None),
@@ -336,31 +296,25 @@ impl<V: Vmm> Machines<V> {
             }
             None => (self.at_rest(id), None),
         };
-        Ok(Some(Machine {
-            vm_id: id,
-            state,
-            network: record.network,
-            pid,
-            spec: Some(record.spec),
-        }))
+        Ok(Some(Machine { id, state, network: record.network, pid, spec: Some(record.spec) }))
     }
 
     /// The state of a VM without a VMM.
-    fn at_rest(&self, id: VmId) -> MachineState {
+    fn at_rest(&self, id: MachineId) -> MachineState {
         let last = self.host.record(id).and_then(|record| record.last_exit);
         last.map_or(MachineState::Created, MachineState::Exited)
     }
 
     fn running(
         &self,
-        id: VmId,
+        id: MachineId,
         action: &'static str,
     ) -> Result<Arc<Live<V::Control>>, DriverError> {
         self.known(id)?;
         self.slot(id).running().ok_or_else(|| wrong(id, "not running", action))
     }
 
-    async fn set_paused(self: &Arc<Self>, id: VmId, paused: bool) -> Result<(), DriverError> {
+    async fn set_paused(self: &Arc<Self>, id: MachineId, paused: bool) -> Result<(), DriverError> {
         self.known(id)?;
         let slot = self.slot(id);
         let _one = slot.operation.lock().await;

@@ -1,13 +1,17 @@
 //! What differs between VMMs.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use aether_protocol::host::BoxStream;
-use aether_types::{DriverKind, VmId};
+use aether_types::{DriverKind, MachineId};
 use async_trait::async_trait;
 
 use crate::{
-    Capabilities, DriverError, ExitReason,
+    Capabilities, DriverError, ExitReason, Phase, SnapshotDisk, SnapshotFiles, SnapshotTaken,
     host::{Host, Record},
     network::Attachment,
     process::Process,
@@ -22,8 +26,8 @@ pub(crate) struct Place {
 }
 
 impl Place {
-    pub(crate) fn id(&self) -> VmId {
-        self.record.spec.vm_id
+    pub(crate) fn id(&self) -> MachineId {
+        self.record.spec.id
     }
 }
 
@@ -31,6 +35,30 @@ impl Place {
 pub(crate) struct Booted<C> {
     pub(crate) process: Process,
     pub(crate) control: C,
+}
+
+/// The steps of a start, one after the other: each lasts from the end of the one before.
+#[derive(Debug)]
+pub(crate) struct Phases {
+    since: Instant,
+    done: Vec<Phase>,
+}
+
+impl Phases {
+    pub(crate) fn begin() -> Self {
+        Self { since: Instant::now(), done: Vec::new() }
+    }
+
+    /// The present step is done.
+    pub(crate) fn end(&mut self, name: &'static str) {
+        let now = Instant::now();
+        let took = now.duration_since(std::mem::replace(&mut self.since, now));
+        self.done.push(Phase { name, took });
+    }
+
+    pub(crate) fn into_done(self) -> Vec<Phase> {
+        self.done
+    }
 }
 
 /// What differs between VMMs.
@@ -43,13 +71,66 @@ pub(crate) trait Vmm: Send + Sync + 'static {
     /// The guest's channel is a private link of the network.
     const CHANNEL_LINK: bool;
 
+    /// Without a `snapshot_format`, `restore` and `snapshot` are never called.
     fn capabilities(&self) -> Capabilities;
+
+    /// Makes the disk of a machine whose directory is there: the image's empty layer, or what the
+    /// snapshot of its specification has. Blocks. Repeating it makes the disk anew.
+    fn make_disk(&self, host: &Host, record: &Record) -> Result<(), DriverError> {
+        match record.spec.disk_from {
+            None => host.make_disk(record),
+            Some(_) => Err(no_snapshots("make a disk of a snapshot")),
+        }
+    }
 
     /// Starts the VMM and lets the guest boot. What it leaves when it fails is found in the
     /// journal.
     async fn boot(&self, place: &Place) -> Result<Booted<Self::Control>, DriverError>;
 
-    /// Waits for the guest's hint that it can be connected to, and sees that it can.
+    /// Starts the VMM with the memory and devices of a snapshot, which was found to fit, and lets
+    /// the guest go on. The disk is as it was then. The phases that it adds are `process` and
+    /// `load`; `ready` follows. What it leaves when it fails is found in the journal.
+    async fn restore(
+        &self,
+        place: &Place,
+        from: &SnapshotFiles,
+        phases: &mut Phases,
+    ) -> Result<Booted<Self::Control>, DriverError> {
+        let _ = (place, from, phases);
+        Err(no_snapshots("restore a snapshot"))
+    }
+
+    /// Writes memory and devices, and the disk where told, into an empty directory. `Ok`: the
+    /// machine is what it was, running or paused. On failure, and where this is dropped, `settle`
+    /// follows.
+    async fn snapshot(
+        &self,
+        place: &Place,
+        control: &Self::Control,
+        into: &Path,
+        disk: SnapshotDisk,
+    ) -> Result<SnapshotTaken, DriverError> {
+        let _ = (place, control, into, disk);
+        Err(no_snapshots("take a snapshot"))
+    }
+
+    /// Ends what is left of a snapshot that failed or whose worker died, and lets the machine be
+    /// what it was before. Repeating it is harmless.
+    async fn settle(
+        &self,
+        place: &Place,
+        control: &Self::Control,
+        was: WasBefore,
+    ) -> Result<(), DriverError> {
+        let _ = place;
+        match was {
+            WasBefore::Running => self.resume(control).await,
+            WasBefore::Paused => Ok(()),
+        }
+    }
+
+    /// Waits for the guest's hint that it can be connected to, and sees that it can. After a
+    /// restore no hint comes.
     async fn ready(&self, place: &Place, control: &Self::Control) -> Result<(), DriverError>;
 
     /// Takes up the way to a VMM that an earlier worker started.
@@ -74,4 +155,16 @@ pub(crate) trait Vmm: Send + Sync + 'static {
 
     /// Removes what a VMM that has ended left in the VM's directory.
     fn clean(&self, host: &Host, record: &Record) -> Result<(), DriverError>;
+}
+
+/// What a machine was when a snapshot of it was begun.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum WasBefore {
+    Running,
+    Paused,
+}
+
+pub(super) fn no_snapshots(action: &str) -> DriverError {
+    DriverError::Unavailable(format!("this driver cannot {action}"))
 }

@@ -4,7 +4,7 @@
 
 use std::{collections::BTreeMap, net::Ipv4Addr};
 
-use aether_types::{NetworkPolicy, VmId};
+use aether_types::{MachineId, NetworkPolicy};
 use rustix::io::Errno;
 
 use super::{
@@ -92,7 +92,7 @@ pub(super) struct Control {
     inner_route: Socket,
     inner_filter: Socket,
     host_filter: Socket,
-    held: BTreeMap<VmId, Held>,
+    held: BTreeMap<MachineId, Held>,
     /// Nothing is made any more; the network is being removed.
     pub(super) closed: bool,
     /// Slots are given out in turn: an address rests as long as it can before it is used again.
@@ -128,7 +128,7 @@ impl Control {
         Ok(control)
     }
 
-    fn load(&mut self, vm: VmId) {
+    fn load(&mut self, vm: MachineId) {
         let resources = self.journal.resources(vm);
         let slot = resources.iter().find_map(|resource| match resource {
             Resource::Address { slot, .. } => Some(Slot(*slot)),
@@ -147,11 +147,11 @@ impl Control {
         self.held.insert(vm, held);
     }
 
-    pub(super) fn held(&self, vm: VmId) -> Option<&Held> {
+    pub(super) fn held(&self, vm: MachineId) -> Option<&Held> {
         self.held.get(&vm)
     }
 
-    pub(super) fn vms(&self) -> Vec<VmId> {
+    pub(super) fn vms(&self) -> Vec<MachineId> {
         self.held.keys().copied().collect()
     }
 
@@ -159,7 +159,7 @@ impl Control {
         self.held.is_empty()
     }
 
-    pub(super) fn attach(&mut self, vm: VmId, request: &Request) -> Result<Held, DriverError> {
+    pub(super) fn attach(&mut self, vm: MachineId, request: &Request) -> Result<Held, DriverError> {
         elements::check(&request.policy)?;
         let fresh = !self.held.contains_key(&vm);
         match self.make(vm, request) {
@@ -174,7 +174,7 @@ impl Control {
         }
     }
 
-    fn make(&mut self, vm: VmId, request: &Request) -> Result<Held, DriverError> {
+    fn make(&mut self, vm: MachineId, request: &Request) -> Result<Held, DriverError> {
         let mut held = match self.held.get(&vm) {
             Some(held) => held.clone(),
             None => Held::new(self.free_slot()?),
@@ -192,7 +192,12 @@ impl Control {
         self.held.get(&vm).cloned().ok_or(DriverError::UnknownVm(vm))
     }
 
-    fn make_links(&mut self, vm: VmId, slot: Slot, request: &Request) -> Result<(), DriverError> {
+    fn make_links(
+        &mut self,
+        vm: MachineId,
+        slot: Slot,
+        request: &Request,
+    ) -> Result<(), DriverError> {
         let ip = self.range.at(slot.0);
         let made = |name: &str, e: Errno| failed(&format!("make the TAP {name}"), e);
         let tap = slot.tap();
@@ -235,7 +240,7 @@ impl Control {
 
     fn make_rules(
         &mut self,
-        vm: VmId,
+        vm: MachineId,
         slot: Slot,
         policy: &NetworkPolicy,
     ) -> Result<(), DriverError> {
@@ -264,7 +269,7 @@ impl Control {
     }
 
     /// Leaves nothing of the VM; what is not there any more counts as removed.
-    pub(super) fn detach(&mut self, vm: VmId) -> Result<(), DriverError> {
+    pub(super) fn detach(&mut self, vm: MachineId) -> Result<(), DriverError> {
         let Some(held) = self.held.get_mut(&vm) else { return Ok(()) };
         let slot = held.slot;
         let ip = self.range.at(slot.0);

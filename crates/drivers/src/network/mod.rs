@@ -46,7 +46,7 @@ use std::{
     time::Duration,
 };
 
-use aether_types::{NetworkPolicy, VmId};
+use aether_types::{MachineId, NetworkPolicy};
 
 pub use self::{
     channel::{READY_PORT, ReadyListener},
@@ -99,7 +99,7 @@ struct Live {
     sockets: Lane,
     control: Arc<Mutex<Control>>,
     /// A copy for readers that must not wait for a change.
-    attached: Mutex<HashMap<VmId, (Slot, bool)>>,
+    attached: Mutex<HashMap<MachineId, (Slot, bool)>>,
 }
 
 struct Shared {
@@ -140,7 +140,7 @@ impl Network {
     /// if dropped. A network that was closed is made anew.
     pub async fn attach(
         &self,
-        vm: VmId,
+        vm: MachineId,
         policy: &NetworkPolicy,
         owner_uid: u32,
         channel_link: bool,
@@ -167,7 +167,7 @@ impl Network {
     }
 
     /// Removes the VM's links, address and rules. Succeeds for an unknown VM.
-    pub async fn detach(&self, vm: VmId) -> Result<(), DriverError> {
+    pub async fn detach(&self, vm: MachineId) -> Result<(), DriverError> {
         let Some(live) = self.current() else { return Ok(()) };
         let inner = live.inner.clone();
         let detached = inner.run(move || {
@@ -180,7 +180,7 @@ impl Network {
     }
 
     /// From the journal, so also after a restart. `None` for a VM that is not attached.
-    pub fn attachment(&self, vm: VmId) -> Option<Attachment> {
+    pub fn attachment(&self, vm: MachineId) -> Option<Attachment> {
         let live = self.current()?;
         let (slot, channel) = *locked(&live.attached).get(&vm)?;
         Some(live.attachment_of(slot, channel))
@@ -210,7 +210,7 @@ impl Network {
     /// A connection to a port of the guest's agent over the private link.
     pub async fn dial(
         &self,
-        vm: VmId,
+        vm: MachineId,
         port: u32,
         limit: Duration,
     ) -> Result<tokio::net::TcpStream, DriverError> {
@@ -219,14 +219,14 @@ impl Network {
     }
 
     /// Listens for the agent's ready hint; call it before the guest boots.
-    pub async fn ready_listener(&self, vm: VmId) -> Result<ReadyListener, DriverError> {
+    pub async fn ready_listener(&self, vm: MachineId) -> Result<ReadyListener, DriverError> {
         let (live, slot) = self.channel(vm)?;
         ReadyListener::bind(&live.sockets, slot).await
     }
 
     /// Mends what is missing, follows changes of the host's addresses and resolvers, and removes
     /// what no VM of `known` owns; says what it removed. Does nothing while closed.
-    pub async fn reconcile(&self, known: &[VmId]) -> Result<Vec<String>, DriverError> {
+    pub async fn reconcile(&self, known: &[MachineId]) -> Result<Vec<String>, DriverError> {
         let Some(live) = self.current() else { return Ok(Vec::new()) };
         let known = known.to_vec();
         let dns = self.0.config.dns.clone();
@@ -274,7 +274,7 @@ impl Network {
         self.0.host.run(move || shared.establish()).await
     }
 
-    fn channel(&self, vm: VmId) -> Result<(Arc<Live>, Slot), DriverError> {
+    fn channel(&self, vm: MachineId) -> Result<(Arc<Live>, Slot), DriverError> {
         let live = self.current().ok_or_else(closed)?;
         let held = locked(&live.attached).get(&vm).copied();
         match held {
@@ -452,7 +452,7 @@ impl Live {
         }
     }
 
-    fn publish(&self, control: &Control, vm: VmId) {
+    fn publish(&self, control: &Control, vm: MachineId) {
         let mut attached = locked(&self.attached);
         match control.held(vm) {
             Some(held) => attached.insert(vm, (held.slot, held.channel)),
@@ -475,7 +475,7 @@ impl Live {
 
     fn reconcile(
         self: &Arc<Self>,
-        known: &[VmId],
+        known: &[MachineId],
         dns: &[IpAddr],
     ) -> Result<Vec<String>, DriverError> {
         let known = known.to_vec();

@@ -117,7 +117,7 @@ pub(super) fn arguments(
     add("-cpu", cpu.into());
     add("-smp", spec.vcpus.to_string());
     add("-m", format!("{}M", spec.memory_mb));
-    add("-name", format!("aether-{}", spec.vm_id));
+    add("-name", format!("aether-{}", spec.id));
     add("-readconfig", format!("/dev/fd/{config}"));
     add("-kernel", format!("/dev/fd/{kernel}"));
     add("-initrd", format!("/dev/fd/{initrd}"));
@@ -182,7 +182,7 @@ mod tests {
         };
         let args = arguments(&spec, accelerator, &guest, &fds);
         let args: Vec<_> = args.iter().map(|a| a.to_str().unwrap()).collect();
-        args.join(" ").replace(&spec.vm_id.to_string(), "ID")
+        args.join(" ").replace(&spec.id.to_string(), "ID")
     }
 
     #[test]

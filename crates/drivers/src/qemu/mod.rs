@@ -21,7 +21,7 @@ use std::{
 };
 
 use aether_protocol::{AGENT_PORT, host::BoxStream};
-use aether_types::{DriverKind, VmId};
+use aether_types::{DriverKind, MachineId};
 use async_trait::async_trait;
 use serde_json::json;
 use tokio::time::Instant;
@@ -153,6 +153,7 @@ impl Vmm for Qemu {
                 }
             },
             version: self.version.clone(),
+            snapshot_format: None,
         }
     }
 
@@ -304,7 +305,7 @@ impl Vmm for Qemu {
     }
 
     fn clean(&self, host: &Host, record: &Record) -> Result<(), DriverError> {
-        remove_file(&host.directory(record.spec.vm_id).join(QMP_SOCKET))
+        remove_file(&host.directory(record.spec.id).join(QMP_SOCKET))
     }
 }
 

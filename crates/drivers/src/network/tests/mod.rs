@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use aether_types::{Egress, NetworkPolicy, VmId};
+use aether_types::{Egress, MachineId, NetworkPolicy};
 
 use self::rig::{
     CLOSED, Guest, HOST, Outcome, PUBLIC, RESOLVER, Rig, as_host, exchange, finish, ip, tcp,
@@ -180,7 +180,7 @@ fn guests_have_no_ipv6() {
             assert!(tcp(&guest.lane, None, to.parse().unwrap()).await.is_closed(), "{to}");
         }
         let error = network
-            .attach(VmId::new(), &policy(Egress::Public, &["2001:db8::1"]), 0, false)
+            .attach(MachineId::new(), &policy(Egress::Public, &["2001:db8::1"]), 0, false)
             .await
             .unwrap_err();
         assert!(error.to_string().contains("IPv6"), "{error}");
@@ -272,7 +272,7 @@ fn a_restart_takes_over_what_is_there() {
         let network = rig.open().await;
         let rules = policy(Egress::Public, &["10.9.9.9:80"]);
         let guest = Guest::new(&network, &rules).await;
-        let unknown = VmId::new();
+        let unknown = MachineId::new();
         network.attach(unknown, &rules, 0, false).await.unwrap();
         let instance = network.instance();
         // As after SIGKILL: nothing is closed.
@@ -375,14 +375,14 @@ fn a_range_without_a_free_address_says_so() {
         rig.config.range = Some("10.213.0.0/28".parse().unwrap());
         let network = rig.open().await;
         let rules = policy(Egress::Public, &[]);
-        let vms: Vec<VmId> = (0..7).map(|_| VmId::new()).collect();
+        let vms: Vec<MachineId> = (0..7).map(|_| MachineId::new()).collect();
         for vm in &vms {
             network.attach(*vm, &rules, 0, false).await.unwrap();
         }
-        let error = network.attach(VmId::new(), &rules, 0, false).await.unwrap_err();
+        let error = network.attach(MachineId::new(), &rules, 0, false).await.unwrap_err();
         assert!(matches!(error, DriverError::NoAddress { .. }), "{error}");
         network.detach(vms[3]).await.unwrap();
-        network.attach(VmId::new(), &rules, 0, false).await.unwrap();
+        network.attach(MachineId::new(), &rules, 0, false).await.unwrap();
         finish(network).await;
     });
 }
@@ -417,14 +417,14 @@ fn a_failure_at_any_step_leaves_nothing() {
         rig.config = NetworkConfig { fault: fault.clone(), ..rig.config.clone() };
         let rules = policy(Egress::Public, &["10.9.9.9:80"]);
         let network = rig.open().await;
-        network.attach(VmId::new(), &rules, 0, true).await.unwrap();
+        network.attach(MachineId::new(), &rules, 0, true).await.unwrap();
         finish(network).await;
         let points = fault.seen();
         assert!(points.len() >= 20, "{points:?}");
         let journal = rig.journal();
         for point in points {
             fault.arm(point);
-            let vm = VmId::new();
+            let vm = MachineId::new();
             let result = async {
                 let network = Network::open(rig.config.clone(), journal.clone()).await?;
                 let attached = network.attach(vm, &rules, 0, true).await;
@@ -471,11 +471,11 @@ fn a_crash_at_any_step_leaves_nothing_that_the_next_does_not_find() {
         rig.config = NetworkConfig { fault: fault.clone(), ..rig.config.clone() };
         let rules = policy(Egress::Public, &["10.9.9.9:80"]);
         let network = rig.open().await;
-        network.attach(VmId::new(), &rules, 0, true).await.unwrap();
+        network.attach(MachineId::new(), &rules, 0, true).await.unwrap();
         finish(network).await;
         for point in fault.seen() {
             fault.arm_crash(point);
-            let (kept, lost) = (VmId::new(), VmId::new());
+            let (kept, lost) = (MachineId::new(), MachineId::new());
             if let Ok(network) = Network::open(rig.config.clone(), rig.journal()).await {
                 assert!(network.attach(lost, &rules, 0, true).await.is_err(), "{point}");
             }
@@ -507,7 +507,7 @@ fn attaching_and_dialling_are_measured() {
             let rules = policy(Egress::Public, rules);
             let (mut attach, mut again, mut detach) = (Vec::new(), Vec::new(), Vec::new());
             for _ in 0..20 {
-                let vm = VmId::new();
+                let vm = MachineId::new();
                 attach.push(timed(network.attach(vm, &rules, 0, true)).await);
                 again.push(timed(network.attach(vm, &rules, 0, true)).await);
                 detach.push(timed(network.detach(vm)).await);

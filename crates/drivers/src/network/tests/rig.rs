@@ -18,7 +18,7 @@ use std::{
     time::Duration,
 };
 
-use aether_types::{NetworkPolicy, VmId};
+use aether_types::{MachineId, NetworkPolicy};
 use rustix::{
     event::{PollFd, PollFlags, poll},
     thread::{UnshareFlags, unshare_unsafe},
@@ -251,7 +251,7 @@ pub(super) async fn exchange(socket: &tokio::net::UdpSocket, to: Ipv4Addr, port:
 }
 
 pub(super) struct Guest {
-    pub(super) vm: VmId,
+    pub(super) vm: MachineId,
     pub(super) attachment: Attachment,
     pub(super) address: Ipv4Addr,
     pub(super) lane: Lane,
@@ -261,13 +261,13 @@ pub(super) struct Guest {
 
 impl Guest {
     pub(super) async fn new(network: &Network, policy: &NetworkPolicy) -> Self {
-        let vm = VmId::new();
+        let vm = MachineId::new();
         let attachment = network.attach(vm, policy, 0, true).await.unwrap();
         Self::over(network, vm, attachment).await
     }
 
     /// Boots a guest on links that are there.
-    pub(super) async fn over(network: &Network, vm: VmId, attachment: Attachment) -> Self {
+    pub(super) async fn over(network: &Network, vm: MachineId, attachment: Attachment) -> Self {
         let namespace = new_namespace();
         let lane = Lane::spawn("guest", Some(namespace.as_fd())).unwrap();
         let (stop, stopped) = rustix::pipe::pipe().map(|(r, w)| (w, r)).unwrap();
