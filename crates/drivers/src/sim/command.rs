@@ -5,11 +5,20 @@
 //! with `;`, `&&`, `||`, quotes, `$NAME`, `> FILE`, `>> FILE` and `>&2`. Anything else is not
 //! found.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use bytes::Bytes;
 
-use super::{files::Refusal, guest::Guest, run::Run};
+use super::{
+    files::Refusal,
+    guest::Guest,
+    output::OutputStream,
+    run::{Progress, Run},
+};
 
 /// Output of one simulated write; a pipe's size.
 const CHUNK_BYTES: usize = 64 * 1024;
@@ -26,16 +35,34 @@ enum Sink {
 
 /// What programs of one run share.
 pub(super) struct Shell {
-    pub(super) guest: Arc<Guest>,
-    pub(super) run: Arc<Run>,
-    pub(super) env: BTreeMap<String, String>,
-    pub(super) cwd: String,
+    guest: Arc<Guest>,
+    run: Arc<Run>,
+    resumption: Mutex<Resumption>,
+}
+
+/// What a run that comes from a snapshot has still to skip.
+#[derive(Default)]
+struct Resumption {
+    /// Of each script, the outermost first, until it is reached.
+    frames: Vec<(usize, i32)>,
+    /// Of the innermost program's output.
+    bytes: u64,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Shell {
-    /// Runs a program and gives its exit code.
-    pub(super) async fn run(&self, words: &[String]) -> i32 {
-        self.program(words, &Sink::Stdout, 0).await
+    /// For a run that begins, or goes on from its progress.
+    pub(super) fn new(guest: Arc<Guest>, run: Arc<Run>) -> Self {
+        let Progress { frames, bytes, .. } = lock(&run.progress).clone();
+        Self { guest, run, resumption: Mutex::new(Resumption { frames, bytes }) }
+    }
+
+    /// Runs the program and gives its exit code.
+    pub(super) async fn run(&self) -> i32 {
+        self.program(&self.run.program.words, &Sink::Stdout, 0).await
     }
 
     async fn program(&self, words: &[String], sink: &Sink, depth: usize) -> i32 {
@@ -56,10 +83,11 @@ impl Shell {
                 None => self.complain("spew: wants a number of bytes", 2).await,
             },
             "env" => {
-                let lines: Vec<_> = self.env.iter().map(|(k, v)| format!("{k}={v}\n")).collect();
+                let lines: Vec<_> =
+                    self.run.program.env.iter().map(|(k, v)| format!("{k}={v}\n")).collect();
                 self.print(sink, lines.concat().as_bytes()).await
             }
-            "pwd" => self.print(sink, format!("{}\n", self.cwd).as_bytes()).await,
+            "pwd" => self.print(sink, format!("{}\n", self.run.program.cwd).as_bytes()).await,
             "hostname" => self.print(sink, format!("{}\n", self.guest.hostname()).as_bytes()).await,
             "id" => self.print(sink, b"uid=0(root) gid=0(root)\n").await,
             "stty" => {
@@ -79,8 +107,11 @@ impl Shell {
     }
 
     async fn script(&self, script: &str, sink: &Sink, depth: usize) -> i32 {
-        let mut status = 0;
-        for Step { joint, words, redirect } in parse(script, &self.env) {
+        let resumed = lock(&self.resumption).frames.get(depth - 1).copied();
+        let (first, mut status) = resumed.unwrap_or_default();
+        let mut is_resumed = resumed.is_some();
+        let steps = parse(script, &self.run.program.env);
+        for (at, Step { joint, words, redirect }) in steps.into_iter().enumerate().skip(first) {
             let runs = match joint {
                 Joint::Always => true,
                 Joint::IfOk => status == 0,
@@ -90,7 +121,9 @@ impl Shell {
                 continue;
             }
             let sink = redirect.as_ref().unwrap_or(sink);
-            if let Err(refusal) = self.truncate(sink) {
+            if !std::mem::take(&mut is_resumed)
+                && let Err(refusal) = self.begin_step(depth - 1, at, status, sink).await
+            {
                 status = self.complain(&format!("sh: {}", refusal.message), 1).await;
                 continue;
             }
@@ -100,6 +133,24 @@ impl Shell {
             }
         }
         status
+    }
+
+    async fn begin_step(
+        &self,
+        frame: usize,
+        step: usize,
+        status: i32,
+        sink: &Sink,
+    ) -> Result<(), Refusal> {
+        let begin = || {
+            *lock(&self.resumption) = Resumption::default();
+            let mut progress = lock(&self.run.progress);
+            progress.frames.truncate(frame);
+            progress.frames.push((step, status));
+            (progress.bytes, progress.wake_at) = (0, None);
+            self.truncate(sink)
+        };
+        self.guest.effect(begin).await
     }
 
     fn truncate(&self, sink: &Sink) -> Result<(), Refusal> {
@@ -112,9 +163,10 @@ impl Shell {
     }
 
     async fn print(&self, sink: &Sink, data: &[u8]) -> i32 {
+        let data = self.not_yet_written(data);
         match sink {
-            Sink::Stdout => self.run.stdout.write(data, &self.run.grown).await,
-            Sink::Stderr => self.run.stderr.write(data, &self.run.grown).await,
+            Sink::Stdout => self.write(&self.run.stdout, data).await,
+            Sink::Stderr => self.write(&self.run.stderr, data).await,
             Sink::File { path, .. } if path == "/proc/sysrq-trigger" => match data.first() {
                 Some(b'c') => {
                     self.guest.panic();
@@ -127,7 +179,12 @@ impl Shell {
                 Some(_) | None => {}
             },
             Sink::File { path, .. } => {
-                let written = self.guest.disk().write(path, data, None, true, false);
+                let write = || {
+                    self.guest.disk().write(path, data, None, true, false)?;
+                    lock(&self.run.progress).bytes += data.len() as u64;
+                    Ok(())
+                };
+                let written: Result<(), Refusal> = self.guest.effect(write).await;
                 if let Err(refusal) = written {
                     return self.complain(&format!("write error: {}", refusal.message), 1).await;
                 }
@@ -136,8 +193,34 @@ impl Shell {
         0
     }
 
+    /// What is left of output that a program makes again because it comes from a snapshot.
+    fn not_yet_written<'a>(&self, data: &'a [u8]) -> &'a [u8] {
+        let skip = &mut lock(&self.resumption).bytes;
+        let skipped = usize::try_from(*skip).unwrap_or(usize::MAX).min(data.len());
+        *skip -= skipped as u64;
+        &data[skipped..]
+    }
+
+    /// Appends all of `data`, waiting for room where there is none.
+    async fn write(&self, stream: &OutputStream, mut data: &[u8]) {
+        while !data.is_empty() {
+            let room = stream.room();
+            let push = || {
+                let rest = stream.push(data);
+                lock(&self.run.progress).bytes += (data.len() - rest.len()) as u64;
+                rest
+            };
+            data = self.guest.effect(push).await;
+            self.run.grown.notify_waiters();
+            if !data.is_empty() {
+                room.await;
+            }
+        }
+    }
+
     async fn complain(&self, text: &str, code: i32) -> i32 {
-        self.run.stderr.write(format!("{text}\n").as_bytes(), &self.run.grown).await;
+        let text = format!("{text}\n");
+        self.write(&self.run.stderr, self.not_yet_written(text.as_bytes())).await;
         code
     }
 
@@ -148,6 +231,7 @@ impl Shell {
                 if code != 0 {
                     return code;
                 }
+                self.input_taken().await;
             }
             return 0;
         }
@@ -174,8 +258,20 @@ impl Shell {
                     return code;
                 }
             }
+            self.input_taken().await;
         }
         0
+    }
+
+    /// What a piece of input led to is written.
+    async fn input_taken(&self) {
+        let take = || {
+            self.run.stdin.take();
+            lock(&self.run.progress).bytes = 0;
+        };
+        self.guest.effect(take).await;
+        // The session tells the host that there is room.
+        self.run.grown.notify_waiters();
     }
 
     async fn sleep(&self, seconds: Option<&str>) -> i32 {
@@ -186,7 +282,12 @@ impl Shell {
         };
         match wish {
             Some(duration) => {
-                self.guest.clock().sleep(duration).await;
+                let begin = || {
+                    let wake_at = self.guest.now().saturating_add(duration);
+                    *lock(&self.run.progress).wake_at.get_or_insert(wake_at)
+                };
+                let wake_at = self.guest.effect(begin).await;
+                self.guest.sleep_until(wake_at).await;
                 0
             }
             None => self.complain("sleep: wants a number of seconds", 1).await,

@@ -4,6 +4,9 @@ use std::collections::BTreeMap;
 
 use aether_protocol::{ErrorCode, FileKind, FileStat};
 use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+use super::saved::hex;
 
 /// A refusal, as the guest's agent words it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -16,18 +19,25 @@ fn refuse<T>(code: ErrorCode, path: &str) -> Result<T, Refusal> {
     Err(Refusal { code, message: format!("{path}: {}", code.as_str().replace('_', " ")) })
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 enum Node {
-    File { data: Vec<u8>, mode: u32 },
-    Directory { mode: u32 },
+    File {
+        #[serde(with = "hex")]
+        data: Vec<u8>,
+        mode: u32,
+    },
+    Directory {
+        mode: u32,
+    },
 }
 
 /// Keys are absolute paths without a trailing slash; the root is the empty text.
-#[derive(Debug)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Disk {
     nodes: BTreeMap<String, Node>,
     size_bytes: u64,
     /// A test's wish: no byte more fits.
+    #[serde(skip)]
     pub(super) is_full: bool,
 }
 

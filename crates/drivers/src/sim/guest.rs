@@ -3,19 +3,19 @@
 use std::{
     collections::{BTreeMap, HashMap},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU32, Ordering},
+        Arc, Mutex, MutexGuard, PoisonError, RwLock,
+        atomic::{AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
 };
 
 use aether_protocol::{
-    Configured, Data, Done, End, Entry, ErrorCode, Failed, FromGuest, FromGuestBody, Listing, Pong,
-    RequestBody, Runs, ShuttingDown, ToGuestBody, Token,
+    Configure, Configured, Data, Done, End, Entry, ErrorCode, Failed, FromGuest, FromGuestBody,
+    Listing, Pong, RequestBody, Runs, ShuttingDown, TOKEN_BYTES, ToGuestBody, Token,
     host::{BoxStream, ClientError, GuestAcceptor, GuestSession},
     limits::{CONNECTIONS_MAX, DATA_BYTES_MAX, FINISHED_RUNS_MAX, LIST_ENTRIES_MAX, RUNS_MAX},
 };
-use aether_types::VmId;
+use aether_types::MachineId;
 use tokio::sync::{mpsc, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -23,23 +23,31 @@ use super::{
     clock::SimClock,
     command::Shell,
     files::{Disk, Refusal},
-    run::Run,
+    run::{Program, Run},
+    saved::{SavedGuest, SavedRun},
 };
 use crate::ExitReason;
 
+/// As a real agent asks for.
+const ENTROPY_BYTES_MIN: usize = 32;
 const AGENT_VERSION: &str = concat!("sim-", env!("CARGO_PKG_VERSION"));
 
 pub(super) struct Guest {
-    boot_id: String,
-    booted_at: Duration,
+    boot_id: Mutex<String>,
     clock: SimClock,
-    token: Token,
+    time: Mutex<Time>,
+    token: Mutex<Token>,
     disk: Arc<Mutex<Disk>>,
     hostname: Mutex<String>,
     env: Mutex<BTreeMap<String, String>>,
     runs: Mutex<HashMap<String, Arc<Run>>>,
     next_pid: AtomicU32,
     is_paused: watch::Sender<bool>,
+    /// What programs do to the guest, against the moment of a snapshot.
+    world: RwLock<()>,
+    /// Ends the connections that are open.
+    connections: Mutex<HashMap<u64, CancellationToken>>,
+    next_connection: AtomicU64,
     /// The end of the machine, as its VMM would see it. The first word counts.
     machine_end: mpsc::Sender<ExitReason>,
     halted: CancellationToken,
@@ -48,8 +56,26 @@ pub(super) struct Guest {
     tasks: TaskTracker,
 }
 
+/// The guest's own time, which stands still while it is paused.
+struct Time {
+    passed: Duration,
+    /// By the host's clock; `None` while it stands still.
+    running_since: Option<Duration>,
+}
+
+impl Time {
+    fn at(&self, host_now: Duration) -> Duration {
+        let running = self.running_since.map(|since| host_now.saturating_sub(since));
+        self.passed + running.unwrap_or_default()
+    }
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn new_boot_id() -> String {
+    MachineId::new().to_string()
 }
 
 impl Guest {
@@ -58,28 +84,109 @@ impl Guest {
         token: Token,
         disk: Arc<Mutex<Disk>>,
         machine_end: mpsc::Sender<ExitReason>,
-    ) -> Self {
+    ) -> Arc<Self> {
+        let saved = SavedGuest {
+            boot_id: new_boot_id(),
+            uptime: Duration::ZERO,
+            token: String::new(),
+            hostname: "localhost".to_owned(),
+            env: BTreeMap::new(),
+            next_pid: 100,
+            has_agent: true,
+            runs: BTreeMap::new(),
+        };
+        Self::restore(saved, clock, token, disk, machine_end)
+    }
+
+    /// Goes on from where the guest of a snapshot was; `token` is what that one was saved with.
+    pub(super) fn restore(
+        saved: SavedGuest,
+        clock: SimClock,
+        token: Token,
+        disk: Arc<Mutex<Disk>>,
+        machine_end: mpsc::Sender<ExitReason>,
+    ) -> Arc<Self> {
         let halted = CancellationToken::new();
-        Self {
-            boot_id: VmId::new().to_string(),
-            booted_at: clock.now(),
+        let guest = Arc::new(Self {
+            boot_id: Mutex::new(saved.boot_id),
+            time: Mutex::new(Time { passed: saved.uptime, running_since: Some(clock.now()) }),
             clock,
-            token,
+            token: Mutex::new(token),
             disk,
-            hostname: Mutex::new("localhost".to_owned()),
-            env: Mutex::default(),
+            hostname: Mutex::new(saved.hostname),
+            env: Mutex::new(saved.env),
             runs: Mutex::default(),
-            next_pid: AtomicU32::new(100),
+            next_pid: AtomicU32::new(saved.next_pid),
             is_paused: watch::Sender::new(false),
+            world: RwLock::default(),
+            connections: Mutex::default(),
+            next_connection: AtomicU64::new(0),
             machine_end,
             agent: halted.child_token(),
             halted,
             tasks: TaskTracker::new(),
+        });
+        if !saved.has_agent {
+            guest.agent.cancel();
+        }
+        for (name, saved) in saved.runs {
+            let run = Arc::new(Run::restore(saved));
+            lock(&guest.runs).insert(name, Arc::clone(&run));
+            if !run.has_ended() {
+                guest.carry_out(run);
+            }
+        }
+        guest
+    }
+
+    /// What a snapshot keeps, but for the disk. The guest is paused.
+    pub(super) fn save(&self) -> SavedGuest {
+        let _still = self.world.write().unwrap_or_else(PoisonError::into_inner);
+        let save = |(name, run): (&String, &Arc<Run>)| -> (String, SavedRun) {
+            (name.clone(), run.save())
+        };
+        SavedGuest {
+            boot_id: lock(&self.boot_id).clone(),
+            uptime: self.now(),
+            token: lock(&self.token).to_hex(),
+            hostname: self.hostname(),
+            env: lock(&self.env).clone(),
+            next_pid: self.next_pid.load(Ordering::Relaxed),
+            has_agent: self.has_agent(),
+            runs: lock(&self.runs).iter().map(save).collect(),
         }
     }
 
-    pub(super) fn clock(&self) -> &SimClock {
-        &self.clock
+    /// Time since the boot, as the guest counts it.
+    pub(super) fn now(&self) -> Duration {
+        lock(&self.time).at(self.clock.now())
+    }
+
+    pub(super) async fn sleep_until(&self, wake_at: Duration) {
+        loop {
+            self.unpaused().await;
+            let left = wake_at.saturating_sub(self.now());
+            if left.is_zero() {
+                return;
+            }
+            let mut paused = self.is_paused.subscribe();
+            tokio::select! {
+                () = self.clock.sleep(left) => {}
+                // The sender is in `self`.
+                _ = paused.wait_for(|paused| *paused) => {}
+            }
+        }
+    }
+
+    /// What a program does at one moment: a snapshot has all of it or nothing.
+    pub(super) async fn effect<T>(&self, act: impl FnOnce() -> T) -> T {
+        loop {
+            self.unpaused().await;
+            let _world = self.world.read().unwrap_or_else(PoisonError::into_inner);
+            if !*self.is_paused.borrow() {
+                return act();
+            }
+        }
     }
 
     pub(super) fn hostname(&self) -> String {
@@ -91,6 +198,12 @@ impl Guest {
     }
 
     pub(super) fn pause(&self, paused: bool) {
+        // After effects that have begun.
+        let _still = self.world.write().unwrap_or_else(PoisonError::into_inner);
+        let now = self.clock.now();
+        let mut time = lock(&self.time);
+        *time = Time { passed: time.at(now), running_since: (!paused).then_some(now) };
+        drop(time);
         self.is_paused.send_replace(paused);
     }
 
@@ -133,15 +246,19 @@ impl Guest {
             return;
         }
         let guest = Arc::clone(self);
+        let number = self.next_connection.fetch_add(1, Ordering::Relaxed);
+        let end = self.agent.child_token();
+        lock(&self.connections).insert(number, end.clone());
         self.tasks.spawn(async move {
-            let agent = guest.agent.clone();
             // How a session ended is for the host to say; a simulated guest keeps no log.
-            let _ = agent.run_until_cancelled(guest.session(stream)).await;
+            let _ = end.run_until_cancelled(guest.session(stream, number)).await;
+            lock(&guest.connections).remove(&number);
         });
     }
 
-    async fn session(self: &Arc<Self>, stream: BoxStream) -> Result<(), ClientError> {
-        let (acceptor, request) = GuestAcceptor::read(stream, &self.token).await?;
+    async fn session(self: &Arc<Self>, stream: BoxStream, number: u64) -> Result<(), ClientError> {
+        let token = lock(&self.token).clone();
+        let (acceptor, request) = GuestAcceptor::read(stream, &token).await?;
         self.unpaused().await;
         // Refusals come before the welcome, as nothing was done.
         let run = match &request {
@@ -158,7 +275,8 @@ impl Guest {
         if run.is_none() && matches!(request, RequestBody::Attach(_)) {
             return acceptor.refuse(ErrorCode::UnknownRun, "no such run").await;
         }
-        let mut session = acceptor.welcome(AGENT_VERSION, &self.boot_id).await?;
+        let boot_id = lock(&self.boot_id).clone();
+        let mut session = acceptor.welcome(AGENT_VERSION, &boot_id).await?;
         if let Some((run, offsets)) = run {
             let watch = ConnectionWatch(&run);
             let served = run.serve(self, session, offsets).await;
@@ -167,7 +285,7 @@ impl Guest {
             }
             return served;
         }
-        match self.answer(&mut session, request).await {
+        match self.answer(&mut session, request, number).await {
             Ok(answer) => session.send(FromGuest { body: Some(answer) }).await?,
             Err(Stop::Refusal(refusal)) => {
                 let failed = Failed { code: refusal.code.into(), message: refusal.message };
@@ -195,7 +313,18 @@ impl Guest {
             return Err((ErrorCode::NoSuchUser, format!("{user}: no such user")));
         }
         let pid = self.next_pid.fetch_add(1, Ordering::Relaxed);
-        let run = Arc::new(Run::new(request, pid, self.clock.now()));
+        let mut env = BTreeMap::from([
+            ("PATH".to_owned(), "/usr/local/bin:/usr/bin:/bin".to_owned()),
+            ("HOME".to_owned(), "/root".to_owned()),
+        ]);
+        env.extend(lock(&self.env).clone());
+        env.extend(request.env.iter().map(|var| (var.name.clone(), var.value.clone())));
+        let program = Program {
+            words: std::iter::once(&request.command).chain(&request.args).cloned().collect(),
+            env,
+            cwd: request.cwd.clone().unwrap_or_else(|| "/root".to_owned()),
+        };
+        let run = Arc::new(Run::new(request, pid, program, self.now()));
         {
             let mut runs = lock(&self.runs);
             // A run without a name is known by its process.
@@ -210,27 +339,17 @@ impl Guest {
             }
             runs.insert(name, Arc::clone(&run));
         }
-        let mut env = BTreeMap::from([
-            ("PATH".to_owned(), "/usr/local/bin:/usr/bin:/bin".to_owned()),
-            ("HOME".to_owned(), "/root".to_owned()),
-        ]);
-        env.extend(lock(&self.env).clone());
-        env.extend(request.env.iter().map(|var| (var.name.clone(), var.value.clone())));
-        let shell = Shell {
-            guest: Arc::clone(self),
-            run: Arc::clone(&run),
-            env,
-            cwd: request.cwd.clone().unwrap_or_else(|| "/root".to_owned()),
-        };
-        let words: Vec<String> =
-            std::iter::once(&request.command).chain(&request.args).cloned().collect();
-        let timeout_ms = request.timeout_ms;
-        let halted = self.halted.clone();
-        self.tasks.spawn(halted.run_until_cancelled_owned(async move {
-            let (guest, run) = (Arc::clone(&shell.guest), Arc::clone(&shell.run));
-            run.carry_out(&guest, shell.run(&words), timeout_ms).await;
-        }));
+        self.carry_out(Arc::clone(&run));
         Ok(run)
+    }
+
+    /// Runs a run's program in a task that ends with the guest.
+    fn carry_out(self: &Arc<Self>, run: Arc<Run>) {
+        let (guest, halted) = (Arc::clone(self), self.halted.clone());
+        self.tasks.spawn(halted.run_until_cancelled_owned(async move {
+            let shell = Shell::new(Arc::clone(&guest), Arc::clone(&run));
+            run.carry_out(&guest, shell.run()).await;
+        }));
     }
 
     /// Everything but runs: one answer, perhaps after data.
@@ -238,18 +357,12 @@ impl Guest {
         &self,
         session: &mut GuestSession,
         request: RequestBody,
+        connection: u64,
     ) -> Result<FromGuestBody, Stop> {
         Ok(match request {
             RequestBody::Ping(_) => FromGuestBody::Pong(self.pong()),
             RequestBody::Configure(configure) => {
-                if let Some(hostname) = configure.hostname {
-                    *lock(&self.hostname) = hostname;
-                }
-                if let Some(env) = configure.env {
-                    *lock(&self.env) =
-                        env.vars.into_iter().map(|var| (var.name, var.value)).collect();
-                }
-                FromGuestBody::Configured(Configured::default())
+                FromGuestBody::Configured(self.configure(configure, connection)?)
             }
             RequestBody::Shutdown(_) => {
                 session.send(ShuttingDown {}).await?;
@@ -307,12 +420,58 @@ impl Guest {
         })
     }
 
+    fn configure(&self, configure: Configure, connection: u64) -> Result<Configured, Refusal> {
+        let refuse = |message: &str| {
+            Err(Refusal { code: ErrorCode::InvalidArgument, message: message.to_owned() })
+        };
+        let new_token = match configure.new_token.as_deref().map(<[u8; TOKEN_BYTES]>::try_from) {
+            Some(Err(_)) => return refuse("a token is 32 bytes"),
+            Some(Ok(bytes)) => Some(Token::from_bytes(bytes)),
+            None => None,
+        };
+        if configure.restored && configure.entropy.len() < ENTROPY_BYTES_MIN {
+            return refuse("a restored guest needs 32 bytes of entropy");
+        }
+        if let Some(hostname) = configure.hostname {
+            *lock(&self.hostname) = hostname;
+        }
+        if configure.restored {
+            self.leave_the_past(connection);
+        }
+        if let Some(env) = configure.env {
+            *lock(&self.env) = env.vars.into_iter().map(|var| (var.name, var.value)).collect();
+        }
+        if let Some(token) = new_token {
+            *lock(&self.token) = token;
+        }
+        let boot_id = lock(&self.boot_id).clone();
+        Ok(Configured { boot_id, ..Configured::default() })
+    }
+
+    /// Ends what a clone must not have in common with the guest that it comes from, but for the
+    /// connection that asks for it.
+    fn leave_the_past(&self, connection: u64) {
+        lock(&self.env).clear();
+        for (number, end) in &*lock(&self.connections) {
+            if *number != connection {
+                end.cancel();
+            }
+        }
+        let mut runs = lock(&self.runs);
+        runs.retain(|_, run| !run.has_ended());
+        // Also those whose connection is of before the snapshot.
+        for run in runs.values() {
+            run.connection_lost();
+        }
+        drop(runs);
+        *lock(&self.boot_id) = new_boot_id();
+    }
+
     fn pong(&self) -> Pong {
         let runs = lock(&self.runs).values().filter(|run| !run.has_ended()).count();
-        let uptime = self.clock.now().saturating_sub(self.booted_at);
         Pong {
-            boot_id: self.boot_id.clone(),
-            uptime_ms: u64::try_from(uptime.as_millis()).unwrap_or(u64::MAX),
+            boot_id: lock(&self.boot_id).clone(),
+            uptime_ms: u64::try_from(self.now().as_millis()).unwrap_or(u64::MAX),
             runs: u32::try_from(runs).unwrap_or(u32::MAX),
         }
     }

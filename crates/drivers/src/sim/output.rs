@@ -6,6 +6,8 @@ use aether_protocol::limits::RETAINED_BYTES_MAX;
 use bytes::Bytes;
 use tokio::sync::Notify;
 
+use super::saved::SavedOutput;
+
 #[derive(Debug, Default)]
 struct State {
     /// Offset of the first byte kept.
@@ -33,8 +35,23 @@ impl OutputStream {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    pub(super) fn save(&self) -> SavedOutput {
+        let state = self.lock();
+        SavedOutput { base: state.base, kept: state.kept.clone(), sent: state.sent }
+    }
+
+    pub(super) fn restore(saved: SavedOutput) -> Self {
+        let state = State { base: saved.base, kept: saved.kept, sent: saved.sent };
+        Self { state: Mutex::new(state), room: Notify::new() }
+    }
+
+    /// Completes when there may be room again, if made before there was none.
+    pub(super) fn room(&self) -> tokio::sync::futures::Notified<'_> {
+        self.room.notified()
+    }
+
     /// Appends what fits now; the rest is returned.
-    fn push<'a>(&self, data: &'a [u8]) -> &'a [u8] {
+    pub(super) fn push<'a>(&self, data: &'a [u8]) -> &'a [u8] {
         let mut state = self.lock();
         let unsent = usize::try_from(state.end() - state.sent).unwrap_or(usize::MAX);
         let take = RETAINED_BYTES_MAX.saturating_sub(unsent).min(data.len());
@@ -44,18 +61,6 @@ impl OutputStream {
         state.kept.drain(..excess);
         state.base += excess as u64;
         &data[take..]
-    }
-
-    /// Appends all of `data`, waiting for room where there is none; `grown` wakes the reader.
-    pub(super) async fn write(&self, mut data: &[u8], grown: &Notify) {
-        while !data.is_empty() {
-            let room = self.room.notified();
-            data = self.push(data);
-            grown.notify_waiters();
-            if !data.is_empty() {
-                room.await;
-            }
-        }
     }
 
     /// Where a reader that wants `offset` can begin.
@@ -92,12 +97,13 @@ mod tests {
     #[tokio::test]
     async fn unsent_output_blocks_its_writer_and_sent_output_makes_room() {
         let stream = OutputStream::default();
-        let grown = Notify::new();
-        let data = vec![7; RETAINED_BYTES_MAX];
-        stream.write(&data, &grown).await;
+        assert!(stream.push(&vec![7; RETAINED_BYTES_MAX]).is_empty());
+        let room = stream.room();
         assert_eq!(stream.push(b"more"), b"more");
         stream.mark_sent(4);
-        stream.write(b"more", &grown).await;
+        room.await;
+        assert!(stream.push(b"more").is_empty());
+        let stream = OutputStream::restore(stream.save());
         assert_eq!(stream.start_at(0), 4);
         assert_eq!(stream.read(RETAINED_BYTES_MAX as u64, 100), &b"more"[..]);
     }

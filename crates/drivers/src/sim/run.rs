@@ -1,7 +1,7 @@
 //! A command in a simulated guest, and the sessions that watch it.
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeMap, VecDeque},
     sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -12,23 +12,53 @@ use aether_protocol::{
     host::{ClientError, GuestSession},
     limits::{DATA_BYTES_MAX, STDIN_WINDOW_BYTES},
 };
+use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, watch};
 
-use super::{command::Input, guest::Guest, output::OutputStream};
+use super::{
+    command::Input,
+    guest::Guest,
+    output::OutputStream,
+    saved::{Chunk, SavedEnd, SavedRun, SavedStdin},
+};
 
 const SIGTERM: i32 = 15;
 const SIGKILL: i32 = 9;
+
+/// What a run was asked to do.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct Program {
+    pub(super) words: Vec<String>,
+    pub(super) env: BTreeMap<String, String>,
+    pub(super) cwd: String,
+}
+
+/// How far a program is, so that a snapshot's clone goes on from there. It changes together with
+/// what it tells of, as seen from [`Guest::effect`].
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub(super) struct Progress {
+    /// For each script that is under way, the outermost first: its step, and the exit code of the
+    /// step before.
+    pub(super) frames: Vec<(usize, i32)>,
+    /// What the innermost program has written (of its present piece of input, where it has one).
+    pub(super) bytes: u64,
+    /// When it wakes, where it sleeps.
+    pub(super) wake_at: Option<Duration>,
+}
 
 pub(super) struct Run {
     pub(super) id: String,
     pub(super) is_detached: bool,
     pub(super) pid: u32,
+    pub(super) program: Program,
+    pub(super) progress: Mutex<Progress>,
     pub(super) stdout: OutputStream,
     pub(super) stderr: OutputStream,
     /// There is more output, input was taken, or the run has ended.
     pub(super) grown: Notify,
     pub(super) stdin: StdinQueue,
     started_at: Duration,
+    timeout_at: Option<Duration>,
     tty: Mutex<TtySize>,
     end: watch::Sender<Option<Exited>>,
     doom: watch::Sender<Option<(i32, Cause)>>,
@@ -56,23 +86,50 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl StdinQueue {
-    /// The next bytes; `None` at the end of input.
+    fn restore(saved: SavedStdin) -> Self {
+        let state = StdinState {
+            chunks: saved.chunks.into_iter().map(|chunk| chunk.0.into()).collect(),
+            received: saved.received,
+            taken: saved.taken,
+            is_closed: saved.is_closed,
+        };
+        Self { state: Mutex::new(state), changed: Notify::new() }
+    }
+
+    fn save(&self) -> SavedStdin {
+        let state = lock(&self.state);
+        SavedStdin {
+            chunks: state.chunks.iter().map(|chunk| Chunk(chunk.to_vec())).collect(),
+            received: state.received,
+            taken: state.taken,
+            is_closed: state.is_closed,
+        }
+    }
+
+    /// The next bytes, which stay until [`StdinQueue::take`]; `None` at the end of input.
     pub(super) async fn next(&self) -> Input {
         loop {
             let changed = self.changed.notified();
             tokio::pin!(changed);
             changed.as_mut().enable();
             {
-                let mut state = lock(&self.state);
-                if let Some(chunk) = state.chunks.pop_front() {
-                    state.taken += chunk.len() as u64;
-                    return Some(chunk);
+                let state = lock(&self.state);
+                if let Some(chunk) = state.chunks.front() {
+                    return Some(chunk.clone());
                 }
                 if state.is_closed {
                     return None;
                 }
             }
             changed.await;
+        }
+    }
+
+    /// The program is done with what `next` gave.
+    pub(super) fn take(&self) {
+        let mut state = lock(&self.state);
+        if let Some(chunk) = state.chunks.pop_front() {
+            state.taken += chunk.len() as u64;
         }
     }
 
@@ -111,16 +168,25 @@ enum Event {
 }
 
 impl Run {
-    pub(super) fn new(request: &aether_protocol::Run, pid: u32, now: Duration) -> Self {
+    pub(super) fn new(
+        request: &aether_protocol::Run,
+        pid: u32,
+        program: Program,
+        now: Duration,
+    ) -> Self {
+        let timeout = Duration::from_millis(request.timeout_ms);
         let run = Self {
             id: request.run_id.clone(),
             is_detached: request.detached,
             pid,
+            program,
+            progress: Mutex::default(),
             stdout: OutputStream::default(),
             stderr: OutputStream::default(),
             grown: Notify::new(),
             stdin: StdinQueue::default(),
             started_at: now,
+            timeout_at: (!timeout.is_zero()).then(|| now + timeout),
             tty: Mutex::new(request.tty.unwrap_or_default()),
             end: watch::Sender::new(None),
             doom: watch::Sender::new(None),
@@ -130,6 +196,62 @@ impl Run {
             run.stdin.close();
         }
         run
+    }
+
+    pub(super) fn save(&self) -> SavedRun {
+        let tty = self.tty_size();
+        let end = self.end.borrow().clone();
+        SavedRun {
+            id: self.id.clone(),
+            is_detached: self.is_detached,
+            pid: self.pid,
+            program: self.program.clone(),
+            started_at: self.started_at,
+            timeout_at: self.timeout_at,
+            tty: (tty.rows, tty.cols),
+            stdin: self.stdin.save(),
+            stdout: self.stdout.save(),
+            stderr: self.stderr.save(),
+            progress: lock(&self.progress).clone(),
+            doom: self.doom.borrow().map(|(signal, cause)| (signal, cause.into())),
+            end: end.map(|end| SavedEnd {
+                exit_code: end.exit_code,
+                signal: end.signal,
+                cause: end.cause,
+                duration_us: end.duration_us,
+            }),
+        }
+    }
+
+    pub(super) fn restore(saved: SavedRun) -> Self {
+        let stdout = OutputStream::restore(saved.stdout);
+        let stderr = OutputStream::restore(saved.stderr);
+        let end = saved.end.map(|end| Exited {
+            exit_code: end.exit_code,
+            signal: end.signal,
+            cause: end.cause,
+            duration_us: end.duration_us,
+            stdout_bytes: stdout.end(),
+            stderr_bytes: stderr.end(),
+        });
+        let doom = |(signal, cause)| (signal, Cause::try_from(cause).unwrap_or(Cause::Exited));
+        Self {
+            id: saved.id,
+            is_detached: saved.is_detached,
+            pid: saved.pid,
+            program: saved.program,
+            progress: Mutex::new(saved.progress),
+            stdout,
+            stderr,
+            grown: Notify::new(),
+            stdin: StdinQueue::restore(saved.stdin),
+            started_at: saved.started_at,
+            timeout_at: saved.timeout_at,
+            tty: Mutex::new(TtySize { rows: saved.tty.0, cols: saved.tty.1 }),
+            end: watch::Sender::new(end),
+            doom: watch::Sender::new(saved.doom.map(doom)),
+            attachment: watch::Sender::new(0),
+        }
     }
 
     pub(super) fn tty_size(&self) -> TtySize {
@@ -160,17 +282,12 @@ impl Run {
     }
 
     /// Carries the program to its end. Dropped when the guest ends.
-    pub(super) async fn carry_out(
-        &self,
-        guest: &Guest,
-        program: impl Future<Output = i32>,
-        timeout_ms: u64,
-    ) {
+    pub(super) async fn carry_out(&self, guest: &Guest, program: impl Future<Output = i32>) {
         let mut doom = self.doom.subscribe();
         let timeout = async {
-            match timeout_ms {
-                0 => std::future::pending().await,
-                ms => guest.clock().sleep(Duration::from_millis(ms)).await,
+            match self.timeout_at {
+                None => std::future::pending().await,
+                Some(at) => guest.sleep_until(at).await,
             }
         };
         let (code, signal, cause) = tokio::select! {
@@ -182,15 +299,18 @@ impl Run {
             code = program => (Some(code), None, Cause::Exited),
             () = timeout => (None, Some(SIGTERM), Cause::TimedOut),
         };
-        let duration = guest.clock().now().saturating_sub(self.started_at);
-        self.end.send_replace(Some(Exited {
-            exit_code: code,
-            signal,
-            cause: cause.into(),
-            duration_us: u64::try_from(duration.as_micros()).unwrap_or(u64::MAX),
-            stdout_bytes: self.stdout.end(),
-            stderr_bytes: self.stderr.end(),
-        }));
+        let end = || {
+            let duration = guest.now().saturating_sub(self.started_at);
+            self.end.send_replace(Some(Exited {
+                exit_code: code,
+                signal,
+                cause: cause.into(),
+                duration_us: u64::try_from(duration.as_micros()).unwrap_or(u64::MAX),
+                stdout_bytes: self.stdout.end(),
+                stderr_bytes: self.stderr.end(),
+            }));
+        };
+        guest.effect(end).await;
         self.grown.notify_waiters();
     }
 

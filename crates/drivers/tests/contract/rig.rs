@@ -7,7 +7,7 @@ use std::{
 };
 
 use aether_drivers::{
-    BootSource, Driver, DriverError, Host, HostConfig, KernelFlavour, MachineSpec,
+    BootSource, Driver, DriverError, Host, HostConfig, KernelFlavour, MachineSpec, Start,
     fault::FaultPoints,
     firecracker::FirecrackerDriver,
     network::leftovers,
@@ -19,7 +19,7 @@ use aether_protocol::{
     AGENT_PORT, Exited, Run, Token,
     host::{self, BoxStream, RunEvent},
 };
-use aether_types::{NetworkPolicy, VmId};
+use aether_types::{MachineId, NetworkPolicy};
 
 /// A driver that can be tried.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -253,24 +253,26 @@ impl Rig {
             },
             |real| real.boot.clone(),
         );
-        let vm_id = VmId::new();
+        let id = MachineId::new();
         MachineSpec {
-            vm_id,
+            id,
+            vm: None,
             vcpus: 1,
             memory_mb: 128,
             disk_mb: 256,
             boot,
             network: NetworkPolicy::default(),
-            token: vm_id.to_string().replace('-', "").repeat(2),
+            token: id.to_string().replace('-', "").repeat(2),
+            disk_from: None,
         }
     }
 
     /// Creates and starts a VM.
     pub(crate) async fn boot(&self) -> Vm {
         let spec = self.spec();
-        let vm = Vm { id: spec.vm_id, token: Token::from_hex(&spec.token).unwrap() };
+        let vm = Vm { id: spec.id, token: Token::from_hex(&spec.token).unwrap() };
         self.driver().create(spec).await.expect("create");
-        self.driver().start(vm.id, self.boot_limit()).await.expect("start");
+        self.driver().start(vm.id, Start::Boot, self.boot_limit()).await.expect("start");
         vm
     }
 
@@ -385,7 +387,7 @@ async fn clean(real: &Real) -> Result<(), Box<dyn std::error::Error + Send + Syn
 /// A VM that was started.
 #[derive(Clone)]
 pub(crate) struct Vm {
-    pub(crate) id: VmId,
+    pub(crate) id: MachineId,
     pub(crate) token: Token,
 }
 

@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use aether_drivers::{
-    Driver, DriverError, ExitReason,
+    Driver, DriverError, ExitReason, Start,
     sim::{ManualClock, SimClock, SimConfig, SimDriver, SimHost, SimLatency},
 };
 use aether_protocol::{
@@ -69,9 +69,9 @@ async fn one(config: SimConfig) -> One {
     let host = SimHost::new(config);
     let driver = SimDriver::new(Arc::clone(&host));
     let spec = rig().await.spec();
-    let vm = Vm { id: spec.vm_id, token: Token::from_hex(&spec.token).unwrap() };
+    let vm = Vm { id: spec.id, token: Token::from_hex(&spec.token).unwrap() };
     driver.create(spec).await.unwrap();
-    driver.start(vm.id, SOON).await.unwrap();
+    driver.start(vm.id, Start::Boot, SOON).await.unwrap();
     One { host, driver, vm }
 }
 
@@ -184,7 +184,7 @@ async fn faults_are_seen_by_who_is_connected() {
     assert!(matches!(refused, Err(DriverError::ConnectRefused { .. })));
 
     one.driver.kill(id).await.unwrap();
-    one.driver.start(id, SOON).await.unwrap();
+    one.driver.start(id, Start::Boot, SOON).await.unwrap();
     one.host.set_reachable(id, false);
     let limit = Duration::from_millis(20);
     let silent = one.driver.connect(id, AGENT_PORT, limit).await.map(drop);
@@ -234,10 +234,10 @@ async fn time_is_the_tests_own() {
     let host = SimHost::new(config);
     let driver = SimDriver::new(Arc::clone(&host));
     let spec = rig().await.spec();
-    let id = spec.vm_id;
+    let id = spec.id;
     driver.create(spec).await.unwrap();
     let starting = driver.clone();
-    let start = tokio::spawn(async move { starting.start(id, 2 * hour).await });
+    let start = tokio::spawn(async move { starting.start(id, Start::Boot, 2 * hour).await });
     while !host.leftovers().iter().any(|held| held.starts_with("Process")) {
         tokio::task::yield_now().await;
     }

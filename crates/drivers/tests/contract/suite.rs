@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use aether_drivers::{DriverError, ExitReason, MachineState};
+use aether_drivers::{DriverError, ExitReason, MachineState, Start};
 use aether_protocol::{AGENT_PORT, ExitStatus, Run, Shutdown, WriteFile, host};
 
 use crate::rig::{Kind, Rig, Vm, kill_process, run_on, setting};
@@ -26,9 +26,9 @@ async fn exited(rig: &Rig, vm: &Vm) -> ExitReason {
 pub(crate) async fn lifecycle(rig: Rig) {
     let driver = rig.driver();
     let spec = rig.spec();
-    let vm = Vm { id: spec.vm_id, token: spec.token.parse_token() };
+    let vm = Vm { id: spec.id, token: spec.token.parse_token() };
     assert!(driver.inspect(vm.id).await.unwrap().is_none());
-    assert!(matches!(driver.start(vm.id, SOON).await, Err(DriverError::UnknownVm(_))));
+    assert!(matches!(driver.start(vm.id, Start::Boot, SOON).await, Err(DriverError::UnknownVm(_))));
     assert!(matches!(
         driver.connect(vm.id, AGENT_PORT, SOON).await.map(drop),
         Err(DriverError::UnknownVm(_))
@@ -43,14 +43,17 @@ pub(crate) async fn lifecycle(rig: Rig) {
     assert!(driver.pause(vm.id).await.is_err());
 
     let begun = Instant::now();
-    driver.start(vm.id, rig.boot_limit()).await.expect("start");
+    driver.start(vm.id, Start::Boot, rig.boot_limit()).await.expect("start");
     println!("{:?}: boot {} ms", rig.kind(), begun.elapsed().as_millis());
     let found = driver.inspect(vm.id).await.unwrap().unwrap();
     assert_eq!(found.state, MachineState::Running);
     assert_eq!(found.network.as_ref(), Some(&network));
     assert_eq!(found.spec.as_ref(), Some(&spec));
     assert!(found.pid.is_some());
-    assert!(matches!(driver.start(vm.id, SOON).await, Err(DriverError::WrongState { .. })));
+    assert!(matches!(
+        driver.start(vm.id, Start::Boot, SOON).await,
+        Err(DriverError::WrongState { .. })
+    ));
     assert_eq!(driver.list().await.unwrap().len(), 1);
 
     let pong = host::ping(rig.connect(&vm).await, &vm.token, rig.guest_limit()).await.unwrap();
@@ -77,7 +80,7 @@ pub(crate) async fn lifecycle(rig: Rig) {
         Err(DriverError::WrongState { .. })
     ));
 
-    driver.start(vm.id, rig.boot_limit()).await.expect("start again");
+    driver.start(vm.id, Start::Boot, rig.boot_limit()).await.expect("start again");
     let again = host::ping(rig.connect(&vm).await, &vm.token, rig.guest_limit()).await.unwrap();
     assert_ne!(again.boot_id, pong.boot_id);
     let (out, _) = rig.sh(&vm, "cat /root/file").await;
@@ -88,7 +91,7 @@ pub(crate) async fn lifecycle(rig: Rig) {
     driver.kill(vm.id).await.expect("kill again");
     // Links are given back and made anew.
     driver.release().await.expect("release");
-    driver.start(vm.id, rig.boot_limit()).await.expect("start after release");
+    driver.start(vm.id, Start::Boot, rig.boot_limit()).await.expect("start after release");
     assert_eq!(rig.sh(&vm, "cat /root/file").await.0, b"kept\n");
     driver.delete(vm.id).await.expect("delete");
     rig.close().await;
@@ -114,11 +117,11 @@ async fn shut_down(rig: &Rig, vm: &Vm) {
 /// Delete works from every state, twice, and leaves nothing.
 pub(crate) async fn delete_from_every_state(rig: Rig) {
     let driver = rig.driver();
-    driver.delete(rig.spec().vm_id).await.expect("delete the unknown");
+    driver.delete(rig.spec().id).await.expect("delete the unknown");
 
     let created = rig.spec();
     driver.create(created.clone()).await.unwrap();
-    delete_twice(&rig, created.vm_id).await;
+    delete_twice(&rig, created.id).await;
 
     let vm = rig.boot().await;
     delete_twice(&rig, vm.id).await;
@@ -136,15 +139,15 @@ pub(crate) async fn delete_from_every_state(rig: Rig) {
     driver.create(spec.clone()).await.unwrap();
     let starting = rig.shared();
     let limit = rig.boot_limit();
-    let start = tokio::spawn(async move { starting.start(spec.vm_id, limit).await });
-    until_running(&rig, spec.vm_id).await;
-    delete_twice(&rig, spec.vm_id).await;
+    let start = tokio::spawn(async move { starting.start(spec.id, Start::Boot, limit).await });
+    until_running(&rig, spec.id).await;
+    delete_twice(&rig, spec.id).await;
     let started = tokio::time::timeout(SOON, start).await.expect("the start ends").unwrap();
     assert!(started.is_err() || rig.kind() == Kind::Sim, "{started:?}");
     rig.close().await;
 }
 
-async fn until_running(rig: &Rig, id: aether_types::VmId) {
+async fn until_running(rig: &Rig, id: aether_types::MachineId) {
     let deadline = Instant::now() + SOON;
     loop {
         let machine = rig.driver().inspect(id).await.unwrap().unwrap();
@@ -156,7 +159,7 @@ async fn until_running(rig: &Rig, id: aether_types::VmId) {
     }
 }
 
-async fn delete_twice(rig: &Rig, id: aether_types::VmId) {
+async fn delete_twice(rig: &Rig, id: aether_types::MachineId) {
     tokio::time::timeout(SOON, rig.driver().delete(id)).await.expect("in time").expect("delete");
     rig.driver().delete(id).await.expect("delete again");
     assert!(rig.driver().inspect(id).await.unwrap().is_none());
@@ -177,11 +180,11 @@ pub(crate) async fn exit_reasons(rig: Rig) {
     rig.sh_last(&vm, panic).await;
     assert_eq!(exited(&rig, &vm).await, ExitReason::GuestPanic);
     assert_eq!(watch.await.unwrap().unwrap(), ExitReason::GuestPanic);
-    driver.start(vm.id, rig.boot_limit()).await.expect("start after a panic");
+    driver.start(vm.id, Start::Boot, rig.boot_limit()).await.expect("start after a panic");
 
     rig.kill_vmm(&vm).await;
     assert_eq!(exited(&rig, &vm).await, ExitReason::VmmDied);
-    driver.start(vm.id, rig.boot_limit()).await.expect("start after the VMM died");
+    driver.start(vm.id, Start::Boot, rig.boot_limit()).await.expect("start after the VMM died");
 
     // Whoever is connected hears of it, and soon.
     let sleeping =
@@ -214,9 +217,9 @@ pub(crate) async fn adoption(mut rig: Rig) {
     assert_eq!((after.network, after.spec), (before.network, before.spec));
     assert_eq!(rig.sh(&running, "cat /tmp/mark").await.0, b"here\n");
     assert_eq!(state(&rig, &stopped).await, MachineState::Exited(ExitReason::Killed));
-    let ids: Vec<_> = rig.driver().list().await.unwrap().iter().map(|m| m.vm_id).collect();
+    let ids: Vec<_> = rig.driver().list().await.unwrap().iter().map(|m| m.id).collect();
     assert_eq!(ids.len(), 3);
-    assert!(ids.contains(&made.vm_id));
+    assert!(ids.contains(&made.id));
 
     rig.driver().pause(running.id).await.expect("pause an adopted VM");
     rig.reopen().await;
@@ -227,20 +230,20 @@ pub(crate) async fn adoption(mut rig: Rig) {
     // The end of an adopted VMM is seen, and its guest's end as well.
     shut_down(&rig, &running).await;
     assert_eq!(exited(&rig, &running).await, ExitReason::GuestShutdown);
-    rig.driver().start(running.id, rig.boot_limit()).await.unwrap();
+    rig.driver().start(running.id, Start::Boot, rig.boot_limit()).await.unwrap();
     rig.reopen().await;
     rig.driver().kill(running.id).await.unwrap();
     assert_eq!(exited(&rig, &running).await, ExitReason::Killed);
 
     // What happens while no worker runs.
     if rig.kind() != Kind::Sim {
-        rig.driver().start(running.id, rig.boot_limit()).await.unwrap();
+        rig.driver().start(running.id, Start::Boot, rig.boot_limit()).await.unwrap();
         let pid = rig.driver().inspect(running.id).await.unwrap().unwrap().pid.unwrap();
         rig.reopen_after(async || kill_process(pid)).await;
         assert_eq!(state(&rig, &running).await, MachineState::Exited(ExitReason::VmmDied));
     }
     for machine in rig.driver().list().await.unwrap() {
-        rig.driver().delete(machine.vm_id).await.unwrap();
+        rig.driver().delete(machine.id).await.unwrap();
     }
     rig.close().await;
 }
@@ -268,7 +271,7 @@ pub(crate) async fn faults(mut rig: Rig) {
         // What is left is known, and can be removed: by this worker or the next.
         rig.reopen().await;
         for machine in rig.driver().list().await.unwrap() {
-            rig.driver().delete(machine.vm_id).await.expect("delete after a fault");
+            rig.driver().delete(machine.id).await.expect("delete after a fault");
         }
         assert_eq!(rig.leftovers(), Vec::<String>::new(), "after {point}");
     }
@@ -299,7 +302,7 @@ pub(crate) async fn crashes(mut rig: Rig, worker: &str) {
         rig.reopen_after(died).await;
         for machine in rig.driver().list().await.unwrap() {
             let spec = machine.spec.expect("a sound record");
-            let vm = Vm { id: machine.vm_id, token: spec.token.parse_token() };
+            let vm = Vm { id: machine.id, token: spec.token.parse_token() };
             if machine.state == MachineState::Running {
                 let limit = rig.boot_limit();
                 until_it_answers(&rig, &vm, limit).await;
@@ -344,13 +347,13 @@ async fn until_it_answers(rig: &Rig, vm: &Vm, limit: Duration) {
 async fn whole_life(rig: &Rig) -> Result<(), DriverError> {
     let driver = rig.driver();
     let spec = rig.spec();
-    let id = spec.vm_id;
+    let id = spec.id;
     if let Err(error) = driver.create(spec).await {
         assert!(driver.inspect(id).await?.is_none(), "after {error}");
         assert_eq!(rig.leftovers(), Vec::<String>::new(), "after {error}");
         return Err(error);
     }
-    if let Err(error) = driver.start(id, rig.boot_limit()).await {
+    if let Err(error) = driver.start(id, Start::Boot, rig.boot_limit()).await {
         let machine = driver.inspect(id).await?.expect("what was created stays");
         assert_eq!(machine.pid, None, "after {error}");
         let processes: Vec<_> =
@@ -370,13 +373,14 @@ pub(crate) async fn start_is_bounded(rig: Rig) {
     rig.driver().create(spec.clone()).await.unwrap();
     if rig.kind() != Kind::Sim {
         let begun = Instant::now();
-        let error = rig.driver().start(spec.vm_id, Duration::from_millis(150)).await.unwrap_err();
+        let error =
+            rig.driver().start(spec.id, Start::Boot, Duration::from_millis(150)).await.unwrap_err();
         assert!(matches!(error, DriverError::StartTimeout { limit_ms: 150 }), "{error:?}");
         assert!(begun.elapsed() < SOON);
-        let machine = rig.driver().inspect(spec.vm_id).await.unwrap().unwrap();
+        let machine = rig.driver().inspect(spec.id).await.unwrap().unwrap();
         assert_eq!(machine.pid, None);
     }
-    rig.driver().delete(spec.vm_id).await.unwrap();
+    rig.driver().delete(spec.id).await.unwrap();
     rig.close().await;
 }
 
