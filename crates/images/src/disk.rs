@@ -1,7 +1,12 @@
 //! Writable disks over the frozen ones of a snapshot.
 
+use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
+
+use rustix::fs::SeekFrom;
+use rustix::io::Errno;
 
 use crate::ImageError;
 
@@ -16,12 +21,155 @@ pub struct Cloned {
 
 /// Makes `to`, which must not exist, the same as `from`: by reflink, or copying what is not a hole.
 /// Mode 0600. Not flushed.
-pub fn clone_sparse(_from: &Path, to: &Path) -> Result<Cloned, ImageError> {
-    Err(ImageError::io("copy to", to)(io::Error::from(io::ErrorKind::Unsupported)))
+pub fn clone_sparse(from: &Path, to: &Path) -> Result<Cloned, ImageError> {
+    let source = File::open(from).map_err(ImageError::io("open", from))?;
+    make_file(to, "copy the disk to", |target| {
+        if rustix::fs::ioctl_ficlone(target, &source).is_ok() {
+            return Ok(Cloned { reflinked: true, copied_bytes: 0 });
+        }
+        let size = source.metadata()?.len();
+        target.set_len(size)?;
+        let (mut position, mut copied_bytes) = (0, 0);
+        while let Some(data) = next_data(&source, position)?.filter(|data| *data < size) {
+            let hole = next_hole(&source, data)?.min(size);
+            copy_range(&source, target, data, hole)?;
+            copied_bytes += hole - data;
+            position = hole;
+        }
+        Ok(Cloned { reflinked: false, copied_bytes })
+    })
 }
+
+/// qcow2, as of QEMU's `docs/interop/qcow2.txt`; the default size of a cluster.
+const CLUSTER_BITS: u32 = 16;
+const CLUSTER: u64 = 1 << CLUSTER_BITS;
+/// What one entry of the first-level table covers: 512 MiB.
+const L1_ENTRY_COVERS: u64 = CLUSTER * (CLUSTER / 8);
+const HEADER_LENGTH: u32 = 104;
+/// 64 TiB: the table is then 1 MiB, and one block of reference counts is still enough.
+const VIRTUAL_SIZE_MAX: u64 = 64 << 40;
+const SECTOR: u64 = 512;
 
 /// Makes an empty qcow2 image to be put over a read-only one, which is named on QEMU's command
 /// line only: the file has no path in it. Mode 0600; an existing file is an error. Not flushed.
-pub fn write_qcow2_overlay(path: &Path, _virtual_size_bytes: u64) -> Result<(), ImageError> {
-    Err(ImageError::io("make the overlay", path)(io::Error::from(io::ErrorKind::Unsupported)))
+pub fn write_qcow2_overlay(path: &Path, virtual_size_bytes: u64) -> Result<(), ImageError> {
+    if virtual_size_bytes == 0
+        || virtual_size_bytes > VIRTUAL_SIZE_MAX
+        || !virtual_size_bytes.is_multiple_of(SECTOR)
+    {
+        return Err(ImageError::InvalidRequest {
+            field: "virtual_size_bytes",
+            reason: format!("{virtual_size_bytes} is not a size of 512 bytes to 64 TiB"),
+        });
+    }
+    // Clusters: header, table of reference counts, one block of them, first-level table. The last
+    // is all zero, and stays a hole.
+    let l1_entries =
+        u32::try_from(virtual_size_bytes.div_ceil(L1_ENTRY_COVERS)).unwrap_or(u32::MAX);
+    let clusters = 3 + (u64::from(l1_entries) * 8).div_ceil(CLUSTER);
+    let header = overlay_header(virtual_size_bytes, l1_entries);
+    let counts = [0, 1].repeat(usize::try_from(clusters).unwrap_or_default());
+    make_file(path, "make the overlay", |file| {
+        file.set_len(clusters * CLUSTER)?;
+        file.write_all_at(&header, 0)?;
+        file.write_all_at(&(2 * CLUSTER).to_be_bytes(), CLUSTER)?;
+        file.write_all_at(&counts, 2 * CLUSTER)
+    })
 }
+
+/// Big-endian, field by field.
+fn overlay_header(virtual_size_bytes: u64, l1_entries: u32) -> Vec<u8> {
+    let zero = [0; 8];
+    [
+        b"QFI\xfb".as_slice(),
+        &3_u32.to_be_bytes(),
+        // The backing file's name: where it is, and its length.
+        &zero,
+        &zero[..4],
+        &CLUSTER_BITS.to_be_bytes(),
+        &virtual_size_bytes.to_be_bytes(),
+        // No encryption.
+        &zero[..4],
+        &l1_entries.to_be_bytes(),
+        &(3 * CLUSTER).to_be_bytes(),
+        // The table of reference counts, and its length in clusters.
+        &CLUSTER.to_be_bytes(),
+        &1_u32.to_be_bytes(),
+        // Snapshots inside: count and place.
+        &zero[..4],
+        &zero,
+        // Features: incompatible, compatible, self-clearing.
+        &[0; 24],
+        // A reference count has 2^4 bits.
+        &4_u32.to_be_bytes(),
+        &HEADER_LENGTH.to_be_bytes(),
+        // The end of the header's extensions.
+        &zero,
+    ]
+    .concat()
+}
+
+/// Makes a new file, or none: half a disk is worse than no disk.
+fn make_file<T>(
+    path: &Path,
+    action: &'static str,
+    write: impl FnOnce(&File) -> io::Result<T>,
+) -> Result<T, ImageError> {
+    let file = File::options()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)
+        .map_err(ImageError::io("create", path))?;
+    write(&file).map_err(|source| {
+        // That it may stay behind changes nothing for the caller.
+        let _ = fs::remove_file(path);
+        ImageError::io(action, path)(source)
+    })
+}
+
+fn copy_range(source: &File, target: &File, start: u64, end: u64) -> io::Result<()> {
+    let (mut from, mut to) = (start, start);
+    while from < end {
+        let length = usize::try_from(end - from).unwrap_or(usize::MAX);
+        match rustix::fs::copy_file_range(source, Some(&mut from), target, Some(&mut to), length) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(Errno::XDEV | Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS | Errno::PERM) => {
+                return copy_by_hand(source, target, from, end);
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+/// Between file systems, on some kernels.
+fn copy_by_hand(source: &File, target: &File, start: u64, end: u64) -> io::Result<()> {
+    let mut buffer = vec![0; 128 << 10];
+    let mut position = start;
+    while position < end {
+        let length = usize::try_from(end - position).unwrap_or(usize::MAX).min(buffer.len());
+        source.read_exact_at(&mut buffer[..length], position)?;
+        target.write_all_at(&buffer[..length], position)?;
+        position += length as u64;
+    }
+    Ok(())
+}
+
+/// Where the next data is, at or after a position. `None`: there are only holes.
+pub(crate) fn next_data(file: &File, position: u64) -> io::Result<Option<u64>> {
+    match rustix::fs::seek(file, SeekFrom::Data(position)) {
+        Ok(data) => Ok(Some(data)),
+        Err(Errno::NXIO) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Where the data at a position ends.
+pub(crate) fn next_hole(file: &File, position: u64) -> io::Result<u64> {
+    Ok(rustix::fs::seek(file, SeekFrom::Hole(position))?)
+}
+
+#[cfg(test)]
+mod tests;

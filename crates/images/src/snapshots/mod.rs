@@ -19,8 +19,13 @@
 //!
 //! All calls block.
 
+mod content;
+mod draft;
 mod error;
+mod fault;
+mod manifest;
 mod store;
+mod verify;
 
 use std::fmt;
 use std::fs::File;
@@ -28,8 +33,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use draft::Draft;
 pub use error::SnapshotError;
-pub use store::{Draft, SnapshotStore};
+pub use store::SnapshotStore;
 
 /// A snapshot, checked. While it or a copy of it lives, [`SnapshotStore::prune`] of any process
 /// leaves the files; [`SnapshotStore::remove`] does not, but a hard link keeps a file.
