@@ -13,9 +13,12 @@ mod execution;
 mod file;
 mod health;
 mod page;
+mod pool;
 mod problem;
+mod snapshot;
 mod stream;
 mod task;
+mod template;
 mod vm;
 mod wait;
 
@@ -25,13 +28,16 @@ pub use file::{
 };
 pub use health::{ComponentHealth, Health, HealthStatus};
 pub use page::Page;
+pub use pool::PoolView;
 pub use problem::{PROBLEM_MEDIA_TYPE, Problem};
+pub use snapshot::{CloneAccepted, CreateSnapshot, ForkAccepted, ForkVm, Forked, SnapshotView};
 pub use stream::{
     CHANNEL_STDERR, CHANNEL_STDIN, CHANNEL_STDOUT, NDJSON_MEDIA_TYPE, STDIN_WINDOW_BYTES,
     StreamEnd, StreamEvent, TerminalControl, TerminalStart,
 };
 pub use task::{Accepted, TaskView};
-pub use vm::{CreateVm, VmView};
+pub use template::{BuildTemplate, TemplateFileView, TemplateSpecView, TemplateView};
+pub use vm::{CreateVm, OriginKind, OriginView, PhaseView, StartView, VmView};
 pub use wait::{ParseWaitError, format_wait, parse_wait};
 
 /// Of every path.

@@ -34,6 +34,9 @@ pub struct Problem {
     /// Its VM, which may have to be deleted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vm_id: Option<VmId>,
+    /// Of a fork: every VM that it made, those that run too.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub vm_ids: Vec<VmId>,
     /// Try again after this long.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retry_after_s: Option<u64>,

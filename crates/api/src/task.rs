@@ -1,5 +1,6 @@
 use aether_types::{
-    ExecutionId, Fault, Priority, Task, TaskId, TaskKind, TaskState, Timestamp, VmId, WorkerId,
+    ExecutionId, Fault, Priority, SnapshotId, Task, TaskId, TaskKind, TaskState, TemplateId,
+    Timestamp, VmId, WorkerId,
 };
 use serde::{Deserialize, Serialize};
 
@@ -13,6 +14,12 @@ pub struct Accepted {
     pub status: TaskState,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub execution_id: Option<ExecutionId>,
+    /// The snapshot that the task makes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot_id: Option<SnapshotId>,
+    /// The template that the task builds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub template_id: Option<TemplateId>,
 }
 
 impl Accepted {
@@ -23,6 +30,8 @@ impl Accepted {
             vm_id: task.vm_id,
             status: task.state,
             execution_id: task.execution_id,
+            snapshot_id: task.snapshot_id,
+            template_id: None,
         }
     }
 }
@@ -36,6 +45,9 @@ pub struct TaskView {
     pub priority: Priority,
     pub vm_id: VmId,
     pub execution_id: Option<ExecutionId>,
+    /// The snapshot that it makes.
+    #[serde(default)]
+    pub snapshot_id: Option<SnapshotId>,
     /// Attempts begun so far.
     pub attempts: u32,
     pub max_attempts: u32,
@@ -56,6 +68,7 @@ impl From<Task> for TaskView {
             priority,
             vm_id,
             execution_id,
+            snapshot_id,
             attempts,
             max_attempts,
             worker_id,
@@ -73,6 +86,7 @@ impl From<Task> for TaskView {
             priority,
             vm_id,
             execution_id,
+            snapshot_id,
             attempts,
             max_attempts,
             worker_id,

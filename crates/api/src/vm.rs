@@ -1,7 +1,8 @@
 use std::{collections::BTreeMap, net::IpAddr};
 
 use aether_types::{
-    DriverKind, Fault, NetworkPolicy, StateChange, Timestamp, Vm, VmId, VmState, WorkerId,
+    DriverKind, Fault, NetworkPolicy, Origin, SnapshotId, StartKind, StartReport, StateChange,
+    TemplateId, Timestamp, Vm, VmId, VmState, WorkerId,
 };
 use serde::{Deserialize, Serialize};
 
@@ -12,6 +13,12 @@ pub struct CreateVm {
     /// Unique among VMs that are not deleted; made from the id where it is not given.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
+    /// A template to begin as: `name`, `name:tag` or an id. Not together with `image`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub template: Option<String>,
+    /// A snapshot to begin as: its name or id. It decides the size too.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vcpus: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -34,8 +41,77 @@ pub struct CreateVm {
     pub network: Option<NetworkPolicy>,
 }
 
-/// A VM as it is now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OriginKind {
+    Image,
+    Template,
+    Snapshot,
+    /// The VM exists to build a template, and goes when that is done.
+    Builder,
+}
+
+/// What a VM's memory and disk began as.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OriginView {
+    pub kind: OriginKind,
+    /// `name:tag`, as it was then: the name may belong to a newer template by now.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub template: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub template_id: Option<TemplateId>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot_id: Option<SnapshotId>,
+}
+
+impl OriginView {
+    /// `template` is the name of the template that `origin` has, where it is known.
+    #[must_use]
+    pub fn new(origin: Origin, template: Option<String>) -> Self {
+        let (kind, template_id, snapshot_id) = match origin {
+            Origin::Image => (OriginKind::Image, None, None),
+            Origin::Template(id) => (OriginKind::Template, Some(id), None),
+            Origin::Snapshot(id) => (OriginKind::Snapshot, None, Some(id)),
+            Origin::Builder(id) => (OriginKind::Builder, Some(id), None),
+        };
+        Self { kind, template, template_id, snapshot_id }
+    }
+}
+
+/// How a VM came to run, and where the time went: from the moment at which the request was
+/// recorded to the guest's readiness for commands.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StartView {
+    pub kind: StartKind,
+    /// The sum of the phases.
+    pub total_ms: f64,
+    pub phases: Vec<PhaseView>,
+    /// Why it was not the faster way that the VM's origin has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fallback: Option<String>,
+}
+
+/// One step of a start. The next begins where it ends.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PhaseView {
+    pub name: String,
+    pub ms: f64,
+}
+
+impl From<StartReport> for StartView {
+    fn from(report: StartReport) -> Self {
+        let phases = report.phases.into_iter();
+        Self {
+            kind: report.kind,
+            total_ms: ms(report.total_us),
+            phases: phases.map(|phase| PhaseView { name: phase.name, ms: ms(phase.us) }).collect(),
+            fallback: report.fallback,
+        }
+    }
+}
+
+/// A VM as it is now.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct VmView {
     pub id: VmId,
     pub name: String,
@@ -49,6 +125,11 @@ pub struct VmView {
     pub memory_mb: u32,
     pub disk_mb: u32,
     pub image: String,
+    pub origin: OriginView,
+    /// How it last came to run.
+    pub start: Option<StartView>,
+    /// It is stopped with its memory kept: a start goes on where it was.
+    pub memory_kept: bool,
     /// Names only.
     pub env: Vec<String>,
     pub labels: BTreeMap<String, String>,
@@ -65,8 +146,14 @@ pub struct VmView {
 }
 
 impl VmView {
+    /// `template` is the name of the template that the VM began as, where it is known.
     #[must_use]
-    pub fn new(vm: Vm, isolation: Option<String>, history: Option<Vec<StateChange>>) -> Self {
+    pub fn new(
+        vm: Vm,
+        isolation: Option<String>,
+        template: Option<String>,
+        history: Option<Vec<StateChange>>,
+    ) -> Self {
         let Vm {
             id,
             name,
@@ -78,6 +165,8 @@ impl VmView {
             created_at,
             updated_at,
             expires_at,
+            start,
+            memory,
             generation: _,
         } = vm;
         Self {
@@ -91,6 +180,9 @@ impl VmView {
             memory_mb: spec.memory_mb,
             disk_mb: spec.disk_mb,
             image: spec.image,
+            origin: OriginView::new(spec.origin, template),
+            start: start.map(StartView::from),
+            memory_kept: memory.is_some(),
             env: spec.env.into_keys().collect(),
             labels: spec.labels,
             network: spec.network,
@@ -103,4 +195,9 @@ impl VmView {
             history,
         }
     }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "no step takes the 2^53 microseconds")]
+pub(crate) fn ms(us: u64) -> f64 {
+    us as f64 / 1000.0
 }

@@ -10,6 +10,8 @@ pub struct DriverInfo {
     pub isolation: String,
     /// Why it does not work on this host, where it does not.
     pub unavailable: Option<String>,
+    /// Whether snapshots, and with them forks and templates, can be had of its VMs.
+    pub takes_snapshots: bool,
 }
 
 /// The most that one VM can be given here.

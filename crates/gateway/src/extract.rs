@@ -7,8 +7,8 @@ use aether_api::{IDEMPOTENCY_KEY_HEADER, parse_wait};
 use aether_store::{Idempotency, PageRequest};
 use aether_types::{ErrorCode, limits};
 use axum::{
-    body::{Body, BodyDataStream},
-    extract::{FromRequestParts, Request},
+    body::{Body, BodyDataStream, HttpBody as _},
+    extract::{FromRequest, FromRequestParts, Request},
     http::{HeaderMap, StatusCode, header, request::Parts},
 };
 use bytes::{Bytes, BytesMut};
@@ -38,7 +38,7 @@ pub(crate) struct Json<T> {
     pub(crate) bytes: Bytes,
 }
 
-impl<T: DeserializeOwned> axum::extract::FromRequest<App> for Json<T> {
+impl<T: DeserializeOwned> FromRequest<App> for Json<T> {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, _: &App) -> ApiResult<Self> {
@@ -51,6 +51,20 @@ impl<T: DeserializeOwned> axum::extract::FromRequest<App> for Json<T> {
         let bytes = collect(body, &parts.headers).await?;
         let value = from_json(&bytes)?;
         Ok(Self { value, bytes })
+    }
+}
+
+/// A JSON body that may be left out where everything in it has a default.
+pub(crate) struct JsonOrNothing<T>(pub(crate) Json<T>);
+
+impl<T: DeserializeOwned + Default> FromRequest<App> for JsonOrNothing<T> {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, app: &App) -> ApiResult<Self> {
+        if request.body().is_end_stream() {
+            return Ok(Self(Json { value: T::default(), bytes: Bytes::new() }));
+        }
+        Json::from_request(request, app).await.map(Self)
     }
 }
 

@@ -55,16 +55,16 @@ impl Follower {
         app: &App,
         watch: TaskWatch,
         client: ClientEnd,
-        recorded: &Recorded,
+        recorded: &Recorded<Execution>,
         place: OwnedSemaphorePermit,
-    ) -> ApiResult<Self> {
+    ) -> Self {
         let task = &recorded.accepted.task;
-        let execution = recorded.execution.as_ref().ok_or_else(ApiError::internal)?.id;
+        let execution = recorded.made.id;
         // A repeated request follows the earlier execution, to which this session is not joined.
         let phase = if recorded.accepted.repeated { Phase::Stored } else { Phase::Live(client) };
         let accepted =
             StreamEvent::Accepted { task_id: task.id, vm_id: task.vm_id, execution_id: execution };
-        Ok(Self {
+        Self {
             app: app.clone(),
             watch,
             task: task.id,
@@ -75,7 +75,7 @@ impl Follower {
             has_started: false,
             task_ended: task.state.is_end(),
             _place: place,
-        })
+        }
     }
 
     /// To the command, while it is followed live.

@@ -32,6 +32,7 @@ mod problem;
 mod routes;
 mod serve;
 mod submit;
+mod templates;
 mod wait;
 
 pub use auth::{AuthSecret, CreateKeyError, KeyRing, create_key};

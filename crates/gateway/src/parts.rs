@@ -5,8 +5,8 @@ use std::{fmt, sync::Arc, time::Duration};
 use aether_api::PREFIX;
 use aether_events::{Event, EventBus};
 use aether_queue::Queue;
-use aether_store::Store;
-use aether_streams::{GuestLink, Sessions};
+use aether_store::{Capacity, Store};
+use aether_streams::{GuestLink, Pools, Sessions};
 use axum::{Router, http::Method};
 use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -16,6 +16,7 @@ use crate::{
     dispatch::{DispatchLoop, Dispatcher},
     problem::ApiError,
     routes,
+    templates::Templates,
 };
 
 /// Given by the composition root.
@@ -25,6 +26,7 @@ pub struct GatewayParts {
     pub bus: Arc<dyn EventBus>,
     pub sessions: Sessions,
     pub links: Arc<dyn GuestLink>,
+    pub pools: Arc<dyn Pools>,
     pub catalogue: Arc<dyn Catalogue>,
     pub keys: KeyRing,
     /// Of components that the gateway does not know itself, by name: `workers` and others.
@@ -52,6 +54,8 @@ pub struct GatewayConfig {
     pub shutdown_limit: Duration,
     /// A client that says nothing for this long in the middle of a body, or on a terminal, is gone.
     pub idle_limit: Duration,
+    /// VMs that there may be; one more is answered with 503 at once.
+    pub capacity: Capacity,
 }
 
 impl Default for GatewayConfig {
@@ -62,6 +66,7 @@ impl Default for GatewayConfig {
             connections_max: 8192,
             shutdown_limit: Duration::from_secs(3),
             idle_limit: Duration::from_mins(1),
+            capacity: Capacity::default(),
         }
     }
 }
@@ -86,6 +91,7 @@ impl Gateway {
         let app = App(Arc::new(Shared {
             requests: Arc::new(Semaphore::new(parts.config.requests_max)),
             streams: Arc::new(Semaphore::new(parts.config.streams_max)),
+            templates: Templates::new(&*parts.bus),
             parts,
             dispatcher,
             closing: CancellationToken::new(),
@@ -113,6 +119,7 @@ pub(crate) struct App(Arc<Shared>);
 pub(crate) struct Shared {
     pub(crate) parts: GatewayParts,
     pub(crate) dispatcher: Dispatcher,
+    pub(crate) templates: Templates,
     /// The gateway ends: whoever waits or follows stops.
     pub(crate) closing: CancellationToken,
     /// Work that goes on when its client has gone: recordings, terminals.

@@ -8,7 +8,7 @@ use std::{fmt::Write as _, sync::Arc};
 use aether_api::{PROBLEM_MEDIA_TYPE, Problem};
 use aether_protocol::{ErrorCode as GuestCode, host::ClientError};
 use aether_store::StoreError;
-use aether_types::{ErrorCode, Fault, Task, VmState};
+use aether_types::{ErrorCode, Fault, Task, VmId, VmState};
 use axum::{
     body::Body,
     http::{HeaderValue, StatusCode, header},
@@ -37,7 +37,9 @@ impl ApiError {
             vm_state: None,
             task_id: None,
             vm_id: None,
-            retry_after_s: (code == ErrorCode::Unavailable).then_some(RETRY_AFTER_S),
+            vm_ids: Vec::new(),
+            retry_after_s: matches!(code, ErrorCode::Unavailable | ErrorCode::TooManyVms)
+                .then_some(RETRY_AFTER_S),
         }))
     }
 
@@ -48,6 +50,20 @@ impl ApiError {
 
     pub(crate) fn vm_state(mut self, state: VmState) -> Self {
         self.0.vm_state = Some(state);
+        self
+    }
+
+    /// What is missing was named in the body, by this field: the path is right.
+    pub(crate) fn in_body(mut self, field: &str) -> Self {
+        if self.0.status == StatusCode::NOT_FOUND.as_u16() {
+            self = self.status(StatusCode::UNPROCESSABLE_ENTITY);
+        }
+        self.field(field)
+    }
+
+    /// Of a fork: all VMs that it made.
+    pub(crate) fn vm_ids(mut self, vms: Vec<VmId>) -> Self {
+        self.0.vm_ids = vms;
         self
     }
 
@@ -118,6 +134,11 @@ impl From<StoreError> for ApiError {
             StoreError::VmNotFound
             | StoreError::TaskNotFound
             | StoreError::ExecutionNotFound
+            | StoreError::SnapshotNotFound
+            | StoreError::TemplateNotFound
+            | StoreError::SnapshotNotReady { .. }
+            | StoreError::TemplateNotReady { .. }
+            | StoreError::TooManyVms { .. }
             | StoreError::NotCancellable { .. }
             | StoreError::TaskEnded { .. }
             | StoreError::IdempotencyConflict => Self::new(code, error.to_string()),
@@ -211,6 +232,8 @@ fn status(code: ErrorCode) -> StatusCode {
         | ErrorCode::VmNotFound
         | ErrorCode::TaskNotFound
         | ErrorCode::ExecutionNotFound
+        | ErrorCode::SnapshotNotFound
+        | ErrorCode::TemplateNotFound
         | ErrorCode::FileNotFound => StatusCode::NOT_FOUND,
         ErrorCode::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
         ErrorCode::FilePermissionDenied => StatusCode::FORBIDDEN,
@@ -218,16 +241,19 @@ fn status(code: ErrorCode) -> StatusCode {
         ErrorCode::ImageNotFound
         | ErrorCode::InsufficientCapacity
         | ErrorCode::DriverUnavailable
+        | ErrorCode::SnapshotIncompatible
+        | ErrorCode::TemplateBuildFailed
         | ErrorCode::GuestRefused => StatusCode::UNPROCESSABLE_ENTITY,
         ErrorCode::NameTaken
         | ErrorCode::VmStateConflict
+        | ErrorCode::SnapshotStateConflict
         | ErrorCode::TaskEnded
         | ErrorCode::IdempotencyConflict
         | ErrorCode::VmStopped
         | ErrorCode::ClientGone
         | ErrorCode::Cancelled
         | ErrorCode::FileConflict => StatusCode::CONFLICT,
-        ErrorCode::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
+        ErrorCode::Unavailable | ErrorCode::TooManyVms => StatusCode::SERVICE_UNAVAILABLE,
         ErrorCode::GuestPanic
         | ErrorCode::GuestShutdown
         | ErrorCode::GuestAgentLost
@@ -237,6 +263,7 @@ fn status(code: ErrorCode) -> StatusCode {
         ErrorCode::VmStartTimeout | ErrorCode::ExecutionTimeout => StatusCode::GATEWAY_TIMEOUT,
         ErrorCode::NoSpace => StatusCode::INSUFFICIENT_STORAGE,
         ErrorCode::VmStartFailed
+        | ErrorCode::SnapshotDamaged
         | ErrorCode::ExecutionLost
         | ErrorCode::AttemptsExhausted
         | ErrorCode::Internal => StatusCode::INTERNAL_SERVER_ERROR,
@@ -256,11 +283,20 @@ fn title(code: ErrorCode) -> &'static str {
         ErrorCode::TaskNotFound => "There is no such task",
         ErrorCode::ExecutionNotFound => "There is no such execution",
         ErrorCode::ImageNotFound => "There is no such image",
+        ErrorCode::SnapshotNotFound => "There is no such snapshot",
+        ErrorCode::TemplateNotFound => "There is no such template",
+        ErrorCode::SnapshotStateConflict => {
+            "The snapshot's or template's state does not allow this"
+        }
+        ErrorCode::SnapshotDamaged => "The snapshot is damaged",
+        ErrorCode::SnapshotIncompatible => "The snapshot does not fit this host",
+        ErrorCode::TemplateBuildFailed => "The template could not be built",
         ErrorCode::NameTaken => "The name is taken",
         ErrorCode::VmStateConflict => "The VM's state does not allow this",
         ErrorCode::TaskEnded => "The task has ended",
         ErrorCode::IdempotencyConflict => "The idempotency key was used for another request",
         ErrorCode::InsufficientCapacity => "The host cannot give this much",
+        ErrorCode::TooManyVms => "There are as many VMs as there may be",
         ErrorCode::DriverUnavailable => "The driver is not available",
         ErrorCode::Unavailable => "The server cannot take this now",
         ErrorCode::VmStartFailed => "The VM could not be started",

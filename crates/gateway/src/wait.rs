@@ -1,12 +1,16 @@
-//! Waiting for the end of a task: on events, with a look at the store only where some were missed.
+//! Waiting for the end of tasks, and for news of a template: on events, with a look at the store only
+//! where some were missed.
 
-use std::time::Duration;
+use std::{collections::HashSet, time::Duration};
 
 use aether_events::{Event, Received, Subscription};
-use aether_types::{TaskId, TaskState};
+use aether_types::{Task, TaskId, TaskState, TemplateId};
 use tokio::time::{Instant, sleep_until};
 
-use crate::{parts::App, problem::ApiResult};
+use crate::{
+    parts::App,
+    problem::{ApiError, ApiResult},
+};
 
 /// Hears of every task from the moment it is made. Make it before the task is recorded or read,
 /// and nothing is missed between.
@@ -41,17 +45,10 @@ impl TaskWatch {
     /// Cancel-safe.
     pub(crate) async fn ended(&mut self, task: TaskId) -> ApiResult<TaskState> {
         loop {
-            if self.is_closed {
-                return std::future::pending().await;
-            }
-            match self.events.next().await {
-                Received::Event(Event::Task { task_id, state, .. })
-                    if task_id == task && state.is_end() =>
-                {
-                    return Ok(state);
-                }
-                Received::Event(_) => {}
-                Received::Missed(_) => {
+            match self.heard().await {
+                Heard::Ended(id, state) if id == task => return Ok(state),
+                Heard::Ended(..) => {}
+                Heard::Missed => {
                     let now = self.app.store().task(task).await?;
                     if let Some(now) = now
                         && now.state.is_end()
@@ -59,7 +56,112 @@ impl TaskWatch {
                         return Ok(now.state);
                     }
                 }
+            }
+        }
+    }
+
+    /// What came of all these tasks within the limit.
+    pub(crate) async fn all_within(
+        &mut self,
+        tasks: &[Task],
+        limit: Duration,
+    ) -> ApiResult<Together> {
+        let closing = self.app.closing.clone();
+        let deadline = Instant::now() + limit;
+        tokio::select! {
+            biased;
+            together = self.all(tasks) => together,
+            () = closing.cancelled() => Ok(Together::Open),
+            () = sleep_until(deadline) => Ok(Together::Open),
+        }
+    }
+
+    async fn all(&mut self, tasks: &[Task]) -> ApiResult<Together> {
+        let mut open = HashSet::new();
+        for task in tasks {
+            match task.state {
+                TaskState::Pending | TaskState::Running => drop(open.insert(task.id)),
+                TaskState::Completed => {}
+                TaskState::Failed | TaskState::Cancelled => {
+                    return Ok(Together::Bad(Box::new(task.clone())));
+                }
+            }
+        }
+        while !open.is_empty() {
+            let ended = match self.heard().await {
+                Heard::Ended(id, TaskState::Completed) => {
+                    open.remove(&id);
+                    continue;
+                }
+                Heard::Ended(id, _) if open.contains(&id) => vec![id],
+                Heard::Ended(..) => continue,
+                Heard::Missed => open.iter().copied().collect(),
+            };
+            for id in ended {
+                let task = self.app.store().task(id).await?.ok_or_else(ApiError::internal)?;
+                match task.state {
+                    TaskState::Pending | TaskState::Running => {}
+                    TaskState::Completed => drop(open.remove(&id)),
+                    TaskState::Failed | TaskState::Cancelled => {
+                        return Ok(Together::Bad(Box::new(task)));
+                    }
+                }
+            }
+        }
+        Ok(Together::Completed)
+    }
+
+    /// The next end of a task. Cancel-safe.
+    async fn heard(&mut self) -> Heard {
+        loop {
+            if self.is_closed {
+                return std::future::pending().await;
+            }
+            match self.events.next().await {
+                Received::Event(Event::Task { task_id, state, .. }) if state.is_end() => {
+                    return Heard::Ended(task_id, state);
+                }
+                Received::Event(_) => {}
+                Received::Missed(_) => return Heard::Missed,
                 Received::Closed => self.is_closed = true,
+            }
+        }
+    }
+}
+
+enum Heard {
+    Ended(TaskId, TaskState),
+    /// Some events are gone: the store knows.
+    Missed,
+}
+
+/// What came of several tasks.
+pub(crate) enum Together {
+    Completed,
+    /// The first that was heard to have ended badly.
+    Bad(Box<Task>),
+    /// The time is over, or the gateway ends.
+    Open,
+}
+
+/// Hears of every template from the moment it is made.
+pub(crate) struct TemplateWatch(Box<dyn Subscription>);
+
+impl TemplateWatch {
+    pub(crate) fn new(app: &App) -> Self {
+        Self(app.parts.bus.subscribe())
+    }
+
+    /// The template may have changed. Cancel-safe.
+    pub(crate) async fn changed(&mut self, template: TemplateId) {
+        loop {
+            match self.0.next().await {
+                Received::Event(Event::Template { template_id, .. }) if template_id == template => {
+                    return;
+                }
+                Received::Missed(_) => return,
+                Received::Event(_) => {}
+                Received::Closed => std::future::pending().await,
             }
         }
     }

@@ -10,9 +10,7 @@ use reqwest::{
 use serde::{Serialize, de::DeserializeOwned};
 
 use super::{CallOptions, Client, ClientError, PageQuery, Waited};
-use crate::{
-    Accepted, Health, IDEMPOTENCY_KEY_HEADER, PREFIX, PROBLEM_MEDIA_TYPE, Problem, format_wait,
-};
+use crate::{Health, IDEMPOTENCY_KEY_HEADER, PREFIX, PROBLEM_MEDIA_TYPE, Problem, format_wait};
 
 /// For the TCP connection alone; answers may be waited for much longer.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
@@ -151,6 +149,10 @@ impl Client {
         decode(self.send(request).await?).await
     }
 
+    pub(super) async fn delete<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
+        decode(self.send(self.request(Method::DELETE, path, &Query::default())).await?).await
+    }
+
     pub(super) async fn get_health(&self) -> Result<Health, ClientError> {
         let request = self.request(Method::GET, "/health", &Query::default());
         let response = self.send_any(request).await?;
@@ -162,14 +164,24 @@ impl Client {
     }
 
     /// A request that makes a task.
-    pub(super) async fn submit<T: DeserializeOwned>(
+    pub(super) async fn submit<T: DeserializeOwned, A: DeserializeOwned>(
         &self,
         method: Method,
         path: &str,
         body: Option<&(impl Serialize + Sync)>,
         options: &CallOptions,
-    ) -> Result<Waited<T>, ClientError> {
-        let mut query = Query::default();
+    ) -> Result<Waited<T, A>, ClientError> {
+        self.submit_with(method, path, Query::default(), body, options).await
+    }
+
+    pub(super) async fn submit_with<T: DeserializeOwned, A: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        mut query: Query,
+        body: Option<&(impl Serialize + Sync)>,
+        options: &CallOptions,
+    ) -> Result<Waited<T, A>, ClientError> {
         query.opt("wait", options.wait.map(format_wait).as_deref());
         let mut request = self.request(method, path, &query);
         if let Some(body) = body {
@@ -180,7 +192,7 @@ impl Client {
         }
         let response = self.send(request).await?;
         if response.status() == StatusCode::ACCEPTED {
-            decode::<Accepted>(response).await.map(Waited::Accepted)
+            decode(response).await.map(Waited::Accepted)
         } else {
             decode(response).await.map(Waited::Done)
         }

@@ -18,6 +18,8 @@ mod error;
 mod files;
 mod follow;
 mod http;
+mod snapshots;
+mod templates;
 mod terminal;
 
 use std::{fmt, time::Duration};
@@ -28,6 +30,8 @@ use bytes::Bytes;
 pub use error::ClientError;
 pub use files::{FileDownload, ReadOptions, WriteOptions};
 pub use follow::Follow;
+pub use snapshots::SnapshotQuery;
+pub use templates::{Since, TemplateQuery};
 pub use terminal::{TerminalInput, TerminalOutput};
 
 use crate::{
@@ -69,11 +73,11 @@ impl CallOptions {
 
 /// The answer to a request that may have been waited for.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Waited<T> {
+pub enum Waited<T, A = Accepted> {
     /// It ended in time.
     Done(T),
     /// It is recorded and has not ended yet, or nobody waited.
-    Accepted(Accepted),
+    Accepted(A),
 }
 
 impl<T> Waited<T> {

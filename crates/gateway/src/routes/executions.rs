@@ -37,13 +37,13 @@ pub(super) async fn record(
     id: ExecutionId,
     spec: ExecutionSpec,
     idempotency: Option<Idempotency>,
-) -> ApiResult<Recorded> {
+) -> ApiResult<Recorded<Execution>> {
     let new = NewExecution { id, spec };
     let task = new_task(TaskKind::VmExecute);
     let store = Arc::clone(&app.parts.store);
     submit(app, async move {
         let (accepted, execution) = store.request_execution(vm, new, task, idempotency).await?;
-        Ok(Recorded { accepted, execution: Some(execution) })
+        Ok(Recorded::new(accepted, execution))
     })
     .await
 }
@@ -79,7 +79,7 @@ pub(super) async fn execute(
 
 async fn execute_wait(
     app: &App,
-    recorded: Recorded,
+    recorded: Recorded<Execution>,
     mut watch: TaskWatch,
     limit: Duration,
 ) -> ApiResult<Response> {
@@ -105,7 +105,7 @@ async fn execute_stream(
     let watch = TaskWatch::new(app);
     let client = app.parts.sessions.open(id);
     let recorded = record(app, vm, id, spec, idempotency).await?;
-    let follower = Follower::new(app, watch, client, &recorded, place)?;
+    let follower = Follower::new(app, watch, client, &recorded, place);
     let lines = futures::stream::unfold(follower, |mut follower| async move {
         let event = follower.next().await?;
         Some((line(&event), follower))

@@ -2,7 +2,10 @@
 
 mod executions;
 mod files;
+mod forks;
+mod snapshots;
 mod tasks;
+mod templates;
 mod terminal;
 mod vms;
 
@@ -63,6 +66,17 @@ pub(crate) fn table() -> Vec<Route> {
         post("/vms/{vm}/stop", vms::stop),
         post("/vms/{vm}/pause", vms::pause),
         post("/vms/{vm}/resume", vms::resume),
+        post("/vms/{vm}/snapshots", snapshots::create),
+        get("/vms/{vm}/snapshots", snapshots::list_of_vm),
+        get("/snapshots", snapshots::list),
+        get("/snapshots/{snapshot}", snapshots::show),
+        delete("/snapshots/{snapshot}", snapshots::delete),
+        post("/vms/{vm}/fork", forks::create),
+        post("/templates", templates::build),
+        get("/templates", templates::list),
+        get("/templates/{template}", templates::show),
+        delete("/templates/{template}", templates::delete),
+        get("/pools", templates::pools),
         post("/vms/{vm}/execute", executions::execute),
         get("/vms/{vm}/executions", executions::list),
         get("/vms/{vm}/executions/{execution}", executions::show_of_vm),
@@ -116,8 +130,11 @@ async fn show_health(State(app): State<App>) -> Response {
 
 /// 202, and where the task can be asked for.
 fn accepted(accepted: Accepted) -> Response {
-    let location = [("location", task_path(accepted.task_id))];
-    (StatusCode::ACCEPTED, location, Json(accepted)).into_response()
+    accepted_as(accepted.task_id, accepted)
+}
+
+fn accepted_as(task: TaskId, answer: impl serde::Serialize) -> Response {
+    (StatusCode::ACCEPTED, [("location", task_path(task))], Json(answer)).into_response()
 }
 
 fn task_path(task: TaskId) -> String {

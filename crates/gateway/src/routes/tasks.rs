@@ -1,7 +1,7 @@
 use aether_api::{Page, TaskView};
 use aether_events::Event;
 use aether_store::{CancelOutcome, TaskFilter};
-use aether_types::{ErrorCode, Task, TaskId, TaskKind, TaskState};
+use aether_types::{ErrorCode, Origin, Task, TaskId, TaskKind, TaskState};
 use axum::{
     Json as JsonAnswer,
     extract::{Path, State},
@@ -14,7 +14,7 @@ use crate::{
     parts::App,
     problem::{ApiError, ApiResult},
     routes::vms::{ended_task, resolve},
-    submit::publish_task,
+    submit::{attend, publish_task, snapshot_event, template_event, vm_event},
     wait::TaskWatch,
 };
 
@@ -92,18 +92,13 @@ pub(super) async fn cancel(
 /// Goes on where the client leaves: what is recorded is also told.
 async fn cancel_and_tell(app: &App, id: TaskId) -> ApiResult<CancelOutcome> {
     let shared = app.clone();
-    let work = app.tasks.spawn(async move {
+    attend(app, "cancelling a task", async move {
         let outcome = shared.store().cancel_task(id).await?;
         match &outcome {
             CancelOutcome::Cancelled(task) => {
                 publish_task(&shared, task).await;
                 shared.dispatcher.withdraw(task.id).await;
-                if task.kind == TaskKind::VmCreate
-                    && let Some(vm) = shared.store().vm(task.vm_id).await?
-                {
-                    let event = Event::Vm { vm_id: vm.id, state: vm.state, at: vm.updated_at };
-                    shared.publish(event).await;
-                }
+                tell_what_went_with(&shared, task).await?;
             }
             CancelOutcome::Requested(task) => {
                 let worker_id = task.worker_id;
@@ -111,10 +106,28 @@ async fn cancel_and_tell(app: &App, id: TaskId) -> ApiResult<CancelOutcome> {
             }
             CancelOutcome::AlreadyEnded(_) => {}
         }
-        Ok::<_, ApiError>(outcome)
-    });
-    work.await.unwrap_or_else(|error| {
-        tracing::error!(%error, "a cancellation was cut off");
-        Err(ApiError::internal())
+        Ok(outcome)
     })
+    .await
+}
+
+/// What the task was to make has failed with it.
+async fn tell_what_went_with(app: &App, task: &Task) -> ApiResult<()> {
+    let store = app.store();
+    if matches!(task.kind, TaskKind::VmCreate | TaskKind::TemplateBuild)
+        && let Some(vm) = store.vm(task.vm_id).await?
+    {
+        app.publish(vm_event(&vm)).await;
+        if let Origin::Builder(template) = vm.spec.origin
+            && let Some(template) = store.template(template).await?
+        {
+            app.publish(template_event(&template)).await;
+        }
+    }
+    if let Some(snapshot) = task.snapshot_id
+        && let Some(snapshot) = store.snapshot(snapshot).await?
+    {
+        app.publish(snapshot_event(&snapshot)).await;
+    }
+    Ok(())
 }

@@ -129,7 +129,7 @@ async fn begin(
     let id = ExecutionId::new();
     let client = app.parts.sessions.open(id);
     let recorded = record(app, vm, id, spec, None).await?;
-    Follower::new(app, watch, client, &recorded, place).map(Some)
+    Ok(Some(Follower::new(app, watch, client, &recorded, place)))
 }
 
 async fn refuse(socket: &mut WebSocket, error: &ApiError) -> Result<(), axum::Error> {

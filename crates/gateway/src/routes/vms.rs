@@ -1,8 +1,11 @@
 use std::{sync::Arc, time::Duration};
 
 use aether_api::{Accepted, CreateVm, PREFIX, Page, VmView};
-use aether_store::{NewVm, VmFilter};
-use aether_types::{DriverKind, StateChange, Task, TaskKind, TaskState, Vm, VmId, VmState};
+use aether_store::{NewSnapshot, NewVm, StoreError, VmFilter};
+use aether_types::{
+    DriverKind, SnapshotId, SnapshotPurpose, StateChange, Task, TaskKind, TaskState, Vm, VmId,
+    VmSpec, VmState,
+};
 use axum::{
     Json as JsonAnswer,
     extract::{Path, State},
@@ -11,11 +14,11 @@ use axum::{
 };
 
 use crate::{
-    admission,
+    admission::{self, Source},
     extract::{Json, Once, Params},
     parts::App,
     problem::{ApiError, ApiResult},
-    routes::accepted,
+    routes::{accepted, snapshots, templates},
     submit::{Recorded, new_task, submit},
     wait::TaskWatch,
 };
@@ -38,17 +41,22 @@ pub(crate) async fn find(app: &App, vm: &str) -> ApiResult<Vm> {
     found.ok_or_else(|| ApiError::vm_not_found(vm))
 }
 
-fn view(app: &App, vm: Vm, history: Option<Vec<StateChange>>) -> VmView {
+pub(super) async fn view(
+    app: &App,
+    vm: Vm,
+    history: Option<Vec<StateChange>>,
+) -> ApiResult<VmView> {
     let drivers = app.parts.catalogue.drivers();
     let isolation = drivers.into_iter().find(|d| d.kind == vm.spec.driver).map(|d| d.isolation);
-    VmView::new(vm, isolation, history)
+    let template = app.templates.name(app.store(), vm.spec.origin).await?;
+    Ok(VmView::new(vm, isolation, template, history))
 }
 
 async fn view_with_history(app: &App, id: VmId) -> ApiResult<VmView> {
     let store = app.store();
     let (vm, history) = tokio::try_join!(store.vm(id), store.vm_history(id))?;
     let vm = vm.ok_or_else(|| ApiError::vm_not_found(&id.to_string()))?;
-    Ok(view(app, vm, Some(history)))
+    view(app, vm, Some(history)).await
 }
 
 pub(super) async fn create(
@@ -59,18 +67,62 @@ pub(super) async fn create(
 ) -> ApiResult<Response> {
     let wait = params.wait()?;
     params.finish()?;
-    let id = VmId::new();
-    let (name, spec) = admission::admit(body.value, id, &*app.parts.catalogue)?;
-    let new = NewVm { id, name, spec };
+    let mut creation = Creation::admit(&app, body.value).await?;
     let (task, idempotency) = (new_task(TaskKind::VmCreate), once.idempotency(&body.bytes));
     let watch = wait.map(|_| TaskWatch::new(&app));
-    let store = Arc::clone(&app.parts.store);
+    let shared = app.clone();
     let recorded = submit(&app, async move {
-        let accepted = store.create_vm(new, task, idempotency).await?;
-        Ok(Recorded { accepted, execution: None })
+        let (store, capacity) = (shared.store(), shared.parts.config.capacity);
+        let mut answer =
+            store.create_vm(creation.vm.clone(), task.clone(), capacity, idempotency.clone()).await;
+        if let Err(StoreError::TemplateNotFound | StoreError::TemplateNotReady { .. }) = answer
+            && let Some(without) = creation.without_default.take()
+        {
+            // The default template went in this moment; nobody asked for it by name.
+            shared.templates.forget_default();
+            let vm = NewVm { spec: without, ..creation.vm };
+            answer = store.create_vm(vm, task, capacity, idempotency).await;
+        }
+        Ok(Recorded::new(answer?, ()))
     })
     .await?;
-    answer(&app, recorded, watch.zip(wait), StatusCode::CREATED).await
+    answer(&app, recorded.accepted.task, watch.zip(wait), StatusCode::CREATED).await
+}
+
+/// A VM to record.
+struct Creation {
+    vm: NewVm,
+    /// What it is if there is no default template after all.
+    without_default: Option<VmSpec>,
+}
+
+impl Creation {
+    async fn admit(app: &App, request: CreateVm) -> ApiResult<Self> {
+        admission::check_origin(&request)?;
+        let (id, catalogue) = (VmId::new(), &*app.parts.catalogue);
+        let origin = (request.template.clone(), request.snapshot.clone());
+        let mut without_default = None;
+        let (name, spec) = match origin {
+            (Some(template), _) => {
+                let template = templates::find_ready(app, &template).await?;
+                admission::admit(request, id, Source::Template(&template), catalogue)?
+            }
+            (None, Some(snapshot)) => {
+                let snapshot = snapshots::find_usable(app, &snapshot).await?;
+                admission::admit(request, id, Source::Snapshot(&snapshot), catalogue)?
+            }
+            (None, None) => {
+                let (name, mut spec) = admission::admit(request, id, Source::Image, catalogue)?;
+                if let Some(template) = app.templates.default(app.store()).await?
+                    && let Some(begun) = admission::begin_as(&spec, &template)
+                {
+                    without_default = Some(std::mem::replace(&mut spec, begun));
+                }
+                (name, spec)
+            }
+        };
+        Ok(Self { vm: NewVm { id, name, spec }, without_default })
+    }
 }
 
 pub(super) async fn list(
@@ -82,12 +134,15 @@ pub(super) async fn list(
         driver: params.parsed::<DriverKind>("driver")?,
         name: params.one("name")?,
         labels: params.all("label").iter().map(|l| label(l)).collect::<ApiResult<_>>()?,
-        worker_id: None,
+        ..VmFilter::default()
     };
     let page = params.page()?;
     params.finish()?;
     let found = app.store().vms(filter, page).await?;
-    let items = found.items.into_iter().map(|vm| view(&app, vm, None)).collect();
+    let mut items = Vec::with_capacity(found.items.len());
+    for vm in found.items {
+        items.push(view(&app, vm, None).await?);
+    }
     Ok(JsonAnswer(Page { items, next_cursor: found.next.map(|c| c.to_string()) }))
 }
 
@@ -126,13 +181,37 @@ pub(super) async fn start(
     request(app, &vm, TaskKind::VmStart, once, params).await
 }
 
+/// With `keep_memory` a start goes on where the VM was.
 pub(super) async fn stop(
     State(app): State<App>,
     Path(vm): Path<String>,
     once: Once,
-    params: Params,
+    mut params: Params,
 ) -> ApiResult<Response> {
+    if params.flag("keep_memory")? {
+        return suspend(app, &vm, once, params).await;
+    }
     request(app, &vm, TaskKind::VmStop, once, params).await
+}
+
+async fn suspend(app: App, vm: &str, once: Once, mut params: Params) -> ApiResult<Response> {
+    let wait = params.wait()?;
+    params.finish()?;
+    let vm = find(&app, vm).await?;
+    admission::check_snapshots(vm.spec.driver, &*app.parts.catalogue)?;
+    let snapshot =
+        NewSnapshot { id: SnapshotId::new(), name: None, purpose: SnapshotPurpose::Memory };
+    // The parameter makes it another request than a stop, and is in no body.
+    let (task, idempotency) = (new_task(TaskKind::VmSuspend), once.idempotency(b"keep_memory"));
+    let watch = wait.map(|_| TaskWatch::new(&app));
+    let store = Arc::clone(&app.parts.store);
+    let recorded = submit(&app, async move {
+        let (accepted, snapshot) =
+            store.request_snapshot(vm.id, snapshot, task, idempotency).await?;
+        Ok(Recorded::new(accepted, snapshot))
+    })
+    .await?;
+    answer(&app, recorded.accepted.task, watch.zip(wait), StatusCode::OK).await
 }
 
 pub(super) async fn pause(
@@ -168,32 +247,47 @@ async fn request(
     let store = Arc::clone(&app.parts.store);
     let recorded = submit(&app, async move {
         let accepted = store.request_on_vm(id, task, idempotency).await?;
-        Ok(Recorded { accepted, execution: None })
+        Ok(Recorded::new(accepted, ()))
     })
     .await?;
-    answer(&app, recorded, watch.zip(wait), StatusCode::OK).await
+    answer(&app, recorded.accepted.task, watch.zip(wait), StatusCode::OK).await
 }
 
-/// 202 at once, or, where the client waits, the VM when the task has ended: a problem where it
-/// ended badly, and 202 again where the time is over first.
+/// 202 at once, or, where the client waits, the VM when the task has ended.
 async fn answer(
     app: &App,
-    recorded: Recorded,
+    task: Task,
     wait: Option<(TaskWatch, Duration)>,
     done: StatusCode,
 ) -> ApiResult<Response> {
-    let task = recorded.accepted.task;
-    let Some((watch, limit)) = wait else {
-        return Ok(accepted(Accepted::new(&task)));
-    };
-    let ended = ended_task(app, watch, task, limit).await?;
-    match ended.state {
-        TaskState::Pending | TaskState::Running => Ok(accepted(Accepted::new(&ended))),
-        TaskState::Completed => {
-            let view = view_with_history(app, ended.vm_id).await?;
+    match settle(app, task, wait).await? {
+        Settled::Open(task) => Ok(accepted(Accepted::new(&task))),
+        Settled::Completed(task) => {
+            let view = view_with_history(app, task.vm_id).await?;
             let location = [("location", format!("{PREFIX}/vms/{}", view.id))];
             Ok((done, location, JsonAnswer(view)).into_response())
         }
+    }
+}
+
+/// What a request that made a task is answered with.
+pub(super) enum Settled {
+    /// Nobody waits, or the time is over first.
+    Open(Task),
+    Completed(Task),
+}
+
+/// Waits as long as the client does; a task that ended badly is a problem.
+pub(super) async fn settle(
+    app: &App,
+    task: Task,
+    wait: Option<(TaskWatch, Duration)>,
+) -> ApiResult<Settled> {
+    let Some((watch, limit)) = wait else { return Ok(Settled::Open(task)) };
+    let ended = ended_task(app, watch, task, limit).await?;
+    match ended.state {
+        TaskState::Pending | TaskState::Running => Ok(Settled::Open(ended)),
+        TaskState::Completed => Ok(Settled::Completed(ended)),
         TaskState::Failed | TaskState::Cancelled => Err(ApiError::from_task(&ended)),
     }
 }

@@ -136,7 +136,9 @@ async fn every_route_but_health_needs_a_key() {
             .unwrap()
             .replace("{vm}", "a")
             .replace("{execution}", &VmId::new().to_string())
-            .replace("{task}", &TaskId::new().to_string());
+            .replace("{task}", &TaskId::new().to_string())
+            .replace("{snapshot}", "a")
+            .replace("{template}", "a");
         let open = path == "/health";
         for key in [None, Some("ae_0000"), Some("")] {
             let mut request = rig.bare(method.clone(), &path);

@@ -1,6 +1,9 @@
 //! A gateway on a free port, with everything it needs in a temporary folder.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use aether_api::{
     CreateVm, ExecuteRequest, Problem, VmView,
@@ -13,7 +16,7 @@ use aether_gateway::{
 };
 use aether_queue::{Queue, SqliteQueue};
 use aether_store::{SqliteStore, Store, sqlite::Durability};
-use aether_streams::Sessions;
+use aether_streams::{PoolStatus, Pools, Sessions};
 use aether_types::DriverKind;
 use reqwest::{Method, RequestBuilder, Response};
 use tempfile::TempDir;
@@ -31,6 +34,7 @@ pub(crate) struct Options {
     pub(crate) probes: Vec<(String, Arc<dyn Probe>)>,
     /// Put around the queue.
     pub(crate) queue: fn(Arc<dyn Queue>) -> Arc<dyn Queue>,
+    pub(crate) pools: ScriptedPools,
 }
 
 impl Default for Options {
@@ -40,6 +44,7 @@ impl Default for Options {
             config: GatewayConfig::default(),
             probes: Vec::new(),
             queue: |queue| queue,
+            pools: ScriptedPools::default(),
         }
     }
 }
@@ -84,6 +89,7 @@ impl Rig {
             bus: Arc::clone(&bus),
             sessions: sessions.clone(),
             links: Arc::new(ScriptedLink::default()),
+            pools: Arc::new(options.pools),
             catalogue: Arc::new(Offer),
             keys,
             probes: options.probes,
@@ -166,6 +172,16 @@ pub(crate) async fn soon<F: Future>(future: F) -> F::Output {
     timeout(SOON, future).await.expect("it did not come in time")
 }
 
+/// Holds what it is told.
+#[derive(Clone, Default)]
+pub(crate) struct ScriptedPools(pub(crate) Arc<Mutex<Vec<PoolStatus>>>);
+
+impl Pools for ScriptedPools {
+    fn pools(&self) -> Vec<PoolStatus> {
+        self.0.lock().unwrap().clone()
+    }
+}
+
 struct Offer;
 
 impl Catalogue for Offer {
@@ -182,11 +198,13 @@ impl Catalogue for Offer {
             kind: DriverKind::Sim,
             isolation: "none: no machine".into(),
             unavailable: None,
+            takes_snapshots: true,
         };
         let qemu = DriverInfo {
             kind: DriverKind::Qemu,
             isolation: "a machine".into(),
             unavailable: Some("there is no program".into()),
+            takes_snapshots: false,
         };
         vec![sim, qemu]
     }

@@ -4,11 +4,12 @@ use std::{sync::Arc, time::Duration};
 
 use aether_events::{Event, EventBus};
 use aether_queue::{Lease, Queue};
-use aether_store::{AttemptEnd, Begin, ExecutionEnd, Store, VmChange, VmPatch};
+use aether_store::{AttemptEnd, Begin, ExecutionEnd, SnapshotFacts, Store, VmChange, VmPatch};
 use aether_streams::{SessionInput, SessionOutput, Sessions, WorkerEnd};
 use aether_types::{
-    ErrorCode, Execution, ExecutionState, ExitStatus, Fault, OutputStream, RetainedOutput, Task,
-    TaskKind, TaskState, Timestamp, VmEvent, WorkerId,
+    ErrorCode, Execution, ExecutionState, ExitStatus, Fault, Origin, OutputStream, RetainedOutput,
+    SnapshotId, SnapshotState, StartKind, StartPhase, StartReport, Task, TaskKind, TaskState,
+    TemplateProgress, Timestamp, VmEvent, WorkerId,
 };
 use bytes::Bytes;
 use tokio::sync::{Semaphore, watch};
@@ -75,17 +76,10 @@ impl ScriptedWorker {
     async fn carry_out(&self, lease: Lease) {
         let begun = self.store.begin_attempt(lease.task, self.id, lease.epoch).await.unwrap();
         if let Begin::Go(task) = begun {
-            let event = match task.kind {
-                TaskKind::VmExecute => None,
-                TaskKind::VmCreate | TaskKind::VmStart => Some(VmEvent::Started),
-                TaskKind::VmStop => Some(VmEvent::Stopped),
-                TaskKind::VmPause => Some(VmEvent::PauseDone),
-                TaskKind::VmResume => Some(VmEvent::ResumeDone),
-                TaskKind::VmDelete => Some(VmEvent::Deleted),
-            };
-            match event {
-                Some(event) => self.operate(&task, &lease, event).await,
-                None => self.execute(&task, &lease).await,
+            match task.kind {
+                TaskKind::VmExecute => self.execute(&task, &lease).await,
+                TaskKind::TemplateBuild => self.build(&task, &lease).await,
+                _ => self.operate(&task, &lease).await,
             }
         }
         let _ = self.queue.complete(&lease).await;
@@ -95,24 +89,103 @@ impl ScriptedWorker {
         // Fenced where the VM was deleted meanwhile.
         if let Ok(task) = self.store.end_attempt(task.id, lease.epoch, end).await {
             let (task_id, vm_id, state) = (task.id, task.vm_id, task.state);
-            let event = Event::Task { task_id, vm_id, state, at: Timestamp::now() };
+            let at = Timestamp::now();
+            if let Some(id) = task.snapshot_id
+                && let Some(snapshot) = self.store.snapshot(id).await.unwrap()
+            {
+                let event = Event::Snapshot { snapshot_id: id, state: snapshot.state, at };
+                self.bus.publish(event).await.unwrap();
+            }
+            let event = Event::Task { task_id, vm_id, state, at };
             self.bus.publish(event).await.unwrap();
         }
     }
 
-    async fn operate(&self, task: &Task, lease: &Lease, event: VmEvent) {
+    async fn operate(&self, task: &Task, lease: &Lease) {
         let vm = self.store.vm(task.vm_id).await.unwrap().unwrap();
-        let fault = (task.kind == TaskKind::VmCreate && vm.name.starts_with("broken"))
+        let mut fault = (task.kind == TaskKind::VmCreate && vm.name.starts_with("broken"))
             .then(|| Fault::new(ErrorCode::VmStartFailed, "the kernel is missing"));
-        let patch = VmPatch { worker_id: Some(self.id), ..VmPatch::default() };
-        let event = if fault.is_some() { VmEvent::Failed } else { event };
+        if let Origin::Snapshot(id) = vm.spec.origin {
+            fault = fault.or(self.wait_for_snapshot(id).await);
+        }
+        if task.kind == TaskKind::VmSnapshot && vm.name.starts_with("full") {
+            fault = Some(Fault::new(ErrorCode::NoSpace, "there is no room for the memory"));
+        }
+        let event = match task.kind {
+            TaskKind::VmCreate | TaskKind::VmStart if fault.is_some() => Some(VmEvent::Failed),
+            TaskKind::VmCreate | TaskKind::VmStart => Some(VmEvent::Started),
+            TaskKind::VmStop | TaskKind::VmSuspend => Some(VmEvent::Stopped),
+            TaskKind::VmPause => Some(VmEvent::PauseDone),
+            TaskKind::VmResume => Some(VmEvent::ResumeDone),
+            TaskKind::VmDelete => Some(VmEvent::Deleted),
+            TaskKind::VmSnapshot | TaskKind::TemplateBuild | TaskKind::VmExecute => None,
+        };
+        let takes_snapshot = matches!(task.kind, TaskKind::VmSnapshot | TaskKind::VmSuspend);
+        let start = (event == Some(VmEvent::Started)).then(|| start(vm.spec.origin));
+        let patch = VmPatch { worker_id: Some(self.id), start, ..VmPatch::default() };
         let end = AttemptEnd {
             state: if fault.is_some() { TaskState::Failed } else { TaskState::Completed },
             error: fault.clone(),
-            vm: Some(VmChange { event, reason: fault, patch }),
+            snapshot: (takes_snapshot && fault.is_none()).then(facts),
+            vm: event.map(|event| VmChange { event, reason: fault, patch }),
             execution: None,
+            template: None,
         };
         self.end(task, lease, end).await;
+    }
+
+    /// As a worker does: what is still being made is waited for.
+    async fn wait_for_snapshot(&self, id: SnapshotId) -> Option<Fault> {
+        let mut events = self.bus.subscribe();
+        loop {
+            let snapshot = self.store.snapshot(id).await.unwrap().unwrap();
+            match snapshot.state {
+                SnapshotState::Creating => {
+                    crate::rig::soon(events.next()).await;
+                }
+                SnapshotState::Ready => return None,
+                SnapshotState::Failed | SnapshotState::Deleted => return snapshot.reason,
+            }
+        }
+    }
+
+    /// One step done for each permit of the gate; `exit 1` fails.
+    async fn build(&self, task: &Task, lease: &Lease) {
+        let vm = self.store.vm(task.vm_id).await.unwrap().unwrap();
+        let Origin::Builder(template) = vm.spec.origin else { panic!("not a builder") };
+        let template = self.store.template(template).await.unwrap().unwrap();
+        let steps = u32::try_from(template.spec.steps.len()).unwrap();
+        let mut fault = None;
+        for (step, done) in template.spec.steps.iter().zip(1..) {
+            if step.run == "gate" {
+                self.noticed.send_replace("gate".into());
+                self.gate.acquire().await.unwrap().forget();
+            }
+            if step.run == "exit 1" {
+                fault = Some(Fault::new(ErrorCode::TemplateBuildFailed, "step 1 exited with 1"));
+                break;
+            }
+            let (now, log) = (step.run.clone(), format!("{}\n", step.run));
+            let progress = TemplateProgress { done, steps, now, log };
+            let told = self.store.template_progress(task.id, lease.epoch, progress).await.unwrap();
+            let (template_id, state) = (told.id, told.state);
+            let event = Event::Template { template_id, state, at: told.updated_at };
+            self.bus.publish(event).await.unwrap();
+        }
+        let failed = fault.is_some();
+        let end = AttemptEnd {
+            state: if failed { TaskState::Failed } else { TaskState::Completed },
+            error: fault,
+            vm: None,
+            execution: None,
+            snapshot: (!failed).then(facts),
+            template: (!failed).then(|| "d".repeat(64)),
+        };
+        self.end(task, lease, end).await;
+        let told = self.store.template(template.id).await.unwrap().unwrap();
+        let (template_id, state) = (told.id, told.state);
+        let event = Event::Template { template_id, state, at: told.updated_at };
+        self.bus.publish(event).await.unwrap();
     }
 
     async fn execute(&self, task: &Task, lease: &Lease) {
@@ -139,6 +212,8 @@ impl ScriptedWorker {
                 stdout: ran.stdout,
                 stderr: RetainedOutput::default(),
             }),
+            snapshot: None,
+            template: None,
         };
         self.end(task, lease, end).await;
         if let Some(session) = session
@@ -239,4 +314,18 @@ async fn say(session: Option<&WorkerEnd>, ran: &mut Ran, data: impl Into<Bytes>)
         let stream = OutputStream::Stdout;
         let _ = session.output.send(SessionOutput::Data { stream, data }).await;
     }
+}
+
+fn facts() -> SnapshotFacts {
+    SnapshotFacts { size_bytes: 4096, digest: "a".repeat(64), paused_us: 1500 }
+}
+
+fn start(origin: Origin) -> StartReport {
+    let kind = match origin {
+        Origin::Image | Origin::Builder(_) => StartKind::Boot,
+        Origin::Template(_) => StartKind::Pool,
+        Origin::Snapshot(_) => StartKind::Restore,
+    };
+    let phase = |name: &str, us| StartPhase { name: name.into(), us };
+    StartReport::new(kind, vec![phase("queue", 250), phase("guest", 1000)], None)
 }
