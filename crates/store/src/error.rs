@@ -5,6 +5,7 @@ use aether_types::{ErrorCode, Task, TaskKind, Vm};
 /// Display texts name what was asked for and never repeat their source.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
+    /// Of what was to be recorded: a VM, or a snapshot, whose request says so to the client.
     #[error("the name `{name}` belongs to another VM")]
     NameTaken { name: String },
     #[error("no such VM")]
@@ -13,11 +14,23 @@ pub enum StoreError {
     TaskNotFound,
     #[error("no such execution")]
     ExecutionNotFound,
+    #[error("no such snapshot")]
+    SnapshotNotFound,
+    #[error("no such template")]
+    TemplateNotFound,
+    /// `detail` is a whole sentence for the client.
+    #[error("{detail}")]
+    SnapshotNotReady { detail: String },
+    #[error("{detail}")]
+    TemplateNotReady { detail: String },
+    /// `what` is counted, and `max` of it are allowed.
+    #[error("there is no room for more: {max} {what} at once are the most that is configured")]
+    TooManyVms { what: &'static str, max: u32 },
     /// The VM as it is. `action` completes "it cannot ...".
     #[error("VM `{}` is {}; it cannot {action}", vm.name, vm.state)]
     WrongState { vm: Box<Vm>, action: &'static str },
-    /// Only creations and executions can be cancelled: the other requests have changed the VM's
-    /// state already, and are short.
+    /// Only creations, executions, snapshots and builds can be cancelled: the other requests have
+    /// changed the VM's state already, and are short.
     #[error("a {} task cannot be cancelled", task.kind)]
     NotCancellable { task: Box<Task> },
     #[error("the task has ended")]
@@ -62,6 +75,12 @@ impl StoreError {
             Self::VmNotFound => ErrorCode::VmNotFound,
             Self::TaskNotFound => ErrorCode::TaskNotFound,
             Self::ExecutionNotFound => ErrorCode::ExecutionNotFound,
+            Self::SnapshotNotFound => ErrorCode::SnapshotNotFound,
+            Self::TemplateNotFound => ErrorCode::TemplateNotFound,
+            Self::SnapshotNotReady { .. } | Self::TemplateNotReady { .. } => {
+                ErrorCode::SnapshotStateConflict
+            }
+            Self::TooManyVms { .. } => ErrorCode::TooManyVms,
             Self::WrongState { .. } | Self::NotCancellable { .. } => ErrorCode::VmStateConflict,
             Self::TaskEnded { .. } => ErrorCode::TaskEnded,
             Self::IdempotencyConflict => ErrorCode::IdempotencyConflict,
@@ -83,6 +102,11 @@ impl StoreError {
         match self {
             Self::Busy | Self::Database { .. } => true,
             Self::NameTaken { .. }
+            | Self::SnapshotNotFound
+            | Self::TemplateNotFound
+            | Self::SnapshotNotReady { .. }
+            | Self::TemplateNotReady { .. }
+            | Self::TooManyVms { .. }
             | Self::VmNotFound
             | Self::TaskNotFound
             | Self::ExecutionNotFound

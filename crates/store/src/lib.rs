@@ -14,8 +14,10 @@ pub mod sqlite;
 
 use aether_types::{
     DriverKind, Execution, ExecutionId, ExecutionSpec, ExecutionState, ExitStatus, Fault, KeyId,
-    OutputStream, Priority, RetainedOutput, StateChange, Task, TaskId, TaskKind, TaskState,
-    Timestamp, Vm, VmEvent, VmId, VmSpec, VmState, WorkerId,
+    OutputStream, Priority, RetainedOutput, Snapshot, SnapshotId, SnapshotPurpose, SnapshotState,
+    StartReport, StateChange, Task, TaskId, TaskKind, TaskState, Template, TemplateId,
+    TemplateProgress, TemplateSpec, TemplateState, Timestamp, Vm, VmEvent, VmId, VmSpec, VmState,
+    WorkerId,
 };
 use async_trait::async_trait;
 
@@ -37,6 +39,40 @@ pub struct NewVm {
     pub id: VmId,
     pub name: String,
     pub spec: VmSpec,
+}
+
+/// How many VMs there may be, checked in the transaction that records one more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Capacity {
+    /// VMs that are not deleted. `None`: no bound.
+    pub vms_max: Option<u32>,
+    /// VMs that are being created or started.
+    pub starting_max: Option<u32>,
+}
+
+#[derive(Debug, Clone)]
+pub struct NewSnapshot {
+    pub id: SnapshotId,
+    /// Only of a user's snapshot.
+    pub name: Option<String>,
+    pub purpose: SnapshotPurpose,
+}
+
+#[derive(Debug, Clone)]
+pub struct NewTemplate {
+    pub id: TemplateId,
+    pub name: String,
+    pub tag: String,
+    pub spec: TemplateSpec,
+}
+
+/// A VM's clones, recorded with the snapshot that they are made from.
+#[derive(Debug, Clone)]
+pub struct Forked {
+    /// Of the snapshot; its VM is the source.
+    pub accepted: Accepted,
+    pub snapshot: Snapshot,
+    pub clones: Vec<(Vm, Task)>,
 }
 
 #[derive(Debug, Clone)]
@@ -71,6 +107,7 @@ pub struct Accepted {
 pub struct VmPatch {
     pub worker_id: Option<WorkerId>,
     pub address: Option<std::net::IpAddr>,
+    pub start: Option<StartReport>,
 }
 
 #[derive(Debug, Clone)]
@@ -90,6 +127,15 @@ pub struct ExecutionEnd {
     pub stderr: RetainedOutput,
 }
 
+/// A snapshot that was sealed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SnapshotFacts {
+    pub size_bytes: u64,
+    /// Of its manifest, BLAKE3 in hex.
+    pub digest: String,
+    pub paused_us: u64,
+}
+
 /// How an attempt ended; all of it is written in one transaction, or, fenced, none of it.
 #[derive(Debug, Clone)]
 pub struct AttemptEnd {
@@ -99,6 +145,12 @@ pub struct AttemptEnd {
     /// must not come back because its creation ended.
     pub vm: Option<VmChange>,
     pub execution: Option<ExecutionEnd>,
+    /// The task's snapshot is ready, with this attempt's worker. A task that fails fails its
+    /// snapshot.
+    pub snapshot: Option<SnapshotFacts>,
+    /// The digest of what the task's template was built from: the template is ready, and takes its
+    /// name from an older one. A task that fails fails its template.
+    pub template: Option<String>,
 }
 
 #[derive(Debug, Clone)]
@@ -129,6 +181,8 @@ pub struct VmFilter {
     /// All of these labels with these values.
     pub labels: Vec<(String, String)>,
     pub worker_id: Option<WorkerId>,
+    /// The VMs in which templates are built too: for who keeps order, not for clients.
+    pub builders: bool,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -137,6 +191,23 @@ pub struct TaskFilter {
     pub kind: Option<TaskKind>,
     pub vm_id: Option<VmId>,
     pub worker_id: Option<WorkerId>,
+}
+
+#[derive(Debug, Clone, Default)]
+pub struct SnapshotFilter {
+    /// Empty: every state but deleted.
+    pub states: Vec<SnapshotState>,
+    /// Empty: every purpose.
+    pub purposes: Vec<SnapshotPurpose>,
+    pub vm_id: Option<VmId>,
+    pub worker_id: Option<WorkerId>,
+}
+
+#[derive(Debug, Clone, Default)]
+pub struct TemplateFilter {
+    /// Empty: every state but deleted.
+    pub states: Vec<TemplateState>,
+    pub name: Option<String>,
 }
 
 /// An API key as it is kept: a keyed hash, never the key.
@@ -155,11 +226,15 @@ pub trait Store: Send + Sync + 'static {
     // --- requests, from the gateway ---
 
     /// Records a VM in `creating` with its task. Fails with `NameTaken` where a VM that is not
-    /// deleted has the name.
+    /// deleted has the name, with `TooManyVms` where there is no room for one more, and with
+    /// `SnapshotNotFound`, `TemplateNotFound`, `SnapshotNotReady` or `TemplateNotReady` where its
+    /// origin is gone or will never be ready (one that is still being made is waited for). Only a
+    /// user's snapshot is an origin here.
     async fn create_vm(
         &self,
         vm: NewVm,
         task: NewTask,
+        capacity: Capacity,
         idempotency: Option<Idempotency>,
     ) -> Result<Accepted, StoreError>;
 
@@ -171,13 +246,59 @@ pub trait Store: Send + Sync + 'static {
     /// that task gave up and the VM is still `deleting`, this is another try.
     ///
     /// A deletion cancels the VM's pending tasks and asks its running ones to end. A stop fails
-    /// its pending executions, pauses and resumptions. Both return them in `cancelled`.
+    /// its pending executions, pauses, resumptions and snapshots. Both return them in `cancelled`;
+    /// what such a task was to make has failed.
     async fn request_on_vm(
         &self,
         vm: VmId,
         task: NewTask,
         idempotency: Option<Idempotency>,
     ) -> Result<Accepted, StoreError>;
+
+    /// Records a snapshot in `creating` and the task that makes it: `vm:snapshot` (a user's) of a
+    /// running or paused VM, or `vm:suspend` (of its memory), which moves the VM to `stopping` and
+    /// ends pending work as a stop does. Fails as [`Store::request_on_vm`], and with `NameTaken`.
+    async fn request_snapshot(
+        &self,
+        vm: VmId,
+        snapshot: NewSnapshot,
+        task: NewTask,
+        idempotency: Option<Idempotency>,
+    ) -> Result<(Accepted, Snapshot), StoreError>;
+
+    /// Records a snapshot of a running or paused VM, its task, and VMs in `creating` that begin as
+    /// it (which is written into their specifications) with theirs: all or nothing.
+    async fn fork_vm(
+        &self,
+        vm: VmId,
+        snapshot: NewSnapshot,
+        task: NewTask,
+        clones: Vec<(NewVm, NewTask)>,
+        capacity: Capacity,
+        idempotency: Option<Idempotency>,
+    ) -> Result<Forked, StoreError>;
+
+    /// Records a template in `building`, its snapshot, the VM in which it is built, and the task.
+    /// Where the same name and tag are being built from an equal specification, that one is the
+    /// answer, as a repetition.
+    async fn build_template(
+        &self,
+        template: NewTemplate,
+        snapshot: NewSnapshot,
+        builder: NewVm,
+        task: NewTask,
+        idempotency: Option<Idempotency>,
+    ) -> Result<(Accepted, Template), StoreError>;
+
+    /// Deletes a user's snapshot; its files go a little later. Repeating it is harmless. Fails with
+    /// `SnapshotNotReady` while it is being made, or a VM that is being created begins as it, and
+    /// for one that is not a user's, which goes with what it is for.
+    async fn delete_snapshot(&self, id: SnapshotId) -> Result<Snapshot, StoreError>;
+
+    /// Deletes a template and its snapshot (where a VM that is being created begins as it, that
+    /// is left to [`Store::retire_snapshots`]). Repeating it is harmless. Fails with
+    /// `TemplateNotReady` while it is being built.
+    async fn delete_template(&self, id: TemplateId) -> Result<Template, StoreError>;
 
     /// Records an execution and its task. Fails unless the VM takes commands.
     async fn request_execution(
@@ -188,8 +309,9 @@ pub trait Store: Send + Sync + 'static {
         idempotency: Option<Idempotency>,
     ) -> Result<(Accepted, Execution), StoreError>;
 
-    /// Asks that a task end. A pending one ends now; the VM of a creation has then failed, with
-    /// the reason `cancelled`. Only creations and executions can be cancelled, others fail with
+    /// Asks that a task end. A pending one ends now; the VM of a creation or a build, and what it
+    /// was to make, has then failed, with the reason `cancelled`. Only creations, executions,
+    /// snapshots that leave their VM as it is, and builds can be cancelled, others fail with
     /// `NotCancellable`.
     async fn cancel_task(&self, id: TaskId) -> Result<CancelOutcome, StoreError>;
 
@@ -204,7 +326,8 @@ pub trait Store: Send + Sync + 'static {
 
     /// Counts the attempt. The epoch must be greater than that of every attempt before. Where the
     /// attempts are used up the task ends as failed with `attempts_exhausted`; a VM that it was
-    /// creating, starting or stopping has failed, its execution is failed as lost.
+    /// creating, starting or stopping has failed, its execution is failed as lost, and what it was
+    /// to make has failed.
     async fn begin_attempt(
         &self,
         id: TaskId,
@@ -225,7 +348,8 @@ pub trait Store: Send + Sync + 'static {
 
     /// Ends the attempt and the task. `Fenced` where a later attempt has begun or it has ended.
     /// An execution ends with its task: without `end.execution` it is failed or cancelled with the
-    /// task's error.
+    /// task's error. So does what it was to make. A suspended VM that is stopped then has its
+    /// memory; the end of a start uses it up.
     async fn end_attempt(
         &self,
         id: TaskId,
@@ -243,6 +367,14 @@ pub trait Store: Send + Sync + 'static {
         fault: Fault,
         otherwise: AttemptEnd,
     ) -> Result<Task, StoreError>;
+
+    /// How far the build of the task's template has come. `Fenced` as for the end of an attempt.
+    async fn template_progress(
+        &self,
+        task: TaskId,
+        epoch: i64,
+        progress: TemplateProgress,
+    ) -> Result<Template, StoreError>;
 
     /// A change that no task asked for: the guest died, a paused VM was found running.
     /// `WrongState` where the state machine has no such transition.
@@ -282,7 +414,39 @@ pub trait Store: Send + Sync + 'static {
         stream: OutputStream,
     ) -> Result<RetainedOutput, StoreError>;
 
+    async fn snapshot(&self, id: SnapshotId) -> Result<Option<Snapshot>, StoreError>;
+
+    /// The snapshot with this name that is not deleted.
+    async fn snapshot_by_name(&self, name: &str) -> Result<Option<Snapshot>, StoreError>;
+
+    /// Newest first.
+    async fn snapshots(
+        &self,
+        filter: SnapshotFilter,
+        page: PageRequest,
+    ) -> Result<Page<Snapshot>, StoreError>;
+
+    async fn template(&self, id: TemplateId) -> Result<Option<Template>, StoreError>;
+
+    /// The ready template of this name, else the newest that is being built, else the newest that
+    /// failed.
+    async fn template_by_name(&self, name: &str, tag: &str)
+    -> Result<Option<Template>, StoreError>;
+
+    /// Newest first.
+    async fn templates(
+        &self,
+        filter: TemplateFilter,
+        page: PageRequest,
+    ) -> Result<Page<Template>, StoreError>;
+
     // --- reconciling ---
+
+    /// Marks as deleted what nothing will use any more: snapshots of forks whose VMs have all come
+    /// to run or ended, memories of VMs that have none or are deleted, snapshots of templates that
+    /// are deleted or failed, and whatever failed; but nothing that a VM begins as which is being
+    /// created or started. Returns them, with the reason where they had failed.
+    async fn retire_snapshots(&self) -> Result<Vec<Snapshot>, StoreError>;
 
     /// VMs past their time to live that are not being deleted.
     async fn expired_vms(&self, now: Timestamp) -> Result<Vec<VmId>, StoreError>;

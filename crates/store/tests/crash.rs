@@ -14,7 +14,7 @@ use std::{
 };
 
 use aether_store::{Durability, SqliteStore, Store};
-use aether_types::{TaskId, TaskState, VmEvent, VmId, VmState};
+use aether_types::{Origin, SnapshotState, TaskId, TaskState, VmEvent, VmId, VmState};
 
 const FILE: &str = "AETHER_TEST_STORE_FILE";
 const ROUNDS: usize = 12;
@@ -46,6 +46,16 @@ fn writer() {
             support::begin(&store, task.id, 1).await;
             store.end_attempt(task.id, 1, support::exited(0)).await.unwrap();
             say(format!("ran {} {}", made.vm.id, task.id));
+            let names = [(); 2].map(|()| format!("clone-{}", VmId::new()));
+            let forked = support::fork(&store, made.vm.id, &names).await;
+            for (clone, task) in &forked.clones {
+                say(format!("forked {} {}", clone.id, task.id));
+            }
+            let (asked, _) = support::suspend(&store, made.vm.id).await;
+            support::begin(&store, asked.task.id, 1).await;
+            let end = support::made(Some(VmEvent::Stopped));
+            store.end_attempt(asked.task.id, 1, end).await.unwrap();
+            say(format!("sleeps {} {}", made.vm.id, asked.task.id));
         }
     });
 }
@@ -94,8 +104,21 @@ async fn check(path: &Path, said: &[String]) {
         match *what {
             "made" | "asked" => assert_eq!(task.vm_id, vm.id),
             "runs" => {
-                assert_eq!(vm.state, VmState::Running);
+                let later = [VmState::Stopping, VmState::Stopped];
+                assert!(vm.state == VmState::Running || later.contains(&vm.state), "{vm:?}");
                 assert_eq!(task.state, TaskState::Completed);
+            }
+            "forked" => {
+                let Origin::Snapshot(id) = vm.spec.origin else { panic!("{vm:?}") };
+                let snapshot = store.snapshot(id).await.unwrap().unwrap();
+                let source = store.vm(snapshot.vm_id).await.unwrap().unwrap();
+                assert!(source.name.starts_with("vm-"));
+            }
+            "sleeps" => {
+                assert_eq!(vm.state, VmState::Stopped);
+                let memory = store.snapshot(vm.memory.unwrap()).await.unwrap().unwrap();
+                assert_eq!(memory.state, SnapshotState::Ready);
+                assert_eq!(task.snapshot_id, vm.memory);
             }
             "ran" => {
                 assert_eq!(task.state, TaskState::Completed);

@@ -10,12 +10,13 @@ mod support;
 use std::collections::{HashMap, HashSet};
 
 use aether_store::{
-    AttemptEnd, Begin, Durability, NewExecution, PageRequest, SqliteStore, Store, StoreError,
-    TaskFilter, VmChange, VmFilter, VmPatch,
+    AttemptEnd, Begin, Capacity, Durability, NewExecution, PageRequest, SnapshotFilter,
+    SqliteStore, Store, StoreError, TaskFilter, TemplateFilter, VmChange, VmFilter, VmPatch,
 };
 use aether_types::{
-    ErrorCode, ExecutionId, ExecutionSpec, Task, TaskId, TaskKind, TaskState, VmEvent, VmId,
-    VmState, WorkerId,
+    ErrorCode, ExecutionId, ExecutionSpec, Origin, SnapshotId, SnapshotPurpose, SnapshotState,
+    Task, TaskId, TaskKind, TaskState, TemplateId, TemplateState, Vm, VmEvent, VmId, VmState,
+    WorkerId,
 };
 use proptest::prelude::*;
 
@@ -39,15 +40,18 @@ const REQUESTS: [TaskKind; 5] = [
     TaskKind::VmDelete,
 ];
 
+/// Clients have so many VMs at most.
+const CAPACITY: Capacity = Capacity { vms_max: Some(5), starting_max: None };
+
 /// What a worker says at the end of a task of this kind that went well.
 fn done(kind: TaskKind) -> Option<VmEvent> {
     match kind {
         TaskKind::VmCreate | TaskKind::VmStart => Some(VmEvent::Started),
-        TaskKind::VmStop => Some(VmEvent::Stopped),
+        TaskKind::VmStop | TaskKind::VmSuspend => Some(VmEvent::Stopped),
         TaskKind::VmPause => Some(VmEvent::PauseDone),
         TaskKind::VmResume => Some(VmEvent::ResumeDone),
         TaskKind::VmDelete => Some(VmEvent::Deleted),
-        TaskKind::VmExecute => None,
+        TaskKind::VmExecute | TaskKind::VmSnapshot | TaskKind::TemplateBuild => None,
     }
 }
 
@@ -56,6 +60,12 @@ enum Op {
     Create { name: usize },
     Request { vm: usize, kind: usize },
     Execute { vm: usize },
+    Snapshot { vm: usize, suspend: bool },
+    Fork { vm: usize, count: usize },
+    Build { name: usize },
+    DeleteSnapshot { at: usize },
+    DeleteTemplate { at: usize },
+    Retire,
     Cancel { task: usize },
     Begin { task: usize, ahead: i64 },
     ExecutionStarted { task: usize, boot: usize },
@@ -71,6 +81,12 @@ fn op() -> impl Strategy<Value = Op> {
         2 => (0..3_usize).prop_map(|name| Op::Create { name }),
         3 => (at(), 0..REQUESTS.len()).prop_map(|(vm, kind)| Op::Request { vm, kind }),
         3 => at().prop_map(|vm| Op::Execute { vm }),
+        2 => (at(), any::<bool>()).prop_map(|(vm, suspend)| Op::Snapshot { vm, suspend }),
+        1 => (at(), 1..3_usize).prop_map(|(vm, count)| Op::Fork { vm, count }),
+        1 => (0..2_usize).prop_map(|name| Op::Build { name }),
+        1 => at().prop_map(|at| Op::DeleteSnapshot { at }),
+        1 => at().prop_map(|at| Op::DeleteTemplate { at }),
+        1 => Just(Op::Retire),
         1 => at().prop_map(|task| Op::Cancel { task }),
         6 => (at(), -1..3_i64).prop_map(|(task, ahead)| Op::Begin { task, ahead }),
         1 => (at(), 0..2_usize).prop_map(|(task, boot)| Op::ExecutionStarted { task, boot }),
@@ -85,6 +101,8 @@ struct World {
     store: SqliteStore,
     vms: Vec<VmId>,
     tasks: Vec<TaskId>,
+    snapshots: Vec<SnapshotId>,
+    templates: Vec<TemplateId>,
     /// As they were when they ended.
     ended: HashMap<TaskId, Task>,
     generations: HashMap<VmId, i64>,
@@ -100,6 +118,9 @@ fn refused<T>(answer: Result<T, StoreError>) -> Option<T> {
         Ok(value) => Some(value),
         Err(
             StoreError::NameTaken { .. }
+            | StoreError::TooManyVms { .. }
+            | StoreError::SnapshotNotReady { .. }
+            | StoreError::TemplateNotReady { .. }
             | StoreError::WrongState { .. }
             | StoreError::NotCancellable { .. }
             | StoreError::Fenced
@@ -121,7 +142,7 @@ impl World {
             Op::Create { name } => {
                 let new = support::new_vm(&format!("vm-{name}"));
                 let task = support::new_task(TaskKind::VmCreate);
-                if let Some(made) = refused(store.create_vm(new, task, None).await) {
+                if let Some(made) = refused(store.create_vm(new, task, CAPACITY, None).await) {
                     self.vms.push(made.vm.id);
                     self.tasks.push(made.task.id);
                 }
@@ -142,6 +163,63 @@ impl World {
                 if let Some((made, _)) = refused(store.request_execution(vm, new, task, None).await)
                 {
                     self.tasks.push(made.task.id);
+                }
+            }
+            Op::Snapshot { vm, suspend } => {
+                let Some(vm) = pick(&self.vms, vm) else { return };
+                let (kind, purpose) = if suspend {
+                    (TaskKind::VmSuspend, SnapshotPurpose::Memory)
+                } else {
+                    (TaskKind::VmSnapshot, SnapshotPurpose::User)
+                };
+                let (new, task) = (support::new_snapshot(purpose), support::new_task(kind));
+                if let Some((made, snapshot)) =
+                    refused(store.request_snapshot(vm, new, task, None).await)
+                {
+                    self.tasks.push(made.task.id);
+                    self.snapshots.push(snapshot.id);
+                }
+            }
+            Op::Fork { vm, count } => {
+                let Some(vm) = pick(&self.vms, vm) else { return };
+                let names: Vec<_> = (0..count).map(|i| format!("vm-{i}")).collect();
+                let clones = support::clones(&names);
+                let new = support::new_snapshot(SnapshotPurpose::Fork);
+                let task = support::new_task(TaskKind::VmSnapshot);
+                let forked = store.fork_vm(vm, new, task, clones, CAPACITY, None).await;
+                if let Some(forked) = refused(forked) {
+                    self.tasks.push(forked.accepted.task.id);
+                    self.snapshots.push(forked.snapshot.id);
+                    self.vms.extend(forked.clones.iter().map(|(vm, _)| vm.id));
+                    self.tasks.extend(forked.clones.iter().map(|(_, task)| task.id));
+                }
+            }
+            Op::Build { name } => {
+                let (made, template) = support::build(store, &format!("t-{name}")).await;
+                if !made.repeated {
+                    self.vms.push(made.vm.id);
+                    self.tasks.push(made.task.id);
+                    self.snapshots.push(template.snapshot_id);
+                    self.templates.push(template.id);
+                }
+            }
+            Op::DeleteSnapshot { at } => {
+                let Some(id) = pick(&self.snapshots, at) else { return };
+                if let Some(snapshot) = refused(store.delete_snapshot(id).await) {
+                    assert_eq!(snapshot.state, SnapshotState::Deleted);
+                }
+            }
+            Op::DeleteTemplate { at } => {
+                let Some(id) = pick(&self.templates, at) else { return };
+                if let Some(template) = refused(store.delete_template(id).await) {
+                    assert_eq!(template.state, TemplateState::Deleted);
+                }
+            }
+            Op::Retire => {
+                for snapshot in store.retire_snapshots().await.unwrap() {
+                    assert_eq!(snapshot.state, SnapshotState::Deleted);
+                    let failed = snapshot.reason.is_some();
+                    assert!(failed || snapshot.purpose != SnapshotPurpose::User);
                 }
             }
             Op::Cancel { task } => {
@@ -174,7 +252,11 @@ impl World {
             Op::End { task, behind, well } => {
                 let Some(before) = self.task(task).await else { return };
                 let end = if well {
-                    support::completed(done(before.kind))
+                    AttemptEnd {
+                        snapshot: Some(support::sealed()),
+                        template: Some("d".into()),
+                        ..support::completed(done(before.kind))
+                    }
                 } else {
                     support::failed(ErrorCode::Internal, Some(VmEvent::Failed))
                 };
@@ -211,12 +293,16 @@ impl World {
         let store = &self.store;
         let all = PageRequest { limit: 500, after: None };
         let states = VmState::ALL.to_vec();
-        let filter = VmFilter { states, ..Default::default() };
+        let filter = VmFilter { states, builders: true, ..Default::default() };
         let vms = store.vms(filter, all).await.unwrap().items;
         assert_eq!(vms.len(), self.vms.len());
         let live: Vec<_> = vms.iter().filter(|v| v.state != VmState::Deleted).collect();
         let names: HashSet<_> = live.iter().map(|v| &v.name).collect();
         assert_eq!(names.len(), live.len(), "a name was given twice");
+        let listed = store.vms(VmFilter::default(), all).await.unwrap().items;
+        let of_clients = live.iter().filter(|v| !matches!(v.spec.origin, Origin::Builder(_)));
+        assert_eq!(listed.iter().collect::<Vec<_>>(), of_clients.copied().collect::<Vec<_>>());
+        assert!(listed.len() <= 5, "more VMs than there may be");
 
         let tasks = store.tasks(TaskFilter::default(), all).await.unwrap().items;
         assert_eq!(tasks.len(), self.tasks.len());
@@ -235,6 +321,7 @@ impl World {
         let pending = tasks.values().filter(|t| t.state == TaskState::Pending).map(|t| t.id);
         assert_eq!(owed, pending.collect());
 
+        self.check_snapshots(&vms, &tasks).await;
         for vm in &vms {
             let history = store.vm_history(vm.id).await.unwrap();
             assert_eq!(history.last().unwrap().state, vm.state);
@@ -255,6 +342,52 @@ impl World {
     }
 }
 
+impl World {
+    async fn check_snapshots(&self, vms: &[Vm], tasks: &HashMap<TaskId, Task>) {
+        let all = PageRequest { limit: 500, after: None };
+        let states = SnapshotState::ALL.to_vec();
+        let filter = SnapshotFilter { states, ..Default::default() };
+        let snapshots = self.store.snapshots(filter, all).await.unwrap().items;
+        assert_eq!(snapshots.len(), self.snapshots.len());
+        let snapshots: HashMap<_, _> = snapshots.into_iter().map(|s| (s.id, s)).collect();
+        let makers = tasks.values().filter_map(|t| Some((t.snapshot_id?, t)));
+        let makers: HashMap<_, _> = makers.collect();
+        assert_eq!(makers.len(), snapshots.len());
+        for snapshot in snapshots.values() {
+            let task = makers[&snapshot.id];
+            assert_eq!(snapshot.state == SnapshotState::Creating, !task.state.is_end());
+            if snapshot.state == SnapshotState::Ready {
+                assert_eq!(task.state, TaskState::Completed);
+                assert_eq!(snapshot.worker_id, task.worker_id);
+                assert!(snapshot.digest.is_some() && snapshot.reason.is_none());
+            }
+            assert!(snapshot.state != SnapshotState::Failed || snapshot.reason.is_some());
+        }
+        for vm in vms {
+            let Some(memory) = vm.memory else { continue };
+            assert!(vm.state.keeps_memory(), "{vm:?}");
+            let memory = &snapshots[&memory];
+            assert_eq!((memory.vm_id, memory.purpose), (vm.id, SnapshotPurpose::Memory));
+            assert_eq!(memory.state, SnapshotState::Ready, "a memory that is needed was retired");
+        }
+
+        let states = TemplateState::ALL.to_vec();
+        let filter = TemplateFilter { states, ..Default::default() };
+        let templates = self.store.templates(filter, all).await.unwrap().items;
+        assert_eq!(templates.len(), self.templates.len());
+        let ready = templates.iter().filter(|t| t.state == TemplateState::Ready);
+        let names: Vec<_> = ready.clone().map(|t| (&t.name, &t.tag)).collect();
+        assert_eq!(names.iter().collect::<HashSet<_>>().len(), names.len());
+        for template in ready {
+            assert_eq!(snapshots[&template.snapshot_id].state, SnapshotState::Ready);
+        }
+        for template in &templates {
+            let task = &tasks[&template.task_id];
+            assert_eq!(template.state == TemplateState::Building, !task.state.is_end());
+        }
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 20, ..ProptestConfig::default() })]
 
@@ -269,6 +402,8 @@ proptest! {
                 store,
                 vms: Vec::new(),
                 tasks: Vec::new(),
+                snapshots: Vec::new(),
+                templates: Vec::new(),
                 ended: HashMap::new(),
                 generations: HashMap::new(),
             };

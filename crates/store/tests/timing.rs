@@ -10,10 +10,13 @@ mod support;
 
 use std::time::{Duration, Instant};
 
-use aether_store::{Durability, NewExecution, PageRequest, SqliteStore, Store};
+use aether_store::{Capacity, Durability, NewExecution, PageRequest, SqliteStore, Store};
 use aether_types::{ExecutionId, ExecutionSpec, TaskKind, WorkerId};
 
 const ROUNDS: usize = 2000;
+
+/// As a server is configured: both bounds are checked, and neither is met.
+const CAPACITY: Capacity = Capacity { vms_max: Some(10_000), starting_max: Some(1_000) };
 
 #[derive(Default)]
 struct Watch {
@@ -79,7 +82,7 @@ async fn methods() {
             if round % 20 == 0 {
                 let name = format!("vm-{round}");
                 let new = support::new_task(TaskKind::VmCreate);
-                let create = store.create_vm(support::new_vm(&name), new, None);
+                let create = store.create_vm(support::new_vm(&name), new, CAPACITY, None);
                 let made = watch.time("create_vm", create).await.unwrap();
                 let new = support::new_task(TaskKind::VmDelete);
                 let delete = store.request_on_vm(made.vm.id, new, None);

@@ -1,14 +1,15 @@
 //! Attempts at tasks, each fenced by its epoch.
 
 use aether_types::{
-    ErrorCode, ExecutionId, ExecutionState, Fault, RetainedOutput, Task, TaskId, TaskKind,
-    TaskState, Timestamp, VmEvent, VmState, WorkerId,
+    ErrorCode, ExecutionId, ExecutionState, Fault, RetainedOutput, SnapshotId, Task, TaskId,
+    TaskKind, TaskState, Timestamp, VmEvent, VmState, WorkerId,
 };
 use sqlx::Connection;
 
 use super::{
     SqliteStore, rows,
     rows::task_columns,
+    snapshots,
     write::{self, Tx},
 };
 use crate::{AttemptEnd, Begin, ExecutionEnd, StoreError, VmChange, VmPatch, error::Context};
@@ -69,12 +70,20 @@ fn exhausted(task: &Task) -> AttemptEnd {
     let fault =
         Fault::new(ErrorCode::AttemptsExhausted, format!("gave up after {attempts} attempts"));
     let vm = match task.kind {
-        TaskKind::VmCreate | TaskKind::VmStart | TaskKind::VmStop => Some(VmChange {
+        TaskKind::VmCreate
+        | TaskKind::VmStart
+        | TaskKind::VmStop
+        | TaskKind::VmSuspend
+        | TaskKind::TemplateBuild => Some(VmChange {
             event: VmEvent::Failed,
             reason: Some(fault.clone()),
             patch: VmPatch::default(),
         }),
-        TaskKind::VmPause | TaskKind::VmResume | TaskKind::VmExecute | TaskKind::VmDelete => None,
+        TaskKind::VmPause
+        | TaskKind::VmResume
+        | TaskKind::VmSnapshot
+        | TaskKind::VmExecute
+        | TaskKind::VmDelete => None,
     };
     let lost =
         Fault::new(ErrorCode::ExecutionLost, "nobody knows whether the command ran to its end");
@@ -86,7 +95,14 @@ fn exhausted(task: &Task) -> AttemptEnd {
         stdout: RetainedOutput::default(),
         stderr: RetainedOutput::default(),
     };
-    AttemptEnd { state: TaskState::Failed, error: Some(fault), vm, execution: Some(execution) }
+    AttemptEnd {
+        state: TaskState::Failed,
+        error: Some(fault),
+        vm,
+        execution: Some(execution),
+        snapshot: None,
+        template: None,
+    }
 }
 
 pub(super) async fn execution_started(
@@ -207,6 +223,8 @@ pub(super) async fn retry(
 fn cancelled(mut end: AttemptEnd) -> AttemptEnd {
     let fault = Fault::new(ErrorCode::Cancelled, "cancelled on request");
     end.state = TaskState::Cancelled;
+    end.snapshot = None;
+    end.template = None;
     if let Some(vm) = &mut end.vm {
         vm.reason = Some(fault.clone());
     }
@@ -229,7 +247,7 @@ async fn finish(
     Ok(task)
 }
 
-/// What the end of a task does to its execution and its VM.
+/// What the end of a task does to its execution, to what it was to make, and to its VM.
 async fn effects(
     tx: &mut Tx<'_>,
     task: &Task,
@@ -237,7 +255,9 @@ async fn effects(
     now: Timestamp,
 ) -> Result<(), StoreError> {
     write::end_execution(tx, task, end.execution, now).await?;
-    let Some(change) = end.vm else { return Ok(()) };
+    let made = snapshots::settle(tx, task, end.snapshot, end.template, now).await?;
+    let memory = made.filter(|_| task.kind == TaskKind::VmSuspend);
+    let Some(change) = end.vm else { return settle_memory(tx, task, memory, now).await };
     let mut vm = write::vm(tx, task.vm_id).await?.ok_or(StoreError::Corrupt("task"))?;
     // A failed attempt at a start says nothing about a VM that came to run meanwhile.
     let on_its_way = match (task.kind, change.event) {
@@ -246,6 +266,33 @@ async fn effects(
         }
         _ => true,
     };
-    let Some(next) = vm.state.apply(change.event).filter(|_| on_its_way) else { return Ok(()) };
+    let Some(next) = vm.state.apply(change.event).filter(|_| on_its_way) else {
+        return settle_memory(tx, task, memory, now).await;
+    };
+    vm.memory = memory.or(vm.memory);
     write::move_vm(tx, &mut vm, next, change.reason, &change.patch, now).await
+}
+
+/// The memory of a VM whose state the end of the task leaves as it is: a suspended VM whose machine
+/// was found gone meanwhile is stopped already, and has its memory; a start uses it up.
+async fn settle_memory(
+    tx: &mut Tx<'_>,
+    task: &Task,
+    memory: Option<SnapshotId>,
+    now: Timestamp,
+) -> Result<(), StoreError> {
+    if memory.is_none() && task.kind != TaskKind::VmStart {
+        return Ok(());
+    }
+    sqlx::query(
+        "update vms set memory = $2, updated_at = $3, generation = generation + 1 \
+         where id = $1 and ($2 is null and memory is not null or $2 is not null and state = 'stopped')",
+    )
+    .bind(task.vm_id.to_string())
+    .bind(memory.map(|id| id.to_string()))
+    .bind(now.unix_ms())
+    .execute(&mut **tx)
+    .await
+    .context("settle a VM's memory")?;
+    Ok(())
 }

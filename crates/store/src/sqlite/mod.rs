@@ -12,19 +12,22 @@
 //! lone statement happens at its last step, and an error of it must not be lost.
 
 mod attempts;
+mod create;
 mod executions;
 mod keys;
 mod requests;
 mod rows;
+mod snapshots;
 mod tasks;
+mod templates;
 mod vms;
 mod write;
 
 use std::{fs::OpenOptions, os::unix::fs::OpenOptionsExt, path::Path, time::Duration};
 
 use aether_types::{
-    Execution, ExecutionId, Fault, OutputStream, RetainedOutput, StateChange, Task, TaskId,
-    Timestamp, Vm, VmId, WorkerId,
+    Execution, ExecutionId, Fault, OutputStream, RetainedOutput, Snapshot, SnapshotId, StateChange,
+    Task, TaskId, Template, TemplateId, TemplateProgress, Timestamp, Vm, VmId, WorkerId,
 };
 use async_trait::async_trait;
 use sqlx::{
@@ -34,8 +37,9 @@ use sqlx::{
 use tokio::sync::Mutex;
 
 use crate::{
-    Accepted, ApiKey, AttemptEnd, Begin, CancelOutcome, Idempotency, NewExecution, NewTask, NewVm,
-    Page, PageRequest, Store, StoreError, TaskFilter, VmChange, VmFilter, VmPatch, error::Context,
+    Accepted, ApiKey, AttemptEnd, Begin, CancelOutcome, Capacity, Forked, Idempotency,
+    NewExecution, NewSnapshot, NewTask, NewTemplate, NewVm, Page, PageRequest, SnapshotFilter,
+    Store, StoreError, TaskFilter, TemplateFilter, VmChange, VmFilter, VmPatch, error::Context,
 };
 
 /// Enough for a gateway on a few processors; each costs a thread and a page cache.
@@ -134,9 +138,10 @@ impl Store for SqliteStore {
         &self,
         vm: NewVm,
         task: NewTask,
+        capacity: Capacity,
         idempotency: Option<Idempotency>,
     ) -> Result<Accepted, StoreError> {
-        requests::create_vm(self, vm, task, idempotency).await
+        create::create_vm(self, vm, task, capacity, idempotency).await
     }
 
     async fn request_on_vm(
@@ -146,6 +151,96 @@ impl Store for SqliteStore {
         idempotency: Option<Idempotency>,
     ) -> Result<Accepted, StoreError> {
         requests::request_on_vm(self, vm, task, idempotency).await
+    }
+
+    async fn request_snapshot(
+        &self,
+        vm: VmId,
+        snapshot: NewSnapshot,
+        task: NewTask,
+        idempotency: Option<Idempotency>,
+    ) -> Result<(Accepted, Snapshot), StoreError> {
+        snapshots::request(self, vm, snapshot, task, idempotency).await
+    }
+
+    async fn fork_vm(
+        &self,
+        vm: VmId,
+        snapshot: NewSnapshot,
+        task: NewTask,
+        clones: Vec<(NewVm, NewTask)>,
+        capacity: Capacity,
+        idempotency: Option<Idempotency>,
+    ) -> Result<Forked, StoreError> {
+        create::fork_vm(self, vm, snapshot, task, clones, capacity, idempotency).await
+    }
+
+    async fn build_template(
+        &self,
+        template: NewTemplate,
+        snapshot: NewSnapshot,
+        builder: NewVm,
+        task: NewTask,
+        idempotency: Option<Idempotency>,
+    ) -> Result<(Accepted, Template), StoreError> {
+        templates::build(self, template, snapshot, builder, task, idempotency).await
+    }
+
+    async fn delete_snapshot(&self, id: SnapshotId) -> Result<Snapshot, StoreError> {
+        snapshots::delete(self, id).await
+    }
+
+    async fn delete_template(&self, id: TemplateId) -> Result<Template, StoreError> {
+        templates::delete(self, id).await
+    }
+
+    async fn template_progress(
+        &self,
+        task: TaskId,
+        epoch: i64,
+        progress: TemplateProgress,
+    ) -> Result<Template, StoreError> {
+        templates::progress(self, task, epoch, progress).await
+    }
+
+    async fn snapshot(&self, id: SnapshotId) -> Result<Option<Snapshot>, StoreError> {
+        snapshots::get(self, id).await
+    }
+
+    async fn snapshot_by_name(&self, name: &str) -> Result<Option<Snapshot>, StoreError> {
+        snapshots::by_name(self, name).await
+    }
+
+    async fn snapshots(
+        &self,
+        filter: SnapshotFilter,
+        page: PageRequest,
+    ) -> Result<Page<Snapshot>, StoreError> {
+        snapshots::list(self, &filter, page).await
+    }
+
+    async fn template(&self, id: TemplateId) -> Result<Option<Template>, StoreError> {
+        templates::get(self, id).await
+    }
+
+    async fn template_by_name(
+        &self,
+        name: &str,
+        tag: &str,
+    ) -> Result<Option<Template>, StoreError> {
+        templates::by_name(self, name, tag).await
+    }
+
+    async fn templates(
+        &self,
+        filter: TemplateFilter,
+        page: PageRequest,
+    ) -> Result<Page<Template>, StoreError> {
+        templates::list(self, &filter, page).await
+    }
+
+    async fn retire_snapshots(&self) -> Result<Vec<Snapshot>, StoreError> {
+        snapshots::retire(self).await
     }
 
     async fn request_execution(

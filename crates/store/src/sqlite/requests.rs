@@ -10,81 +10,16 @@ use sqlx::Connection;
 use super::{
     SqliteStore, rows,
     rows::{execution_columns, task_columns},
+    snapshots,
     write::{self, Tx},
 };
 use crate::{
-    Accepted, CancelOutcome, Idempotency, NewExecution, NewTask, NewVm, StoreError, VmPatch,
+    Accepted, CancelOutcome, Idempotency, NewExecution, NewTask, StoreError, VmPatch,
     error::Context,
 };
 
 /// How long an idempotency key is kept: 24 hours.
 const IDEMPOTENCY_MS: i64 = 24 * 3600 * 1000;
-
-pub(super) async fn create_vm(
-    store: &SqliteStore,
-    new: NewVm,
-    task: NewTask,
-    idempotency: Option<Idempotency>,
-) -> Result<Accepted, StoreError> {
-    expect_kind(&task, task.kind == TaskKind::VmCreate)?;
-    let now = Timestamp::now();
-    let timeout_ms =
-        new.spec.timeout_s.map(|s| i64::try_from(s).unwrap_or(i64::MAX).saturating_mul(1000));
-    let vm = Vm {
-        id: new.id,
-        name: new.name,
-        state: VmState::Creating,
-        reason: None,
-        spec: new.spec,
-        worker_id: None,
-        address: None,
-        created_at: now,
-        updated_at: now,
-        expires_at: timeout_ms.map(|ms| now.plus_ms(ms)),
-        generation: 1,
-    };
-    let task = write::pending(&task, vm.id, now);
-    let spec = serde_json::to_string(&vm.spec).map_err(|_| StoreError::Corrupt("VM to record"))?;
-
-    let mut writer = store.writer.lock().await;
-    let mut tx = writer.begin_with("begin immediate").await.context("begin a transaction")?;
-    if let Some(earlier) = earlier(&mut tx, idempotency.as_ref(), now).await? {
-        return Ok(earlier);
-    }
-    let inserted = sqlx::query(
-        "insert into vms (id, name, state, spec, driver, created_at, updated_at, expires_at, \
-         generation) values ($1, $2, 'creating', $3, $4, $5, $5, $6, 1); \
-         insert into vm_changes (vm_id, generation, state, at) values ($1, 1, 'creating', $5)",
-    )
-    .bind(vm.id.to_string())
-    .bind(vm.name.clone())
-    .bind(spec)
-    .bind(vm.spec.driver.as_str())
-    .bind(now.unix_ms())
-    .bind(vm.expires_at.map(Timestamp::unix_ms))
-    .execute(&mut *tx)
-    .await;
-    if let Err(sqlx::Error::Database(e)) = &inserted
-        && e.is_unique_violation()
-        && e.message().ends_with("vms.name")
-    {
-        return Err(StoreError::NameTaken { name: vm.name });
-    }
-    inserted.context("record a VM")?;
-    for (key, value) in &vm.spec.labels {
-        sqlx::query("insert into vm_labels (vm_id, key, value) values ($1, $2, $3)")
-            .bind(vm.id.to_string())
-            .bind(key.clone())
-            .bind(value.clone())
-            .execute(&mut *tx)
-            .await
-            .context("record a VM's labels")?;
-    }
-    write::insert_task(&mut tx, &task).await?;
-    remember(&mut tx, idempotency, task.id, now).await?;
-    tx.commit().await.context("commit a VM's creation")?;
-    Ok(Accepted { vm, task, repeated: false, cancelled: Vec::new() })
-}
 
 pub(super) async fn request_on_vm(
     store: &SqliteStore,
@@ -112,7 +47,11 @@ pub(super) async fn request_on_vm(
         TaskKind::VmDelete => (VmEvent::DeleteRequested, true),
         TaskKind::VmPause => (VmEvent::PauseDone, false),
         TaskKind::VmResume => (VmEvent::ResumeDone, false),
-        TaskKind::VmCreate | TaskKind::VmExecute => {
+        TaskKind::VmCreate
+        | TaskKind::VmExecute
+        | TaskKind::VmSuspend
+        | TaskKind::VmSnapshot
+        | TaskKind::TemplateBuild => {
             return Err(StoreError::WrongKind { kind: new.kind });
         }
     };
@@ -132,6 +71,9 @@ pub(super) async fn request_on_vm(
         | TaskKind::VmPause
         | TaskKind::VmResume
         | TaskKind::VmCreate
+        | TaskKind::VmSuspend
+        | TaskKind::VmSnapshot
+        | TaskKind::TemplateBuild
         | TaskKind::VmExecute => Vec::new(),
     };
     let task = write::pending(&new, id, now);
@@ -175,6 +117,9 @@ async fn end_for_deletion(
         TaskKind::VmStop,
         TaskKind::VmPause,
         TaskKind::VmResume,
+        TaskKind::VmSuspend,
+        TaskKind::VmSnapshot,
+        TaskKind::TemplateBuild,
         TaskKind::VmExecute,
     ];
     let fault = Fault::new(ErrorCode::VmStopped, "the VM was deleted");
@@ -191,8 +136,13 @@ async fn end_for_deletion(
 }
 
 /// What needs the VM to run and has not begun fails; what runs is ended by the stop itself.
-async fn end_for_stop(tx: &mut Tx<'_>, vm: VmId, now: Timestamp) -> Result<Vec<Task>, StoreError> {
-    const KINDS: &[TaskKind] = &[TaskKind::VmExecute, TaskKind::VmPause, TaskKind::VmResume];
+pub(super) async fn end_for_stop(
+    tx: &mut Tx<'_>,
+    vm: VmId,
+    now: Timestamp,
+) -> Result<Vec<Task>, StoreError> {
+    const KINDS: &[TaskKind] =
+        &[TaskKind::VmExecute, TaskKind::VmPause, TaskKind::VmResume, TaskKind::VmSnapshot];
     let fault = Fault::new(ErrorCode::VmStopped, "the VM was stopped before this began");
     write::end_pending_of_vm(tx, vm, KINDS, TaskState::Failed, &fault, now).await
 }
@@ -262,8 +212,12 @@ pub(super) async fn cancel_task(
         return Ok(CancelOutcome::AlreadyEnded(task));
     }
     match task.kind {
-        TaskKind::VmCreate | TaskKind::VmExecute => {}
+        TaskKind::VmCreate
+        | TaskKind::VmExecute
+        | TaskKind::VmSnapshot
+        | TaskKind::TemplateBuild => {}
         TaskKind::VmStart
+        | TaskKind::VmSuspend
         | TaskKind::VmStop
         | TaskKind::VmPause
         | TaskKind::VmResume
@@ -288,7 +242,8 @@ pub(super) async fn cancel_task(
         .context("cancel a task")?;
     write::end_task(&mut tx, &mut task, TaskState::Cancelled, Some(fault.clone()), now).await?;
     write::end_execution(&mut tx, &task, None, now).await?;
-    if task.kind == TaskKind::VmCreate {
+    snapshots::settle(&mut tx, &task, None, None, now).await?;
+    if matches!(task.kind, TaskKind::VmCreate | TaskKind::TemplateBuild) {
         let mut vm = write::vm(&mut tx, task.vm_id).await?.ok_or(StoreError::Corrupt("task"))?;
         if let Some(next) = vm.state.apply(VmEvent::Failed) {
             let patch = VmPatch::default();
@@ -299,12 +254,12 @@ pub(super) async fn cancel_task(
     Ok(CancelOutcome::Cancelled(task))
 }
 
-fn expect_kind(task: &NewTask, fits: bool) -> Result<(), StoreError> {
+pub(super) fn expect_kind(task: &NewTask, fits: bool) -> Result<(), StoreError> {
     if fits { Ok(()) } else { Err(StoreError::WrongKind { kind: task.kind }) }
 }
 
 /// The answer to an earlier request with the same key, as things are now.
-async fn earlier(
+pub(super) async fn earlier(
     tx: &mut Tx<'_>,
     idempotency: Option<&Idempotency>,
     now: Timestamp,
@@ -328,7 +283,7 @@ async fn earlier(
 }
 
 /// Keeps a key with the task that it asked for, and drops the keys that are too old.
-async fn remember(
+pub(super) async fn remember(
     tx: &mut Tx<'_>,
     idempotency: Option<Idempotency>,
     task: TaskId,

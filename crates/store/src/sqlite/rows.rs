@@ -4,8 +4,8 @@
 use std::str::FromStr;
 
 use aether_types::{
-    Execution, ExecutionState, ExitStatus, Fault, OutputStream, Priority, StateChange, Task,
-    Timestamp, Vm,
+    Execution, ExecutionState, ExitStatus, Fault, OutputStream, Priority, Snapshot, StateChange,
+    Task, Template, Timestamp, Vm,
 };
 use sqlx::{Row, sqlite::SqliteRow};
 
@@ -14,14 +14,15 @@ use crate::{Cursor, StoreError};
 macro_rules! vm_columns {
     () => {
         "id, name, state, reason_code, reason_message, spec, worker_id, address, created_at, \
-         updated_at, expires_at, generation"
+         updated_at, expires_at, generation, start, memory"
     };
 }
 
 macro_rules! task_columns {
     () => {
         "id, kind, state, priority, vm_id, execution_id, attempts, max_attempts, worker_id, epoch, \
-         cancel_requested, created_at, started_at, finished_at, error_code, error_message"
+         cancel_requested, created_at, started_at, finished_at, error_code, error_message, \
+         snapshot_id"
     };
 }
 
@@ -32,7 +33,21 @@ macro_rules! execution_columns {
     };
 }
 
-pub(super) use {execution_columns, task_columns, vm_columns};
+macro_rules! snapshot_columns {
+    () => {
+        "id, name, purpose, state, reason_code, reason_message, vm_id, worker_id, driver, image, \
+         vcpus, memory_mb, disk_mb, size_bytes, digest, paused_us, created_at, updated_at"
+    };
+}
+
+macro_rules! template_columns {
+    () => {
+        "id, name, tag, state, reason_code, reason_message, spec, digest, snapshot_id, builder_id, \
+         task_id, progress, size_bytes, created_at, updated_at, generation"
+    };
+}
+
+pub(super) use {execution_columns, snapshot_columns, task_columns, template_columns, vm_columns};
 
 pub(super) fn vm(row: &SqliteRow) -> Result<Vm, StoreError> {
     let r = Reader { row, noun: "VM" };
@@ -47,6 +62,8 @@ pub(super) fn vm(row: &SqliteRow) -> Result<Vm, StoreError> {
         created_at: r.time(8)?,
         updated_at: r.time(9)?,
         expires_at: r.time_option(10)?,
+        start: r.json_option(12)?,
+        memory: r.parsed_option(13)?,
         generation: r.get(11)?,
     })
 }
@@ -60,6 +77,7 @@ pub(super) fn task(row: &SqliteRow) -> Result<Task, StoreError> {
         priority: r.parsed::<Priority>(3)?,
         vm_id: r.parsed(4)?,
         execution_id: r.parsed_option(5)?,
+        snapshot_id: r.parsed_option(16)?,
         attempts: r.unsigned(6)?,
         max_attempts: r.unsigned(7)?,
         worker_id: r.parsed_option(8)?,
@@ -81,7 +99,6 @@ pub(super) fn execution(row: &SqliteRow) -> Result<Execution, StoreError> {
         (None, Some(signal)) => Some(ExitStatus::Signal(signal)),
         (None, None) => None,
     };
-    let duration_us = r.get::<Option<i64>>(13)?.map(u64::try_from).transpose();
     Ok(Execution {
         id: r.parsed(0)?,
         vm_id: r.parsed(1)?,
@@ -94,7 +111,51 @@ pub(super) fn execution(row: &SqliteRow) -> Result<Execution, StoreError> {
         created_at: r.time(10)?,
         started_at: r.time_option(11)?,
         finished_at: r.time_option(12)?,
-        duration_us: duration_us.map_err(|_| r.corrupt())?,
+        duration_us: r.size_option(13)?,
+    })
+}
+
+pub(super) fn snapshot(row: &SqliteRow) -> Result<Snapshot, StoreError> {
+    let r = Reader { row, noun: "snapshot" };
+    Ok(Snapshot {
+        id: r.parsed(0)?,
+        name: r.get(1)?,
+        purpose: r.parsed(2)?,
+        state: r.parsed(3)?,
+        reason: r.fault(4, 5)?,
+        vm_id: r.parsed(6)?,
+        worker_id: r.parsed_option(7)?,
+        driver: r.parsed(8)?,
+        image: r.get(9)?,
+        vcpus: r.unsigned(10)?,
+        memory_mb: r.unsigned(11)?,
+        disk_mb: r.unsigned(12)?,
+        size_bytes: r.size_option(13)?,
+        digest: r.get(14)?,
+        paused_us: r.size_option(15)?,
+        created_at: r.time(16)?,
+        updated_at: r.time(17)?,
+    })
+}
+
+pub(super) fn template(row: &SqliteRow) -> Result<Template, StoreError> {
+    let r = Reader { row, noun: "template" };
+    Ok(Template {
+        id: r.parsed(0)?,
+        name: r.get(1)?,
+        tag: r.get(2)?,
+        state: r.parsed(3)?,
+        reason: r.fault(4, 5)?,
+        spec: r.json(6)?,
+        digest: r.get(7)?,
+        snapshot_id: r.parsed(8)?,
+        builder_id: r.parsed(9)?,
+        task_id: r.parsed(10)?,
+        progress: r.json(11)?,
+        size_bytes: r.size_option(12)?,
+        created_at: r.time(13)?,
+        updated_at: r.time(14)?,
+        generation: r.get(15)?,
     })
 }
 
@@ -116,6 +177,14 @@ pub(super) fn execution_position(execution: &Execution) -> Option<Cursor> {
     Cursor::new(execution.created_at.unix_ms(), &execution.id.to_string())
 }
 
+pub(super) fn snapshot_position(snapshot: &Snapshot) -> Option<Cursor> {
+    Cursor::new(snapshot.created_at.unix_ms(), &snapshot.id.to_string())
+}
+
+pub(super) fn template_position(template: &Template) -> Option<Cursor> {
+    Cursor::new(template.created_at.unix_ms(), &template.id.to_string())
+}
+
 pub(super) fn stream_name(stream: OutputStream) -> &'static str {
     match stream {
         OutputStream::Stdout => "stdout",
@@ -126,6 +195,19 @@ pub(super) fn stream_name(stream: OutputStream) -> &'static str {
 /// The two columns of a fault.
 pub(super) fn fault_columns(fault: Option<&Fault>) -> (Option<&'static str>, Option<String>) {
     fault.map_or((None, None), |f| (Some(f.code.as_str()), Some(f.message.clone())))
+}
+
+/// A specification or a report as it is stored.
+pub(super) fn json<T: serde::Serialize>(
+    value: &T,
+    noun: &'static str,
+) -> Result<String, StoreError> {
+    serde_json::to_string(value).map_err(|_| StoreError::Corrupt(noun))
+}
+
+/// SQLite's integers are signed.
+pub(super) fn size_column(size: u64) -> i64 {
+    i64::try_from(size).unwrap_or(i64::MAX)
 }
 
 /// Every row of an answer.
@@ -157,13 +239,26 @@ impl<'r> Reader<'r> {
         self.get::<&str>(column)?.parse().map_err(|_| self.corrupt())
     }
 
-    fn parsed_option<T: FromStr>(&self, column: usize) -> Result<Option<T>, StoreError> {
+    pub(super) fn parsed_option<T: FromStr>(&self, column: usize) -> Result<Option<T>, StoreError> {
         let text = self.get::<Option<&str>>(column)?;
         text.map(str::parse).transpose().map_err(|_| self.corrupt())
     }
 
     fn json<T: serde::de::DeserializeOwned>(&self, column: usize) -> Result<T, StoreError> {
         serde_json::from_str(self.get(column)?).map_err(|_| self.corrupt())
+    }
+
+    fn json_option<T: serde::de::DeserializeOwned>(
+        &self,
+        column: usize,
+    ) -> Result<Option<T>, StoreError> {
+        let text = self.get::<Option<&str>>(column)?;
+        text.map(serde_json::from_str).transpose().map_err(|_| self.corrupt())
+    }
+
+    fn size_option(&self, column: usize) -> Result<Option<u64>, StoreError> {
+        let size = self.get::<Option<i64>>(column)?;
+        size.map(u64::try_from).transpose().map_err(|_| self.corrupt())
     }
 
     fn unsigned(&self, column: usize) -> Result<u32, StoreError> {

@@ -29,15 +29,17 @@ pub(super) async fn change(
 }
 
 pub(super) async fn patch(store: &SqliteStore, id: VmId, patch: VmPatch) -> Result<(), StoreError> {
+    let start = patch.start.map(|start| rows::json(&start, "start to record")).transpose()?;
     let mut writer = store.writer.lock().await;
     let done = sqlx::query(
         "update vms set worker_id = coalesce($2, worker_id), address = coalesce($3, address), \
-         updated_at = $4, generation = generation + 1 where id = $1",
+         start = coalesce($5, start), updated_at = $4, generation = generation + 1 where id = $1",
     )
     .bind(id.to_string())
     .bind(patch.worker_id.map(|w| w.to_string()))
     .bind(patch.address.map(|a| a.to_string()))
     .bind(Timestamp::now().unix_ms())
+    .bind(start)
     .execute(&mut *writer)
     .await
     .context("patch a VM")?;
@@ -83,6 +85,9 @@ pub(super) async fn list(
             states.push_bind(state.as_str());
         }
         query.push(")");
+    }
+    if !filter.builders {
+        query.push(" and builder = 0");
     }
     if let Some(driver) = filter.driver {
         query.push(" and driver = ").push_bind(driver.as_str());

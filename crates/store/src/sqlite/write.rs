@@ -9,6 +9,7 @@ use sqlx::{Sqlite, Transaction};
 use super::{
     rows,
     rows::{task_columns, vm_columns},
+    snapshots,
 };
 use crate::{ExecutionEnd, NewTask, StoreError, VmPatch, error::Context};
 
@@ -68,12 +69,18 @@ pub(super) async fn move_vm(
     vm.updated_at = now;
     vm.generation += 1;
     vm.worker_id = patch.worker_id.or(vm.worker_id);
+    if patch.start.is_some() {
+        vm.start.clone_from(&patch.start);
+    }
+    vm.memory = vm.memory.filter(|_| next.keeps_memory());
     // The address of a deleted VM goes to another.
     vm.address = if next == VmState::Deleted { None } else { patch.address.or(vm.address) };
+    let start = vm.start.as_ref().map(|start| rows::json(start, "start to record")).transpose()?;
     let (reason_code, reason_message) = rows::fault_columns(vm.reason.as_ref());
     sqlx::query(
         "update vms set state = $2, reason_code = $3, reason_message = $4, worker_id = $7, \
-         address = $8, updated_at = $5, generation = $6 where id = $1; \
+         address = $8, updated_at = $5, generation = $6, start = $9, memory = $10 \
+         where id = $1; \
          insert into vm_changes (vm_id, state, reason_code, reason_message, at, generation) \
          values ($1, $2, $3, $4, $5, $6)",
     )
@@ -85,6 +92,8 @@ pub(super) async fn move_vm(
     .bind(vm.generation)
     .bind(vm.worker_id.map(|w| w.to_string()))
     .bind(vm.address.map(|a| a.to_string()))
+    .bind(start)
+    .bind(vm.memory.map(|s| s.to_string()))
     .execute(&mut **tx)
     .await
     .context("change a VM")?;
@@ -100,6 +109,7 @@ pub(super) fn pending(new: &NewTask, vm: VmId, now: Timestamp) -> Task {
         priority: new.priority,
         vm_id: vm,
         execution_id: None,
+        snapshot_id: None,
         attempts: 0,
         max_attempts: new.max_attempts,
         worker_id: None,
@@ -116,8 +126,8 @@ pub(super) fn pending(new: &NewTask, vm: VmId, now: Timestamp) -> Task {
 pub(super) async fn insert_task(tx: &mut Tx<'_>, task: &Task) -> Result<(), StoreError> {
     sqlx::query(
         "insert into tasks (id, kind, state, priority, vm_id, execution_id, attempts, \
-         max_attempts, epoch, cancel_requested, created_at) \
-         values ($1, $2, 'pending', $3, $4, $5, 0, $6, 0, 0, $7); \
+         max_attempts, epoch, cancel_requested, created_at, snapshot_id) \
+         values ($1, $2, 'pending', $3, $4, $5, 0, $6, 0, 0, $7, $8); \
          insert into outbox (task_id) values ($1)",
     )
     .bind(task.id.to_string())
@@ -127,6 +137,7 @@ pub(super) async fn insert_task(tx: &mut Tx<'_>, task: &Task) -> Result<(), Stor
     .bind(task.execution_id.map(|e| e.to_string()))
     .bind(task.max_attempts)
     .bind(task.created_at.unix_ms())
+    .bind(task.snapshot_id.map(|s| s.to_string()))
     .execute(&mut **tx)
     .await
     .context("record a task")?;
@@ -137,8 +148,7 @@ pub(super) async fn insert_execution(
     tx: &mut Tx<'_>,
     execution: &Execution,
 ) -> Result<(), StoreError> {
-    let spec = serde_json::to_string(&execution.spec)
-        .map_err(|_| StoreError::Corrupt("execution to record"))?;
+    let spec = rows::json(&execution.spec, "execution to record")?;
     sqlx::query(
         "insert into executions (id, vm_id, task_id, spec, state, created_at) \
          values ($1, $2, $3, $4, 'pending', $5)",
@@ -199,7 +209,6 @@ pub(super) async fn end_execution(
         None => (None, None),
     };
     let (error_code, error_message) = rows::fault_columns(end.error.as_ref());
-    let duration_us = end.duration_us.map(|us| i64::try_from(us).unwrap_or(i64::MAX));
     sqlx::query(
         "update executions set state = $2, exit_code = $3, exit_signal = $4, error_code = $5, \
          error_message = $6, finished_at = $7, duration_us = $8 \
@@ -212,7 +221,7 @@ pub(super) async fn end_execution(
     .bind(error_code)
     .bind(error_message)
     .bind(now.unix_ms())
-    .bind(duration_us)
+    .bind(end.duration_us.map(rows::size_column))
     .execute(&mut **tx)
     .await
     .context("end an execution")?;
@@ -257,7 +266,7 @@ async fn insert_output(
     .bind(stream)
     .bind(output.head)
     .bind(output.tail)
-    .bind(i64::try_from(output.total_bytes).unwrap_or(i64::MAX))
+    .bind(rows::size_column(output.total_bytes))
     .execute(&mut **tx)
     .await
     .context("keep an execution's output")?;
@@ -266,12 +275,15 @@ async fn insert_output(
 
 const END_PENDING: &str = concat!(
     "update tasks set state = $2, error_code = $3, error_message = $4, finished_at = $5 \
-     where vm_id = $1 and state = 'pending' and (kind = $6 or kind = $7 or kind = $8 \
-     or kind = $9 or kind = $10 or kind = $11) returning ",
+     where vm_id = $1 and state = 'pending' \
+     and kind in ($6, $7, $8, $9, $10, $11, $12, $13, $14) returning ",
     task_columns!()
 );
 
-/// Ends the pending tasks of these kinds (six at most) of a VM, with their executions.
+/// Every kind but a deletion.
+const KINDS_MAX: usize = 9;
+
+/// Ends the pending tasks of these kinds of a VM, with what they were to make or run.
 pub(super) async fn end_pending_of_vm(
     tx: &mut Tx<'_>,
     vm: VmId,
@@ -280,7 +292,7 @@ pub(super) async fn end_pending_of_vm(
     fault: &Fault,
     now: Timestamp,
 ) -> Result<Vec<Task>, StoreError> {
-    debug_assert!(kinds.len() <= 6);
+    debug_assert!(kinds.len() <= KINDS_MAX);
     let id = vm.to_string();
     let mut query = sqlx::query(END_PENDING)
         .bind(id.clone())
@@ -288,7 +300,7 @@ pub(super) async fn end_pending_of_vm(
         .bind(fault.code.as_str())
         .bind(fault.message.clone())
         .bind(now.unix_ms());
-    for place in 0..6 {
+    for place in 0..KINDS_MAX {
         query = query.bind(kinds.get(place).map(|k| k.as_str()));
     }
     let found = query.fetch_all(&mut **tx).await.context("end a VM's pending tasks")?;
@@ -311,5 +323,9 @@ pub(super) async fn end_pending_of_vm(
     .execute(&mut **tx)
     .await
     .context("end a VM's pending executions")?;
-    rows::all(&found, rows::task)
+    let ended = rows::all(&found, rows::task)?;
+    for task in &ended {
+        snapshots::settle(tx, task, None, None, now).await?;
+    }
+    Ok(ended)
 }

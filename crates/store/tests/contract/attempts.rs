@@ -242,10 +242,10 @@ pub(crate) async fn a_change_without_a_transition_is_refused(store: &impl Store)
 pub(crate) async fn a_patch_keeps_what_it_does_not_name(store: &impl Store) {
     let vm = running(store, "a").await;
     let worker = WorkerId::new();
-    let patch = VmPatch { worker_id: Some(worker), address: None };
+    let patch = VmPatch { worker_id: Some(worker), ..VmPatch::default() };
     store.patch_vm(vm, patch).await.unwrap();
     let address = "10.0.0.7".parse().unwrap();
-    let patch = VmPatch { worker_id: None, address: Some(address) };
+    let patch = VmPatch { address: Some(address), ..VmPatch::default() };
     let before = store.vm(vm).await.unwrap().unwrap();
     store.patch_vm(vm, patch).await.unwrap();
     let after = store.vm(vm).await.unwrap().unwrap();

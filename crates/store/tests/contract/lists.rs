@@ -1,6 +1,6 @@
 //! Lists, pages, the outbox, expiry and keys.
 
-use aether_store::{ApiKey, NewVm, PageRequest, Store, StoreError, TaskFilter, VmFilter};
+use aether_store::{ApiKey, Capacity, NewVm, PageRequest, Store, StoreError, TaskFilter, VmFilter};
 use aether_types::{DriverKind, KeyId, TaskKind, TaskState, Timestamp, VmEvent, VmState, WorkerId};
 
 use crate::support::{begin, carry_out, create, execute, new_task, new_vm, request, running, spec};
@@ -48,12 +48,17 @@ pub(crate) async fn vms_are_filtered(store: &impl Store) {
     let mut other = NewVm { spec: spec(), ..new_vm("two") };
     other.spec.driver = DriverKind::Qemu;
     other.spec.labels.insert("tier".into(), "x".into());
-    let two = store.create_vm(other, new_task(TaskKind::VmCreate), None).await.unwrap().vm.id;
+    let two = store
+        .create_vm(other, new_task(TaskKind::VmCreate), Capacity::default(), None)
+        .await
+        .unwrap()
+        .vm
+        .id;
     let gone = running(store, "three").await;
     let deletion = request(store, gone, TaskKind::VmDelete).await;
     carry_out(store, &deletion.task, Some(VmEvent::Deleted)).await;
     let worker = WorkerId::new();
-    let patch = aether_store::VmPatch { worker_id: Some(worker), address: None };
+    let patch = aether_store::VmPatch { worker_id: Some(worker), ..Default::default() };
     store.patch_vm(one, patch).await.unwrap();
 
     let label = |key: &str, value: &str| vec![(key.to_owned(), value.to_owned())];
@@ -123,7 +128,11 @@ pub(crate) async fn expired_vms_are_found_until_they_are_deleted(store: &impl St
     assert_eq!(store.next_expiry().await.unwrap(), None);
     let mut new = new_vm("a");
     new.spec.timeout_s = Some(60);
-    let vm = store.create_vm(new, new_task(TaskKind::VmCreate), None).await.unwrap().vm;
+    let vm = store
+        .create_vm(new, new_task(TaskKind::VmCreate), Capacity::default(), None)
+        .await
+        .unwrap()
+        .vm;
     create(store, "forever").await;
     let end = vm.expires_at.unwrap();
     assert_eq!(end, vm.created_at.plus_ms(60_000));

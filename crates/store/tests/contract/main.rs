@@ -49,7 +49,7 @@ mod sqlite {
             a_cancelled_creation_leaves_a_failed_vm,
             a_pending_execution_is_cancelled_with_its_task,
             a_running_execution_is_asked_to_end,
-            only_creations_and_executions_can_be_cancelled,
+            a_change_of_state_cannot_be_cancelled,
             unknown_ids_are_typed_errors,
         },
         attempts::{

@@ -1,6 +1,6 @@
 //! Requests of clients.
 
-use aether_store::{CancelOutcome, Store, StoreError};
+use aether_store::{CancelOutcome, Capacity, Store, StoreError};
 use aether_types::{
     ErrorCode, ExecutionId, ExecutionState, TaskId, TaskKind, TaskState, VmEvent, VmId, VmState,
 };
@@ -24,7 +24,8 @@ pub(crate) async fn a_created_vm_and_its_task_are_recorded_and_owed(store: &impl
 
 pub(crate) async fn a_name_is_free_again_only_when_its_vm_is_deleted(store: &impl Store) {
     let vm = running(store, "a").await;
-    let again = || store.create_vm(new_vm("a"), new_task(TaskKind::VmCreate), None);
+    let again =
+        || store.create_vm(new_vm("a"), new_task(TaskKind::VmCreate), Capacity::default(), None);
     let Err(StoreError::NameTaken { name }) = again().await else { panic!("name given twice") };
     assert_eq!(name, "a");
     let deletion = request(store, vm, TaskKind::VmDelete).await;
@@ -37,7 +38,14 @@ pub(crate) async fn a_name_is_free_again_only_when_its_vm_is_deleted(store: &imp
 }
 
 pub(crate) async fn a_repeated_request_is_answered_with_the_first_task(store: &impl Store) {
-    let make = || store.create_vm(new_vm("a"), new_task(TaskKind::VmCreate), Some(key("k1", 1)));
+    let make = || {
+        store.create_vm(
+            new_vm("a"),
+            new_task(TaskKind::VmCreate),
+            Capacity::default(),
+            Some(key("k1", 1)),
+        )
+    };
     let first = make().await.unwrap();
     let second = make().await.unwrap();
     assert!(second.repeated && !first.repeated);
@@ -56,7 +64,12 @@ pub(crate) async fn a_repeated_request_is_answered_with_the_first_task(store: &i
 pub(crate) async fn an_idempotency_key_with_another_request_is_refused(store: &impl Store) {
     let make = |digest| {
         let task = new_task(TaskKind::VmCreate);
-        store.create_vm(new_vm(&format!("vm-{digest}")), task, Some(key("k", digest)))
+        store.create_vm(
+            new_vm(&format!("vm-{digest}")),
+            task,
+            Capacity::default(),
+            Some(key("k", digest)),
+        )
     };
     make(1).await.unwrap();
     assert!(matches!(make(2).await, Err(StoreError::IdempotencyConflict)));
@@ -66,7 +79,12 @@ pub(crate) async fn an_idempotency_key_with_another_request_is_refused(store: &i
 pub(crate) async fn a_refused_request_does_not_use_up_its_idempotency_key(store: &impl Store) {
     create(store, "a").await;
     let make = |name: &'static str| {
-        store.create_vm(new_vm(name), new_task(TaskKind::VmCreate), Some(key("k", 1)))
+        store.create_vm(
+            new_vm(name),
+            new_task(TaskKind::VmCreate),
+            Capacity::default(),
+            Some(key("k", 1)),
+        )
     };
     assert!(matches!(make("a").await, Err(StoreError::NameTaken { .. })));
     assert!(!make("b").await.unwrap().repeated);
@@ -230,7 +248,7 @@ pub(crate) async fn a_running_execution_is_asked_to_end(store: &impl Store) {
     assert_eq!(store.task(task.id).await.unwrap(), Some(asked));
 }
 
-pub(crate) async fn only_creations_and_executions_can_be_cancelled(store: &impl Store) {
+pub(crate) async fn a_change_of_state_cannot_be_cancelled(store: &impl Store) {
     let vm = running(store, "a").await;
     let stop = request(store, vm, TaskKind::VmStop).await;
     let refused = store.cancel_task(stop.task.id).await.unwrap_err();

@@ -1,12 +1,13 @@
 //! Short ways to say what a test needs.
 
 use aether_store::{
-    Accepted, AttemptEnd, Begin, ExecutionEnd, Idempotency, NewExecution, NewTask, NewVm, Store,
-    VmChange, VmPatch,
+    Accepted, AttemptEnd, Begin, Capacity, ExecutionEnd, Forked, Idempotency, NewExecution,
+    NewSnapshot, NewTask, NewTemplate, NewVm, SnapshotFacts, Store, VmChange, VmPatch,
 };
 use aether_types::{
     DriverKind, ErrorCode, Execution, ExecutionId, ExecutionSpec, ExecutionState, ExitStatus,
-    Fault, NetworkPolicy, Priority, RetainedOutput, Task, TaskId, TaskKind, TaskState, VmEvent,
+    Fault, NetworkPolicy, Origin, Priority, RetainedOutput, Snapshot, SnapshotId, SnapshotPurpose,
+    Task, TaskId, TaskKind, TaskState, Template, TemplateId, TemplateSpec, TemplateStep, VmEvent,
     VmId, VmSpec, WorkerId,
 };
 
@@ -21,6 +22,7 @@ pub(crate) fn spec() -> VmSpec {
         labels: [("team".to_owned(), "blue".to_owned())].into(),
         timeout_s: None,
         network: NetworkPolicy::default(),
+        origin: Origin::Image,
     }
 }
 
@@ -41,7 +43,10 @@ pub(crate) fn fault(code: ErrorCode) -> Fault {
 }
 
 pub(crate) async fn create(store: &impl Store, name: &str) -> Accepted {
-    store.create_vm(new_vm(name), new_task(TaskKind::VmCreate), None).await.unwrap()
+    store
+        .create_vm(new_vm(name), new_task(TaskKind::VmCreate), Capacity::default(), None)
+        .await
+        .unwrap()
 }
 
 /// A VM that runs.
@@ -79,12 +84,98 @@ pub(crate) async fn carry_out(store: &impl Store, task: &Task, event: Option<VmE
     store.end_attempt(task.id, task.epoch + 1, completed(event)).await.unwrap()
 }
 
+pub(crate) fn new_snapshot(purpose: SnapshotPurpose) -> NewSnapshot {
+    NewSnapshot { id: SnapshotId::new(), name: None, purpose }
+}
+
+/// Of a VM that runs.
+pub(crate) async fn snapshot(store: &impl Store, vm: VmId) -> (Accepted, Snapshot) {
+    let new = new_snapshot(SnapshotPurpose::User);
+    store.request_snapshot(vm, new, new_task(TaskKind::VmSnapshot), None).await.unwrap()
+}
+
+pub(crate) async fn suspend(store: &impl Store, vm: VmId) -> (Accepted, Snapshot) {
+    let new = new_snapshot(SnapshotPurpose::Memory);
+    store.request_snapshot(vm, new, new_task(TaskKind::VmSuspend), None).await.unwrap()
+}
+
+pub(crate) fn clones(names: &[String]) -> Vec<(NewVm, NewTask)> {
+    names.iter().map(|name| (new_vm(name), new_task(TaskKind::VmCreate))).collect()
+}
+
+pub(crate) async fn fork(store: &impl Store, vm: VmId, names: &[String]) -> Forked {
+    let (new, task) = (new_snapshot(SnapshotPurpose::Fork), new_task(TaskKind::VmSnapshot));
+    store.fork_vm(vm, new, task, clones(names), Capacity::default(), None).await.unwrap()
+}
+
+pub(crate) fn template_spec() -> TemplateSpec {
+    TemplateSpec {
+        image: "debian".into(),
+        driver: DriverKind::Sim,
+        vcpus: 1,
+        memory_mb: 256,
+        disk_mb: 512,
+        env: [("TOKEN".to_owned(), "s3cret".to_owned())].into(),
+        files: Vec::new(),
+        steps: vec![TemplateStep { run: "true".into(), timeout_s: None }],
+        start: None,
+        ready: None,
+        network: NetworkPolicy::default(),
+    }
+}
+
+pub(crate) fn new_template(name: &str) -> NewTemplate {
+    let id = TemplateId::new();
+    NewTemplate { id, name: name.into(), tag: "latest".into(), spec: template_spec() }
+}
+
+pub(crate) async fn build_as(
+    store: &impl Store,
+    template: NewTemplate,
+    idempotency: Option<Idempotency>,
+) -> (Accepted, Template) {
+    let builder = new_vm(&format!("build-{}", template.id));
+    let (new, task) = (new_snapshot(SnapshotPurpose::Template), new_task(TaskKind::TemplateBuild));
+    store.build_template(template, new, builder, task, idempotency).await.unwrap()
+}
+
+pub(crate) async fn build(store: &impl Store, name: &str) -> (Accepted, Template) {
+    build_as(store, new_template(name), None).await
+}
+
+/// A template that is ready.
+pub(crate) async fn built(store: &impl Store, name: &str) -> Template {
+    let (accepted, template) = build(store, name).await;
+    begin(store, accepted.task.id, 1).await;
+    store.end_attempt(accepted.task.id, 1, template_made("d1")).await.unwrap();
+    store.template(template.id).await.unwrap().unwrap()
+}
+
+pub(crate) fn sealed() -> SnapshotFacts {
+    SnapshotFacts { size_bytes: 4096, digest: "0123abcd".into(), paused_us: 1500 }
+}
+
+/// The end of a task that made its snapshot.
+pub(crate) fn made(event: Option<VmEvent>) -> AttemptEnd {
+    AttemptEnd { snapshot: Some(sealed()), ..completed(event) }
+}
+
+pub(crate) fn template_made(digest: &str) -> AttemptEnd {
+    AttemptEnd { template: Some(digest.into()), ..made(None) }
+}
+
+pub(crate) async fn snapshot_now(store: &impl Store, id: SnapshotId) -> Snapshot {
+    store.snapshot(id).await.unwrap().unwrap()
+}
+
 pub(crate) fn completed(event: Option<VmEvent>) -> AttemptEnd {
     AttemptEnd {
         state: TaskState::Completed,
         error: None,
         vm: event.map(|event| VmChange { event, reason: None, patch: VmPatch::default() }),
         execution: None,
+        snapshot: None,
+        template: None,
     }
 }
 
@@ -98,6 +189,8 @@ pub(crate) fn failed(code: ErrorCode, event: Option<VmEvent>) -> AttemptEnd {
             patch: VmPatch::default(),
         }),
         execution: None,
+        snapshot: None,
+        template: None,
     }
 }
 

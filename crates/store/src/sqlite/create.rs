@@ -1,0 +1,290 @@
+//! New VMs: alone, or as the clones of a fork.
+
+use aether_types::{
+    Origin, Snapshot, SnapshotId, SnapshotPurpose, SnapshotState, Task, TaskKind, TemplateId,
+    TemplateState, Timestamp, Vm, VmId, VmState,
+};
+use sqlx::Connection;
+
+use super::{
+    SqliteStore, requests,
+    rows::{self, task_columns, vm_columns},
+    snapshots, templates,
+    write::{self, Tx},
+};
+use crate::{
+    Accepted, Capacity, Forked, Idempotency, NewSnapshot, NewTask, NewVm, StoreError,
+    error::Context,
+};
+
+pub(super) async fn create_vm(
+    store: &SqliteStore,
+    new: NewVm,
+    task: NewTask,
+    capacity: Capacity,
+    idempotency: Option<Idempotency>,
+) -> Result<Accepted, StoreError> {
+    let builder = matches!(new.spec.origin, Origin::Builder(_));
+    requests::expect_kind(&task, task.kind == TaskKind::VmCreate && !builder)?;
+    let now = Timestamp::now();
+    let vm = creating(new, now);
+    let task = write::pending(&task, vm.id, now);
+
+    let mut writer = store.writer.lock().await;
+    let mut tx = writer.begin_with("begin immediate").await.context("begin a transaction")?;
+    if let Some(earlier) = requests::earlier(&mut tx, idempotency.as_ref(), now).await? {
+        return Ok(earlier);
+    }
+    admit(&mut tx, capacity, 1, vm.spec.origin).await?;
+    insert_vm(&mut tx, &vm).await?;
+    write::insert_task(&mut tx, &task).await?;
+    requests::remember(&mut tx, idempotency, task.id, now).await?;
+    tx.commit().await.context("commit a VM's creation")?;
+    Ok(Accepted { vm, task, repeated: false, cancelled: Vec::new() })
+}
+
+pub(super) async fn fork_vm(
+    store: &SqliteStore,
+    id: VmId,
+    new: NewSnapshot,
+    task: NewTask,
+    clones: Vec<(NewVm, NewTask)>,
+    capacity: Capacity,
+    idempotency: Option<Idempotency>,
+) -> Result<Forked, StoreError> {
+    let fits = task.kind == TaskKind::VmSnapshot && new.purpose == SnapshotPurpose::Fork;
+    requests::expect_kind(&task, fits)?;
+    for (_, task) in &clones {
+        requests::expect_kind(task, task.kind == TaskKind::VmCreate)?;
+    }
+    let mut writer = store.writer.lock().await;
+    let mut tx = writer.begin_with("begin immediate").await.context("begin a transaction")?;
+    let now = Timestamp::now();
+    if let Some(earlier) = requests::earlier(&mut tx, idempotency.as_ref(), now).await? {
+        return forked(&mut tx, earlier).await;
+    }
+    let vm = write::vm(&mut tx, id).await?.ok_or(StoreError::VmNotFound)?;
+    if !vm.state.takes_snapshots() {
+        return Err(StoreError::WrongState { vm: Box::new(vm), action: "be forked" });
+    }
+    let count = u32::try_from(clones.len()).unwrap_or(u32::MAX);
+    admit(&mut tx, capacity, count, Origin::Image).await?;
+    let snapshot = snapshots::creating(new, &vm, now);
+    let task = Task { snapshot_id: Some(snapshot.id), ..write::pending(&task, id, now) };
+    snapshots::insert(&mut tx, &snapshot).await?;
+    write::insert_task(&mut tx, &task).await?;
+    let clones = insert_clones(&mut tx, &snapshot, clones, now).await?;
+    requests::remember(&mut tx, idempotency, task.id, now).await?;
+    tx.commit().await.context("commit a fork")?;
+    let accepted = Accepted { vm, task, repeated: false, cancelled: Vec::new() };
+    Ok(Forked { accepted, snapshot, clones })
+}
+
+async fn insert_clones(
+    tx: &mut Tx<'_>,
+    snapshot: &Snapshot,
+    clones: Vec<(NewVm, NewTask)>,
+    now: Timestamp,
+) -> Result<Vec<(Vm, Task)>, StoreError> {
+    let mut made = Vec::with_capacity(clones.len());
+    for (place, (mut new, task)) in (0_i64..).zip(clones) {
+        new.spec.origin = Origin::Snapshot(snapshot.id);
+        let vm = creating(new, now);
+        let task = write::pending(&task, vm.id, now);
+        insert_vm(tx, &vm).await?;
+        write::insert_task(tx, &task).await?;
+        sqlx::query(
+            "insert into forks (snapshot_id, place, vm_id, task_id) values ($1, $2, $3, $4)",
+        )
+        .bind(snapshot.id.to_string())
+        .bind(place)
+        .bind(vm.id.to_string())
+        .bind(task.id.to_string())
+        .execute(&mut **tx)
+        .await
+        .context("record a clone")?;
+        made.push((vm, task));
+    }
+    Ok(made)
+}
+
+/// The answer to an earlier request to fork, as things are now.
+async fn forked(tx: &mut Tx<'_>, accepted: Accepted) -> Result<Forked, StoreError> {
+    const VMS: &str = concat!(
+        "select ",
+        vm_columns!(),
+        " from vms join (select place, vm_id from forks where snapshot_id = $1) \
+         on vm_id = id order by place"
+    );
+    const TASKS: &str = concat!(
+        "select ",
+        task_columns!(),
+        " from tasks join (select place, task_id from forks where snapshot_id = $1) \
+         on task_id = id order by place"
+    );
+    let snapshot = snapshots::of_task(tx, &accepted.task).await?;
+    let id = snapshot.id.to_string();
+    let vms =
+        sqlx::query(VMS).bind(id.clone()).fetch_all(&mut **tx).await.context("read clones")?;
+    let tasks = sqlx::query(TASKS)
+        .bind(id)
+        .fetch_all(&mut **tx)
+        .await
+        .context("read the tasks of clones")?;
+    let vms = rows::all(&vms, rows::vm)?;
+    let clones = vms.into_iter().zip(rows::all(&tasks, rows::task)?).collect();
+    Ok(Forked { accepted, snapshot, clones })
+}
+
+/// A VM as it begins.
+pub(super) fn creating(new: NewVm, now: Timestamp) -> Vm {
+    let timeout_ms =
+        new.spec.timeout_s.map(|s| i64::try_from(s).unwrap_or(i64::MAX).saturating_mul(1000));
+    Vm {
+        id: new.id,
+        name: new.name,
+        state: VmState::Creating,
+        reason: None,
+        spec: new.spec,
+        worker_id: None,
+        address: None,
+        created_at: now,
+        updated_at: now,
+        expires_at: timeout_ms.map(|ms| now.plus_ms(ms)),
+        start: None,
+        memory: None,
+        generation: 1,
+    }
+}
+
+pub(super) async fn insert_vm(tx: &mut Tx<'_>, vm: &Vm) -> Result<(), StoreError> {
+    let (origin, builder) = match vm.spec.origin {
+        Origin::Image => (None, false),
+        Origin::Template(id) => (Some(id.to_string()), false),
+        Origin::Snapshot(id) => (Some(id.to_string()), false),
+        Origin::Builder(_) => (None, true),
+    };
+    let inserted = sqlx::query(
+        "insert into vms (id, name, state, spec, driver, created_at, updated_at, expires_at, \
+         generation, origin, builder) values ($1, $2, 'creating', $3, $4, $5, $5, $6, 1, $7, $8); \
+         insert into vm_changes (vm_id, generation, state, at) values ($1, 1, 'creating', $5)",
+    )
+    .bind(vm.id.to_string())
+    .bind(vm.name.clone())
+    .bind(rows::json(&vm.spec, "VM to record")?)
+    .bind(vm.spec.driver.as_str())
+    .bind(vm.created_at.unix_ms())
+    .bind(vm.expires_at.map(Timestamp::unix_ms))
+    .bind(origin)
+    .bind(i64::from(builder))
+    .execute(&mut **tx)
+    .await;
+    if let Err(sqlx::Error::Database(e)) = &inserted
+        && e.is_unique_violation()
+        && e.message().ends_with("vms.name")
+    {
+        return Err(StoreError::NameTaken { name: vm.name.clone() });
+    }
+    inserted.context("record a VM")?;
+    for (key, value) in &vm.spec.labels {
+        sqlx::query("insert into vm_labels (vm_id, key, value) values ($1, $2, $3)")
+            .bind(vm.id.to_string())
+            .bind(key.clone())
+            .bind(value.clone())
+            .execute(&mut **tx)
+            .await
+            .context("record a VM's labels")?;
+    }
+    Ok(())
+}
+
+/// One statement answers what a creation depends on; a subquery that is not asked for is not run.
+/// The first counts in the index that keeps live names apart.
+const ADMIT: &str = "select \
+     case when $1 then (select count(*) from vms where state <> 'deleted') \
+     - (select count(*) from vms where builder = 1 and state <> 'deleted') end, \
+     case when $2 then (select count(*) from vms where state in ('creating', 'starting')) end, \
+     (select state from templates where id = $3), \
+     (select state from snapshots where id = $4 and purpose = 'user')";
+
+/// Is there room for so many VMs, and can they begin as they are to?
+async fn admit(
+    tx: &mut Tx<'_>,
+    capacity: Capacity,
+    count: u32,
+    origin: Origin,
+) -> Result<(), StoreError> {
+    let (template, snapshot) = match origin {
+        Origin::Template(id) => (Some(id), None),
+        Origin::Snapshot(id) => (None, Some(id)),
+        Origin::Image | Origin::Builder(_) => (None, None),
+    };
+    if capacity == Capacity::default() && template.is_none() && snapshot.is_none() {
+        return Ok(());
+    }
+    let row = sqlx::query(ADMIT)
+        .bind(capacity.vms_max.is_some())
+        .bind(capacity.starting_max.is_some())
+        .bind(template.map(|id| id.to_string()))
+        .bind(snapshot.map(|id| id.to_string()))
+        .fetch_one(&mut **tx)
+        .await
+        .context("look whether there is room for a VM")?;
+    let r = rows::Reader { row: &row, noun: "VM" };
+    room(r.get(0)?, count, capacity.vms_max, "VMs")?;
+    room(r.get(1)?, count, capacity.starting_max, "VMs that are being created or started")?;
+    if let Some(id) = template {
+        expect_template(tx, id, r.parsed_option(2)?).await?;
+    }
+    if let Some(id) = snapshot {
+        expect_snapshot(tx, id, r.parsed_option(3)?).await?;
+    }
+    Ok(())
+}
+
+fn room(
+    there: Option<i64>,
+    count: u32,
+    max: Option<u32>,
+    what: &'static str,
+) -> Result<(), StoreError> {
+    let (Some(there), Some(max)) = (there, max) else { return Ok(()) };
+    if there.saturating_add(i64::from(count)) <= i64::from(max) {
+        Ok(())
+    } else {
+        Err(StoreError::TooManyVms { what, max })
+    }
+}
+
+async fn expect_template(
+    tx: &mut Tx<'_>,
+    id: TemplateId,
+    state: Option<TemplateState>,
+) -> Result<(), StoreError> {
+    match state {
+        Some(TemplateState::Building | TemplateState::Ready) => Ok(()),
+        None | Some(TemplateState::Deleted) => Err(StoreError::TemplateNotFound),
+        Some(TemplateState::Failed) => {
+            let failed = templates::read(tx, id).await?.ok_or(StoreError::TemplateNotFound)?;
+            let why = failed.reason.map(|fault| format!(": {}", fault.message)).unwrap_or_default();
+            let detail = format!("the template `{}:{}` failed{why}", failed.name, failed.tag);
+            Err(StoreError::TemplateNotReady { detail })
+        }
+    }
+}
+
+async fn expect_snapshot(
+    tx: &mut Tx<'_>,
+    id: SnapshotId,
+    state: Option<SnapshotState>,
+) -> Result<(), StoreError> {
+    match state {
+        Some(SnapshotState::Creating | SnapshotState::Ready) => Ok(()),
+        None | Some(SnapshotState::Deleted) => Err(StoreError::SnapshotNotFound),
+        Some(SnapshotState::Failed) => {
+            let failed = snapshots::read(tx, id).await?.ok_or(StoreError::SnapshotNotFound)?;
+            let why = failed.reason.map(|fault| format!(": {}", fault.message)).unwrap_or_default();
+            Err(StoreError::SnapshotNotReady { detail: format!("the snapshot failed{why}") })
+        }
+    }
+}

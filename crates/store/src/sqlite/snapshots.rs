@@ -1,0 +1,390 @@
+//! Snapshots: how they are asked for, made, deleted and read.
+
+use aether_types::{
+    ErrorCode, Fault, Snapshot, SnapshotId, SnapshotPurpose, SnapshotState, Task, TaskKind,
+    TaskState, Timestamp, Vm, VmEvent, VmId,
+};
+use sqlx::{Connection, QueryBuilder, Sqlite};
+
+use super::{
+    SqliteStore, requests,
+    rows::{self, snapshot_columns},
+    templates,
+    write::{self, Tx},
+};
+use crate::{
+    Accepted, Idempotency, NewSnapshot, NewTask, Page, PageRequest, SnapshotFacts, SnapshotFilter,
+    StoreError, VmPatch, error::Context,
+};
+
+const GET: &str = concat!("select ", snapshot_columns!(), " from snapshots where id = $1");
+
+const BY_NAME: &str = concat!(
+    "select ",
+    snapshot_columns!(),
+    " from snapshots where name is not null and name = $1 and state <> 'deleted'"
+);
+
+pub(super) async fn request(
+    store: &SqliteStore,
+    id: VmId,
+    new: NewSnapshot,
+    task: NewTask,
+    idempotency: Option<Idempotency>,
+) -> Result<(Accepted, Snapshot), StoreError> {
+    let stops = match (task.kind, new.purpose) {
+        (TaskKind::VmSnapshot, SnapshotPurpose::User) => false,
+        (TaskKind::VmSuspend, SnapshotPurpose::Memory) => true,
+        _ => return Err(StoreError::WrongKind { kind: task.kind }),
+    };
+    let mut writer = store.writer.lock().await;
+    let mut tx = writer.begin_with("begin immediate").await.context("begin a transaction")?;
+    let now = Timestamp::now();
+    if let Some(earlier) = requests::earlier(&mut tx, idempotency.as_ref(), now).await? {
+        let snapshot = of_task(&mut tx, &earlier.task).await?;
+        return Ok((earlier, snapshot));
+    }
+    let mut vm = write::vm(&mut tx, id).await?.ok_or(StoreError::VmNotFound)?;
+    let mut cancelled = Vec::new();
+    if stops {
+        let Some(next) = vm.state.apply(VmEvent::StopRequested) else {
+            return Err(write::wrong_state(vm, VmEvent::StopRequested));
+        };
+        write::move_vm(&mut tx, &mut vm, next, None, &VmPatch::default(), now).await?;
+        cancelled = requests::end_for_stop(&mut tx, id, now).await?;
+    } else if !vm.state.takes_snapshots() {
+        let action = "have a snapshot taken";
+        return Err(StoreError::WrongState { vm: Box::new(vm), action });
+    }
+    let snapshot = creating(new, &vm, now);
+    let task = Task { snapshot_id: Some(snapshot.id), ..write::pending(&task, id, now) };
+    insert(&mut tx, &snapshot).await?;
+    write::insert_task(&mut tx, &task).await?;
+    requests::remember(&mut tx, idempotency, task.id, now).await?;
+    tx.commit().await.context("commit a request for a snapshot")?;
+    Ok((Accepted { vm, task, repeated: false, cancelled }, snapshot))
+}
+
+/// A snapshot of this VM as it begins.
+pub(super) fn creating(new: NewSnapshot, vm: &Vm, now: Timestamp) -> Snapshot {
+    Snapshot {
+        id: new.id,
+        name: new.name,
+        purpose: new.purpose,
+        state: SnapshotState::Creating,
+        reason: None,
+        vm_id: vm.id,
+        worker_id: None,
+        driver: vm.spec.driver,
+        image: vm.spec.image.clone(),
+        vcpus: vm.spec.vcpus,
+        memory_mb: vm.spec.memory_mb,
+        disk_mb: vm.spec.disk_mb,
+        size_bytes: None,
+        digest: None,
+        paused_us: None,
+        created_at: now,
+        updated_at: now,
+    }
+}
+
+pub(super) async fn insert(tx: &mut Tx<'_>, snapshot: &Snapshot) -> Result<(), StoreError> {
+    if let Some(name) = &snapshot.name {
+        // One that failed is about to be retired, and does not keep its name from another try.
+        sqlx::query(
+            "update snapshots set state = 'deleted', updated_at = $2 \
+             where name is not null and name = $1 and state <> 'deleted' and state = 'failed'",
+        )
+        .bind(name.clone())
+        .bind(snapshot.created_at.unix_ms())
+        .execute(&mut **tx)
+        .await
+        .context("free the name of a failed snapshot")?;
+    }
+    let inserted = sqlx::query(
+        "insert into snapshots (id, name, purpose, state, vm_id, driver, image, vcpus, memory_mb, \
+         disk_mb, created_at, updated_at) \
+         values ($1, $2, $3, 'creating', $4, $5, $6, $7, $8, $9, $10, $10)",
+    )
+    .bind(snapshot.id.to_string())
+    .bind(snapshot.name.clone())
+    .bind(snapshot.purpose.as_str())
+    .bind(snapshot.vm_id.to_string())
+    .bind(snapshot.driver.as_str())
+    .bind(snapshot.image.clone())
+    .bind(snapshot.vcpus)
+    .bind(snapshot.memory_mb)
+    .bind(snapshot.disk_mb)
+    .bind(snapshot.created_at.unix_ms())
+    .execute(&mut **tx)
+    .await;
+    if let (Err(sqlx::Error::Database(e)), Some(name)) = (&inserted, &snapshot.name)
+        && e.is_unique_violation()
+        && e.message().ends_with("snapshots.name")
+    {
+        return Err(StoreError::NameTaken { name: name.clone() });
+    }
+    inserted.context("record a snapshot")?;
+    Ok(())
+}
+
+pub(super) async fn read(tx: &mut Tx<'_>, id: SnapshotId) -> Result<Option<Snapshot>, StoreError> {
+    sqlx::query(GET)
+        .bind(id.to_string())
+        .fetch_optional(&mut **tx)
+        .await
+        .context("read a snapshot")?
+        .as_ref()
+        .map(rows::snapshot)
+        .transpose()
+}
+
+/// The snapshot that a task makes; for the answer to a request that was made before with the same
+/// idempotency key. A task without one came from another kind of request.
+pub(super) async fn of_task(tx: &mut Tx<'_>, task: &Task) -> Result<Snapshot, StoreError> {
+    let id = task.snapshot_id.ok_or(StoreError::IdempotencyConflict)?;
+    read(tx, id).await?.ok_or(StoreError::Corrupt("snapshot"))
+}
+
+/// What the end of a task does to the snapshot that it makes, and to the template whose snapshot
+/// that is. Gives the snapshot where it is ready.
+pub(super) async fn settle(
+    tx: &mut Tx<'_>,
+    task: &Task,
+    facts: Option<SnapshotFacts>,
+    template_digest: Option<String>,
+    now: Timestamp,
+) -> Result<Option<SnapshotId>, StoreError> {
+    let Some(id) = task.snapshot_id else { return Ok(None) };
+    let sealed = facts.filter(|_| task.state == TaskState::Completed);
+    let size_bytes = sealed.as_ref().map(|facts| facts.size_bytes);
+    let ready = if let Some(facts) = sealed {
+        make_ready(tx, task, id, facts, now).await?
+    } else {
+        fail(tx, task, id, now).await?;
+        false
+    };
+    if task.kind == TaskKind::TemplateBuild {
+        let built = template_digest.filter(|_| ready);
+        templates::settle(tx, task, built, size_bytes, now).await?;
+    }
+    Ok(Some(id).filter(|_| ready))
+}
+
+async fn make_ready(
+    tx: &mut Tx<'_>,
+    task: &Task,
+    id: SnapshotId,
+    facts: SnapshotFacts,
+    now: Timestamp,
+) -> Result<bool, StoreError> {
+    let done = sqlx::query(
+        "update snapshots set state = 'ready', worker_id = $2, size_bytes = $3, digest = $4, \
+         paused_us = $5, updated_at = $6 where id = $1 and state = 'creating'",
+    )
+    .bind(id.to_string())
+    .bind(task.worker_id.map(|w| w.to_string()))
+    .bind(rows::size_column(facts.size_bytes))
+    .bind(facts.digest)
+    .bind(rows::size_column(facts.paused_us))
+    .bind(now.unix_ms())
+    .execute(&mut **tx)
+    .await
+    .context("record that a snapshot is ready")?;
+    Ok(done.rows_affected() > 0)
+}
+
+async fn fail(
+    tx: &mut Tx<'_>,
+    task: &Task,
+    id: SnapshotId,
+    now: Timestamp,
+) -> Result<(), StoreError> {
+    let fault = implied_fault(task);
+    sqlx::query(
+        "update snapshots set state = 'failed', reason_code = $2, reason_message = $3, \
+         updated_at = $4 where id = $1 and state = 'creating'",
+    )
+    .bind(id.to_string())
+    .bind(fault.code.as_str())
+    .bind(fault.message)
+    .bind(now.unix_ms())
+    .execute(&mut **tx)
+    .await
+    .context("record that a snapshot failed")?;
+    Ok(())
+}
+
+/// Why a task has not made what it was to make.
+pub(super) fn implied_fault(task: &Task) -> Fault {
+    let code = match task.state {
+        TaskState::Cancelled => ErrorCode::Cancelled,
+        TaskState::Failed | TaskState::Completed | TaskState::Pending | TaskState::Running => {
+            ErrorCode::Internal
+        }
+    };
+    task.error.clone().unwrap_or_else(|| Fault::new(code, "the task ended without a result"))
+}
+
+pub(super) async fn delete(store: &SqliteStore, id: SnapshotId) -> Result<Snapshot, StoreError> {
+    let mut writer = store.writer.lock().await;
+    let mut tx = writer.begin_with("begin immediate").await.context("begin a transaction")?;
+    let mut snapshot = read(&mut tx, id).await?.ok_or(StoreError::SnapshotNotFound)?;
+    if snapshot.state == SnapshotState::Deleted {
+        return Ok(snapshot);
+    }
+    if let Some(detail) = kept_because(&mut tx, &snapshot).await? {
+        return Err(StoreError::SnapshotNotReady { detail });
+    }
+    snapshot.state = SnapshotState::Deleted;
+    snapshot.updated_at = Timestamp::now();
+    mark_deleted(&mut tx, id, snapshot.updated_at).await?;
+    tx.commit().await.context("commit a snapshot's deletion")?;
+    Ok(snapshot)
+}
+
+/// Why a snapshot cannot be deleted now, as a sentence for the client.
+async fn kept_because(tx: &mut Tx<'_>, snapshot: &Snapshot) -> Result<Option<String>, StoreError> {
+    let detail = match (snapshot.purpose, snapshot.state) {
+        (SnapshotPurpose::Fork, _) => {
+            "the snapshot is a fork's; it goes when the fork's VMs have begun"
+        }
+        (SnapshotPurpose::Memory, _) => {
+            "the snapshot is the memory of a VM; it goes when the VM is started or deleted"
+        }
+        (SnapshotPurpose::Template, _) => "the snapshot is a template's; delete the template",
+        (SnapshotPurpose::User, SnapshotState::Creating) => {
+            "the snapshot is being made; wait for that, or cancel its task"
+        }
+        (
+            SnapshotPurpose::User,
+            SnapshotState::Ready | SnapshotState::Failed | SnapshotState::Deleted,
+        ) => {
+            let row = sqlx::query(
+                "select name from vms where origin = $1 and state in ('creating', 'starting') \
+                 and state = 'creating' limit 1",
+            )
+            .bind(snapshot.id.to_string())
+            .fetch_optional(&mut **tx)
+            .await
+            .context("look for VMs that begin as a snapshot")?;
+            let Some(row) = row else { return Ok(None) };
+            let name: &str = rows::Reader { row: &row, noun: "VM" }.get(0)?;
+            return Ok(Some(format!(
+                "the VM `{name}` is being created from the snapshot; wait for that, or delete the \
+                 VM"
+            )));
+        }
+    };
+    Ok(Some(detail.to_owned()))
+}
+
+pub(super) async fn mark_deleted(
+    tx: &mut Tx<'_>,
+    id: SnapshotId,
+    now: Timestamp,
+) -> Result<(), StoreError> {
+    sqlx::query("update snapshots set state = 'deleted', updated_at = $2 where id = $1")
+        .bind(id.to_string())
+        .bind(now.unix_ms())
+        .execute(&mut **tx)
+        .await
+        .context("delete a snapshot")?;
+    Ok(())
+}
+
+/// `state <> 'deleted'` is for the index of the few that are left.
+const RETIRE: &str = concat!(
+    "update snapshots set state = 'deleted', updated_at = $1 \
+     where state <> 'deleted' and state in ('ready', 'failed') \
+     and (state = 'failed' or purpose = 'fork' \
+     or (purpose = 'memory' and not exists (select 1 from vms \
+     where vms.id = snapshots.vm_id and vms.memory = snapshots.id)) \
+     or (purpose = 'template' and not exists (select 1 from templates \
+     where templates.snapshot_id = snapshots.id and templates.state in ('building', 'ready')))) \
+     and not exists (select 1 from vms where vms.origin = snapshots.id \
+     and vms.state in ('creating', 'starting')) \
+     and not exists (select 1 from templates join vms on vms.origin = templates.id \
+     where templates.snapshot_id = snapshots.id and vms.state in ('creating', 'starting')) \
+     returning ",
+    snapshot_columns!()
+);
+
+pub(super) async fn retire(store: &SqliteStore) -> Result<Vec<Snapshot>, StoreError> {
+    let mut writer = store.writer.lock().await;
+    let retired = sqlx::query(RETIRE)
+        .bind(Timestamp::now().unix_ms())
+        .fetch_all(&mut *writer)
+        .await
+        .context("retire snapshots")?;
+    rows::all(&retired, rows::snapshot)
+}
+
+pub(super) async fn get(
+    store: &SqliteStore,
+    id: SnapshotId,
+) -> Result<Option<Snapshot>, StoreError> {
+    sqlx::query(GET)
+        .bind(id.to_string())
+        .fetch_optional(&store.readers)
+        .await
+        .context("read a snapshot")?
+        .as_ref()
+        .map(rows::snapshot)
+        .transpose()
+}
+
+pub(super) async fn by_name(
+    store: &SqliteStore,
+    name: &str,
+) -> Result<Option<Snapshot>, StoreError> {
+    sqlx::query(BY_NAME)
+        .bind(name.to_owned())
+        .fetch_optional(&store.readers)
+        .await
+        .context("read a snapshot by its name")?
+        .as_ref()
+        .map(rows::snapshot)
+        .transpose()
+}
+
+pub(super) async fn list(
+    store: &SqliteStore,
+    filter: &SnapshotFilter,
+    page: PageRequest,
+) -> Result<Page<Snapshot>, StoreError> {
+    let limit = page.bounded_limit();
+    let mut query: QueryBuilder<Sqlite> =
+        QueryBuilder::new(concat!("select ", snapshot_columns!(), " from snapshots where "));
+    if filter.states.is_empty() {
+        query.push("state <> 'deleted'");
+    } else {
+        query.push("state in (");
+        let mut states = query.separated(", ");
+        for state in &filter.states {
+            states.push_bind(state.as_str());
+        }
+        query.push(")");
+    }
+    if !filter.purposes.is_empty() {
+        query.push(" and purpose in (");
+        let mut purposes = query.separated(", ");
+        for purpose in &filter.purposes {
+            purposes.push_bind(purpose.as_str());
+        }
+        query.push(")");
+    }
+    if let Some(vm) = filter.vm_id {
+        query.push(" and vm_id = ").push_bind(vm.to_string());
+    }
+    if let Some(worker) = filter.worker_id {
+        query.push(" and worker_id = ").push_bind(worker.to_string());
+    }
+    if let Some(cursor) = page.after {
+        query.push(" and (created_at, id) < (").push_bind(cursor.created_at_ms());
+        query.push(", ").push_bind(cursor.id()).push(")");
+    }
+    query.push(" order by created_at desc, id desc limit ").push_bind(limit + 1);
+    let found = query.build().fetch_all(&store.readers).await.context("list snapshots")?;
+    Ok(Page::cut(rows::all(&found, rows::snapshot)?, limit, rows::snapshot_position))
+}
