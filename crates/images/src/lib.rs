@@ -17,6 +17,9 @@
 //! - Nothing is handed out unchecked: [`ImageStore::resolve`] hashes a blob when it first sees it
 //!   in this process and again whenever the file's identity or times have changed.
 //!
+//! Beside them: the writable disks of machines ([`DiskSeed`], [`write_qcow2_overlay`],
+//! [`clone_sparse`]), and snapshots of machines, in stores of their own ([`SnapshotStore`]).
+//!
 //! All calls block. What this crate does not do: it starts no VM, keeps no per-VM files, and knows
 //! nothing of tools; those are layers of their own.
 
@@ -27,6 +30,7 @@ mod digest;
 mod disk;
 mod error;
 mod manifest;
+mod pins;
 mod program;
 mod seed;
 mod snapshots;

@@ -8,6 +8,7 @@ use rustix::fs::FlockOperation;
 
 use crate::blobs::{Blobs, replace_file};
 use crate::manifest::{BootSet, Image};
+use crate::pins::Pins;
 use crate::program::read_if_there;
 use crate::seed::DiskSeed;
 use crate::{Digest, ImageError, build, seed};
@@ -32,7 +33,7 @@ impl ImageStore {
     /// Opens the store, making its folders where they are missing.
     pub fn open(root: impl Into<PathBuf>) -> Result<Self, ImageError> {
         let root = root.into();
-        for folder in ["blobs", "images", "stages", "seeds", "tmp"] {
+        for folder in ["blobs", "images", "stages", "seeds", "pins", "tmp"] {
             let path = root.join(folder);
             fs::create_dir_all(&path).map_err(ImageError::io("make the folder", path))?;
         }
@@ -120,22 +121,19 @@ impl ImageStore {
     }
 
     /// Removes blobs that no image refers to. VMs may still want an older image than the one its
-    /// name means now: `keep` has the manifest digests of those.
+    /// name means now: `keep` has the manifest digests of those. What is pinned stays.
     pub fn prune(&self, keep: &[Digest]) -> Result<Pruned, ImageError> {
         let _lock = self.lock(&|_| ())?;
+        let pins = Pins::lock(self.folder("pins"))?;
         crate::blobs::sweep(&self.root.join("tmp"));
         let mut wanted = BTreeSet::new();
         for image in self.list()? {
             wanted.extend(image.blobs().map(|blob| blob.digest.hex().to_owned()));
             wanted.insert(image.digest.hex().to_owned());
         }
-        for digest in keep {
-            let path = self.blobs.path(digest);
-            let Some(bytes) = read_if_there(&path)? else { continue };
-            let image: Image = serde_json::from_slice(&bytes)
-                .map_err(|source| ImageError::Manifest { path, source })?;
-            wanted.extend(image.blobs().map(|blob| blob.digest.hex().to_owned()));
-            wanted.insert(digest.hex().to_owned());
+        for digest in keep.iter().chain(&pins.images()?) {
+            let blobs = self.blobs_of(digest)?.unwrap_or_default();
+            wanted.extend(blobs.iter().map(|blob| blob.hex().to_owned()));
         }
         let mut pruned = Pruned::default();
         for name in file_names(self.blobs.folder())? {
@@ -154,10 +152,29 @@ impl ImageStore {
     }
 
     /// Keeps the blobs of an image, by its manifest's digest, for as long as the file or folder
-    /// `holder` exists, whatever its name comes to mean. To be called shortly before the holder is
-    /// made; [`ImageStore::prune`] forgets the pin some time after the holder is gone.
-    pub fn pin(&self, _holder: &Path, _image: &Digest) -> Result<(), ImageError> {
-        Ok(())
+    /// `holder` exists, whatever its name comes to mean. To be called before the holder is made,
+    /// within the hour; [`ImageStore::prune`] forgets the pin when the holder is gone.
+    pub fn pin(&self, holder: &Path, image: &Digest) -> Result<(), ImageError> {
+        let pins = Pins::lock(self.folder("pins"))?;
+        // Pruning waits for the lock, so that what is here now stays.
+        let needed = self.blobs_of(image)?.unwrap_or_else(|| vec![image.clone()]);
+        for digest in needed {
+            let path = self.blobs.path(&digest);
+            if !path.exists() {
+                return Err(ImageError::MissingBlob { image: image.to_string(), digest, path });
+            }
+        }
+        pins.add(holder, image)
+    }
+
+    /// The blobs of an image, its manifest first; nothing where that is not here.
+    fn blobs_of(&self, image: &Digest) -> Result<Option<Vec<Digest>>, ImageError> {
+        let path = self.blobs.path(image);
+        let Some(bytes) = read_if_there(&path)? else { return Ok(None) };
+        let manifest: Image = serde_json::from_slice(&bytes)
+            .map_err(|source| ImageError::Manifest { path, source })?;
+        let parts = manifest.blobs().map(|blob| blob.digest.clone());
+        Ok(Some(std::iter::once(image.clone()).chain(parts).collect()))
     }
 
     pub(crate) fn folder(&self, name: &str) -> PathBuf {

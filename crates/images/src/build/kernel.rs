@@ -26,7 +26,8 @@ pub(crate) fn debian(
     sources: &Sources,
     progress: &dyn Fn(&str),
 ) -> Result<KernelParts, ImageError> {
-    let key = stage::key(&(RECIPE, "kernel", &sources.suite, &sources.mirror, META_PACKAGE))?;
+    let wanted = (META_PACKAGE, modules::WANTED);
+    let key = stage::key(&(RECIPE, "kernel", &sources.suite, &sources.mirror, wanted))?;
     if !request.refresh
         && let Some(parts) = stage::find::<KernelParts>(store, "kernel", &key)?
     {

@@ -13,8 +13,9 @@ use crate::program::read;
 /// What is wanted; what these depend on comes by itself, and what is built in is left out.
 ///
 /// `virtio-rng` comes early: without it the guest's first read of random bytes waits for a second
-/// under emulation. `pvpanic-mmio` tells QEMU of a guest's panic.
-const WANTED: [&str; 9] = [
+/// under emulation. `pvpanic-mmio` tells QEMU of a guest's panic. By the two last the agent ends the
+/// connections that a clone has from its source.
+pub(super) const WANTED: [&str; 11] = [
     "virtio_mmio",
     "virtio-rng",
     "pvpanic-mmio",
@@ -24,6 +25,8 @@ const WANTED: [&str; 9] = [
     "overlay",
     "erofs",
     "ext4",
+    "tcp_diag",
+    "udp_diag",
 ];
 
 const SIGNATURE_MARK: &[u8] = b"~Module signature appended~\n";
@@ -224,7 +227,7 @@ mod tests {
         tree
     }
 
-    const USUAL: [(&str, &str); 10] = [
+    const USUAL: [(&str, &str); 13] = [
         ("virtio_mmio", "virtio,virtio_ring"),
         ("virtio", "virtio_ring"),
         ("virtio_ring", ""),
@@ -235,6 +238,9 @@ mod tests {
         ("vmw_vsock_virtio_transport", "virtio"),
         ("overlay", ""),
         ("erofs", ""),
+        ("inet_diag", ""),
+        ("tcp_diag", "inet_diag"),
+        ("udp_diag", "inet_diag"),
     ];
 
     #[test]
@@ -247,7 +253,8 @@ mod tests {
             order,
             "00-virtio_ring.ko\n01-virtio.ko\n02-virtio_mmio.ko\n03-virtio_rng.ko\n\
              04-pvpanic_mmio.ko\n05-virtio_blk.ko\n06-virtio_net.ko\n\
-             07-vmw_vsock_virtio_transport.ko\n08-overlay.ko\n09-erofs.ko\n"
+             07-vmw_vsock_virtio_transport.ko\n08-overlay.ko\n09-erofs.ko\n\
+             10-inet_diag.ko\n11-tcp_diag.ko\n12-udp_diag.ko\n"
         );
         assert!(!text.contains("Module signature"), "signatures are left out");
     }

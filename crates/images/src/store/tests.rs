@@ -111,6 +111,39 @@ fn older_image_stays_reachable_by_digest_while_it_is_kept() {
 }
 
 #[test]
+fn pinned_image_stays_while_its_holder_exists() {
+    let (folder, store) = store();
+    let old = fake_image(&store, "debian", b"old root");
+    fake_image(&store, "debian", b"new root");
+    let name = format!("debian@{}", old.digest);
+    let holder = folder.path().join("snapshot");
+    store.pin(&holder, &old.digest).unwrap();
+    // It is about to be made.
+    assert_eq!(store.prune(&[]).unwrap(), Pruned::default());
+
+    let pin = fs::read_dir(store.folder("pins"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .find(|path| path.extension().is_some())
+        .unwrap();
+    let long_ago = std::time::SystemTime::now() - std::time::Duration::from_hours(2);
+    File::open(&pin).unwrap().set_modified(long_ago).unwrap();
+    fs::create_dir(&holder).unwrap();
+    let half_written = store.folder("pins").join("file-1-1");
+    fs::write(&half_written, "{").unwrap();
+    assert_eq!(store.prune(&[]).unwrap(), Pruned::default());
+    store.resolve(&name).unwrap();
+    assert!(!half_written.exists());
+
+    fs::remove_dir(&holder).unwrap();
+    assert_eq!(store.prune(&[]).unwrap().blobs.len(), 2);
+    assert!(!pin.exists());
+    assert_eq!(store.get(&name).unwrap_err().code(), "image_unknown");
+    let error = store.pin(&holder, &old.digest).unwrap_err();
+    assert_eq!(error.code(), "image_blob_missing");
+}
+
+#[test]
 fn one_builder_at_a_time() {
     let (_folder, store) = store();
     let lock = store.lock(&|_| ()).unwrap();
