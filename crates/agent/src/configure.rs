@@ -1,18 +1,15 @@
 //! Making a booted or restored guest the VM that the host means.
 
-use std::fmt::Write as _;
-use std::fs::{self, File};
-use std::io;
 use std::net::IpAddr;
-use std::path::Path;
 use std::sync::PoisonError;
 
-use aether_protocol::{Configure, Configured, Dns, ErrorCode, Hosts};
+use aether_protocol::{Configure, Configured, ErrorCode, Token};
 use rustix::time::{ClockId, Timespec, clock_settime};
 
+use crate::connections::Socket;
 use crate::error::Fail;
-use crate::guest::Guest;
-use crate::{net, sys};
+use crate::server::Agent;
+use crate::{etc, net};
 
 /// Shortest text that credits the whole of the kernel's generator.
 const ENTROPY_BYTES_MIN: usize = 32;
@@ -20,48 +17,75 @@ const ENTROPY_BYTES_MIN: usize = 32;
 /// Linux `HOST_NAME_MAX`.
 const HOSTNAME_BYTES_MAX: usize = 64;
 
-const HOSTS_BEGIN: &str = "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n";
-
 /// Applies what is there. Everything is checked before anything is changed.
-pub(crate) fn configure(guest: &Guest, request: Configure) -> Result<Configured, Fail> {
-    check(&request)?;
+///
+/// A restored guest is another from the moment that this returns: until then only the caller, over
+/// the connection `own`, knows that it runs. Each step here is paid for by every clone, in system
+/// calls that run for the first time since the restore.
+pub(crate) fn configure(
+    agent: &Agent,
+    own: &Socket,
+    request: &Configure,
+) -> Result<Configured, Fail> {
+    check(request)?;
     let interfaces = net::Plan::of(&request.interfaces)?;
+    let guest = &agent.guest;
     let _one_at_a_time = guest.configuring.lock().unwrap_or_else(PoisonError::into_inner);
-    let mut warnings = Vec::new();
+    if own.is_ended() {
+        let message = "the guest was restored by another connection meanwhile";
+        return Err(Fail::new(ErrorCode::Unauthorized, message));
+    }
     // First of all: a clone must not make one key with its siblings' state.
     if !request.entropy.is_empty() {
-        let random = File::open("/dev/urandom").map_err(Fail::io("open /dev/urandom"))?;
-        let seeded = sys::reseed(std::os::fd::AsFd::as_fd(&random), &request.entropy);
+        let seeded = guest.reseed(&request.entropy);
         seeded.map_err(Fail::io("reseed the random generator"))?;
     }
+    // Wakes who waits for a time of the day that has come.
     if let Some(unix_time_ns) = request.unix_time_ns {
         set_clock(unix_time_ns)?;
     }
-    net::apply(&interfaces)?;
-    if let Some(env) = request.env {
-        guest.set_env(env.vars);
+    let mut warnings = Vec::new();
+    warnings.extend(net::apply(&interfaces, request.restored, agent.link())?);
+    match &request.env {
+        Some(env) => guest.set_env(env.vars.clone()),
+        // What the source was given is not the clone's.
+        None if request.restored => guest.set_env(Vec::new()),
+        None => {}
     }
-    let mut keep = |written: io::Result<()>, what: &str| {
-        if let Err(error) = written {
-            warnings.push(format!("{what}: {error}"));
+    name(request, &mut warnings)?;
+    if let Some(token) = request.new_token.as_deref().and_then(Token::from_slice) {
+        agent.set_token(token);
+    }
+    if request.restored {
+        let boot_id = guest.new_boot_id().map_err(Fail::io("read random bytes"))?;
+        agent.become_another(boot_id, own);
+    }
+    Ok(Configured { warnings, boot_id: agent.boot_id() })
+}
+
+/// Names and addresses in the kernel and in `/etc`.
+fn name(request: &Configure, warnings: &mut Vec<String>) -> Result<(), Fail> {
+    let mut write = |path: &str, text: &str| {
+        if let Err(error) = etc::write_text(path, text) {
+            warnings.push(format!("write {path}: {error}"));
         }
     };
     if let Some(machine_id) = &request.machine_id {
-        keep(replace("/etc/machine-id", &format!("{machine_id}\n")), "write /etc/machine-id");
+        write("/etc/machine-id", &format!("{machine_id}\n"));
     }
     if let Some(hostname) = &request.hostname {
         let set = rustix::system::sethostname(hostname.as_bytes());
         set.map_err(Fail::sys("set the host name"))?;
-        keep(replace("/etc/hostname", &format!("{hostname}\n")), "write /etc/hostname");
+        write("/etc/hostname", &format!("{hostname}\n"));
     }
     if request.hostname.is_some() || request.hosts.is_some() {
-        let text = hosts_text(request.hostname.as_deref(), request.hosts.as_ref());
-        keep(replace("/etc/hosts", &text), "write /etc/hosts");
+        let text = etc::hosts_text(request.hostname.as_deref(), request.hosts.as_ref());
+        write("/etc/hosts", &text);
     }
     if let Some(dns) = &request.dns {
-        keep(replace("/etc/resolv.conf", &resolver_text(dns)), "write /etc/resolv.conf");
+        write("/etc/resolv.conf", &etc::resolver_text(dns));
     }
-    Ok(Configured { warnings })
+    Ok(())
 }
 
 fn check(request: &Configure) -> Result<(), Fail> {
@@ -95,7 +119,7 @@ fn check(request: &Configure) -> Result<(), Fail> {
     Ok(())
 }
 
-fn is_host_name(name: &str) -> bool {
+pub(crate) fn is_host_name(name: &str) -> bool {
     name.len() <= HOSTNAME_BYTES_MAX && is_domain_name(name)
 }
 
@@ -113,46 +137,10 @@ fn set_clock(unix_time_ns: u64) -> Result<(), Fail> {
     clock_settime(ClockId::Realtime, time).map_err(Fail::sys("set the clock"))
 }
 
-fn hosts_text(hostname: Option<&str>, hosts: Option<&Hosts>) -> String {
-    let mut text = HOSTS_BEGIN.to_owned();
-    let kept = || fs::read_to_string("/etc/hostname").unwrap_or_default().trim().to_owned();
-    let hostname = hostname.map_or_else(kept, ToOwned::to_owned);
-    if is_host_name(&hostname) {
-        // Writing to a string cannot fail.
-        let _ = writeln!(text, "127.0.1.1 {hostname}");
-    }
-    for entry in hosts.iter().flat_map(|hosts| &hosts.entries) {
-        let _ = writeln!(text, "{} {}", entry.address, entry.names.join(" "));
-    }
-    text
-}
-
-fn resolver_text(dns: &Dns) -> String {
-    let mut text = String::new();
-    for server in &dns.servers {
-        let _ = writeln!(text, "nameserver {server}");
-    }
-    if !dns.search.is_empty() {
-        let _ = writeln!(text, "search {}", dns.search.join(" "));
-    }
-    text
-}
-
-/// Replaces a file or a link; a reader sees the old text or the new.
-fn replace(path: &str, text: &str) -> io::Result<()> {
-    let path = Path::new(path);
-    if fs::read_to_string(path).is_ok_and(|old| old == text) && !path.is_symlink() {
-        return Ok(());
-    }
-    let temporary = path.with_extension("aether-new");
-    fs::write(&temporary, text)?;
-    fs::rename(&temporary, path)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use aether_protocol::HostsEntry;
+    use aether_protocol::{Hosts, HostsEntry};
 
     #[test]
     fn hostile_names_never_reach_a_file() {
@@ -165,14 +153,5 @@ mod tests {
         let entry = HostsEntry { address: "1.2.3.4 evil".into(), names: vec!["a".into()] };
         let hosts = Some(Hosts { entries: vec![entry] });
         assert!(check(&Configure { hosts, ..Default::default() }).is_err());
-    }
-
-    #[test]
-    fn resolver_and_hosts_are_written_as_the_library_reads_them() {
-        let dns = Dns { servers: vec!["10.0.0.1".into()], search: vec!["a.b".into(), "c".into()] };
-        assert_eq!(resolver_text(&dns), "nameserver 10.0.0.1\nsearch a.b c\n");
-        let entry = HostsEntry { address: "10.0.0.9".into(), names: vec!["git".into()] };
-        let text = hosts_text(Some("vm"), Some(&Hosts { entries: vec![entry] }));
-        assert!(text.ends_with("127.0.1.1 vm\n10.0.0.9 git\n"));
     }
 }

@@ -2,7 +2,8 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, BorrowedFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use aether_protocol::codec::{DataHeader, encode};
@@ -13,6 +14,7 @@ use rustix::fs::sendfile;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
 
+use crate::connections::Socket;
 use crate::sys;
 
 /// Room for a read: one of small frames, or several data frames.
@@ -24,7 +26,7 @@ const LINGER: Duration = Duration::from_secs(5);
 
 #[derive(Debug)]
 pub(crate) struct Conn {
-    socket: OwnedFd,
+    socket: Arc<Socket>,
     decoder: Decoder<ToGuest>,
     read_bytes: usize,
     /// Frames that are not written yet, from `sent` on.
@@ -42,7 +44,7 @@ pub(crate) enum Filled {
 }
 
 impl Conn {
-    pub(crate) fn new(socket: OwnedFd) -> Self {
+    pub(crate) fn new(socket: Arc<Socket>) -> Self {
         let decoder = Decoder::with_limit(HELLO_BYTES_MAX);
         Self { socket, decoder, read_bytes: READ_BYTES_MIN, out: Vec::new(), sent: 0 }
     }
@@ -56,11 +58,19 @@ impl Conn {
         self.socket.as_fd()
     }
 
+    pub(crate) fn socket(&self) -> &Socket {
+        &self.socket
+    }
+
     /// Reads what is there.
     pub(crate) fn fill(&mut self) -> io::Result<Filled> {
+        if self.socket.is_ended() {
+            return Ok(Filled::Eof);
+        }
         let buffer = self.decoder.buffer(self.read_bytes);
+        let socket = self.socket.as_fd();
         let read = sys::append(buffer, |space| {
-            recv(&self.socket, space, RecvFlags::DONTWAIT).map(|(_, length)| length)
+            recv(socket, space, RecvFlags::DONTWAIT).map(|(_, length)| length)
         });
         match read {
             Ok(0) => Ok(Filled::Eof),
@@ -136,7 +146,7 @@ impl Conn {
         while self.unsent() > 0 {
             // The payload follows at once and belongs into the same packet.
             let flags = SendFlags::MORE | SendFlags::NOSIGNAL;
-            match send(&self.socket, &self.out[self.sent..], flags) {
+            match send(self.fd(), &self.out[self.sent..], flags) {
                 Ok(written) => self.sent += written,
                 Err(Errno::INTR) => {}
                 Err(errno) => return Err(errno.into()),
@@ -144,7 +154,7 @@ impl Conn {
         }
         let (mut at, mut left) = (at, length);
         while left > 0 {
-            match sendfile(&self.socket, file, Some(&mut at), left) {
+            match sendfile(self.fd(), file, Some(&mut at), left) {
                 Ok(0) => break,
                 Ok(sent) => left -= sent,
                 Err(Errno::INTR) => {}
@@ -166,7 +176,7 @@ impl Conn {
     pub(crate) fn flush(&mut self) -> io::Result<bool> {
         while self.unsent() > 0 {
             let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-            match send(&self.socket, &self.out[self.sent..], flags) {
+            match send(self.fd(), &self.out[self.sent..], flags) {
                 Ok(written) => self.sent += written,
                 Err(Errno::AGAIN) => return Ok(false),
                 Err(Errno::INTR) => {}
@@ -194,13 +204,13 @@ impl Conn {
     /// Closing a TCP socket with unread input resets the connection, and the reset overtakes the
     /// answer. So the agent closes its half and reads to the end of the other.
     pub(crate) fn finish(mut self) {
-        if self.flush_all().is_err() || shutdown(&self.socket, Shutdown::Write).is_err() {
+        if self.flush_all().is_err() || shutdown(self.fd(), Shutdown::Write).is_err() {
             return;
         }
         let deadline = Instant::now() + LINGER;
         let mut scratch = [0; 4096];
         loop {
-            match recv(&self.socket, &mut scratch, RecvFlags::DONTWAIT) {
+            match recv(self.fd(), &mut scratch, RecvFlags::DONTWAIT) {
                 Ok((_, 0)) => return,
                 Ok(_) if Instant::now() >= deadline => return,
                 Ok(_) | Err(Errno::INTR) => {}
@@ -218,7 +228,7 @@ impl Conn {
         loop {
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
             let timeout = left.map(timespec);
-            let mut fds = [PollFd::new(&self.socket, event)];
+            let mut fds = [PollFd::from_borrowed_fd(self.fd(), event)];
             match poll(&mut fds, timeout.as_ref()) {
                 Ok(0) => return Ok(false),
                 Ok(_) => return Ok(true),

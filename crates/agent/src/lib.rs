@@ -30,7 +30,9 @@ pub mod server;
 
 mod configure;
 mod conn;
+mod connections;
 mod error;
+mod etc;
 mod files;
 mod guest;
 mod net;

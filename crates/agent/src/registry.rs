@@ -150,6 +150,12 @@ impl Registry {
         }
     }
 
+    /// Drops every run that has ended.
+    pub(crate) fn forget_finished(&self) {
+        let is_alive = |entry: &Entry| !matches!(entry.state, State::Finished { .. });
+        self.lock().runs.retain(|_, entry| is_alive(entry));
+    }
+
     pub(crate) fn list(&self) -> Vec<RunSummary> {
         let mut table = self.lock();
         table.expire(Instant::now());

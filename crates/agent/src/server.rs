@@ -3,8 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixListener;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::thread;
 use std::time::Instant;
 
@@ -17,6 +16,7 @@ use rustix::io::Errno;
 use rustix::net::{SocketFlags, accept_with, sockopt};
 
 use crate::conn::Conn;
+use crate::connections::{Connections, Socket};
 use crate::error::Fail;
 use crate::guest::{Guest, uptime_ms};
 use crate::registry::{Attached, Attachment, Registry, unknown_run};
@@ -28,11 +28,19 @@ const STACK_BYTES: usize = 256 * 1024;
 /// Everything that connections share.
 #[derive(Debug)]
 pub struct Agent {
-    token: Token,
-    boot_id: String,
-    connections: AtomicUsize,
+    identity: RwLock<Identity>,
+    connections: Arc<Connections>,
+    /// Index of the private link's device, where that is the channel.
+    link: OnceLock<u32>,
     pub(crate) guest: Guest,
     pub(crate) registry: Registry,
+}
+
+/// What changes when the guest becomes another VM.
+#[derive(Debug)]
+struct Identity {
+    token: Token,
+    boot_id: String,
 }
 
 impl Agent {
@@ -40,16 +48,46 @@ impl Agent {
         sys::use_one_arena();
         sys::stop_ignoring_signals();
         sys::keep_descriptors_private();
-        let (guest, registry) = (Guest::default(), Registry::default());
-        Arc::new(Self { token, boot_id, connections: AtomicUsize::new(0), guest, registry })
+        Arc::new(Self {
+            identity: RwLock::new(Identity { token, boot_id }),
+            connections: Arc::default(),
+            link: OnceLock::new(),
+            guest: Guest::default(),
+            registry: Registry::default(),
+        })
     }
 
     pub(crate) fn welcome(&self, generation: u32) -> Welcome {
         Welcome {
             generation,
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
-            boot_id: self.boot_id.clone(),
+            boot_id: self.boot_id(),
         }
+    }
+
+    pub(crate) fn boot_id(&self) -> String {
+        self.identity.read().unwrap_or_else(PoisonError::into_inner).boot_id.clone()
+    }
+
+    pub(crate) fn link(&self) -> Option<u32> {
+        self.link.get().copied()
+    }
+
+    pub(crate) fn set_token(&self, token: Token) {
+        self.identity.write().unwrap_or_else(PoisonError::into_inner).token = token;
+    }
+
+    /// From now on this is another guest: what was known of the old one must not be attached to,
+    /// and whoever had connected to it is cut off, but for the one who says so.
+    pub(crate) fn become_another(&self, boot_id: String, caller: &Socket) {
+        self.identity.write().unwrap_or_else(PoisonError::into_inner).boot_id = boot_id;
+        self.registry.forget_finished();
+        // After the token has changed: who was let in by the old one is in the list by now.
+        self.connections.end_others(caller);
+    }
+
+    fn token(&self) -> Token {
+        self.identity.read().unwrap_or_else(PoisonError::into_inner).token.clone()
     }
 }
 
@@ -63,8 +101,9 @@ pub struct Listener {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ListenerKind {
     Unix,
-    /// The private link: bound to one device, which is where the check of the peer is.
-    Link,
+    /// The private link: bound to the device with this index, which is where the check of the peer
+    /// is.
+    Link(u32),
     /// Only the host, which is context 2, may talk.
     Vsock,
 }
@@ -77,11 +116,11 @@ impl Listener {
     fn accept(&self) -> rustix::io::Result<OwnedFd> {
         let socket = match self.kind {
             ListenerKind::Vsock => sys::accept_from_host(self.socket.as_fd())?,
-            ListenerKind::Unix | ListenerKind::Link => {
+            ListenerKind::Unix | ListenerKind::Link(_) => {
                 accept_with(&self.socket, SocketFlags::CLOEXEC)?
             }
         };
-        if self.kind == ListenerKind::Link {
+        if let ListenerKind::Link(_) = self.kind {
             // Small frames must not wait for the acknowledgement of earlier ones.
             let _ = sockopt::set_tcp_nodelay(&socket, true);
         }
@@ -91,6 +130,9 @@ impl Listener {
 
 /// Serves for ever; returns only where the listener itself breaks.
 pub fn serve(agent: &Arc<Agent>, listener: &Listener) -> io::Result<()> {
+    if let ListenerKind::Link(index) = listener.kind {
+        agent.link.get_or_init(|| index);
+    }
     loop {
         let socket = match listener.accept() {
             Ok(socket) => socket,
@@ -104,13 +146,11 @@ pub fn serve(agent: &Arc<Agent>, listener: &Listener) -> io::Result<()> {
             Err(errno) => return Err(errno.into()),
         };
         let agent_of_thread = Arc::clone(agent);
-        agent.connections.fetch_add(1, Ordering::AcqRel);
-        let spawned = thread::Builder::new().stack_size(STACK_BYTES).spawn(move || {
-            serve_connection(&agent_of_thread, Conn::new(socket));
-            agent_of_thread.connections.fetch_sub(1, Ordering::AcqRel);
-        });
+        let conn = Conn::new(agent.connections.enter(socket));
+        let spawned = thread::Builder::new()
+            .stack_size(STACK_BYTES)
+            .spawn(move || serve_connection(&agent_of_thread, conn));
         if let Err(error) = spawned {
-            agent.connections.fetch_sub(1, Ordering::AcqRel);
             crate::kmsg!("drop a connection: {error}");
         }
     }
@@ -136,8 +176,8 @@ fn open(agent: &Agent, conn: &mut Conn) -> Result<Option<(u32, RequestBody)>, Re
     let Some(ToGuestBody::Hello(hello)) = first.body else {
         return Err(Refused::new(ErrorCode::BadMessage, "a hello was wanted"));
     };
-    let generation = handshake::accept(&hello, &agent.token)?;
-    if agent.connections.load(Ordering::Acquire) > CONNECTIONS_MAX {
+    let generation = handshake::accept(&hello, &agent.token())?;
+    if agent.connections.count() > CONNECTIONS_MAX {
         let message = format!("{CONNECTIONS_MAX} connections are open");
         return Err(Refused::new(ErrorCode::TooManyConnections, message));
     }
@@ -148,6 +188,10 @@ fn open(agent: &Agent, conn: &mut Conn) -> Result<Option<(u32, RequestBody)>, Re
     };
     let request = request.body.ok_or(RequestError::Unknown)?;
     check_request(&request)?;
+    if conn.socket().is_ended() {
+        // Asked of the guest that this one was.
+        return Ok(None);
+    }
     Ok(Some((generation, request)))
 }
 
@@ -193,14 +237,14 @@ fn dispatch(agent: &Agent, mut conn: Conn, generation: u32, request: RequestBody
             Err(fail) => return refuse(conn, fail),
         },
         RequestBody::Ping(_) => Ok(Pong {
-            boot_id: agent.boot_id.clone(),
+            boot_id: agent.boot_id(),
             uptime_ms: uptime_ms(),
             runs: u32::try_from(agent.registry.active()).unwrap_or(u32::MAX),
         }
         .into()),
         RequestBody::ListRuns(_) => Ok(Runs { runs: agent.registry.list() }.into()),
         RequestBody::Configure(configure) => {
-            configure::configure(&agent.guest, configure).map(Into::into)
+            configure::configure(agent, conn.socket(), &configure).map(Into::into)
         }
         RequestBody::List(list) => files::list(&list).map(Into::into),
         RequestBody::Stat(stat) => files::stat(&stat).map(Into::into),
