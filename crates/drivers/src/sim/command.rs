@@ -1,7 +1,7 @@
 //! The programs of a simulated guest: enough to try everything that can happen to a command.
 //!
 //! `true`, `false`, `exit N`, `echo`, `cat [FILE]`, `sleep SECONDS`, `yes [BYTES]`, `spew BYTES`,
-//! `env`, `pwd`, `hostname`, `id`, `tee FILE`, `sync`, `reboot`, `poweroff`, and `sh -c SCRIPT`
+//! `count SECONDS`, `env`, `pwd`, `hostname`, `id`, `tee FILE`, `sync`, `reboot`, `poweroff`, and `sh -c SCRIPT`
 //! with `;`, `&&`, `||`, quotes, `$NAME`, `> FILE`, `>> FILE` and `>&2`. Anything else is not
 //! found.
 
@@ -77,6 +77,7 @@ impl Shell {
             "cat" => self.cat(args, sink).await,
             "tee" => self.tee(first, sink).await,
             "sleep" => self.sleep(first).await,
+            "count" => self.count(sink, first).await,
             "yes" => self.fill(sink, first.and_then(|n| n.parse().ok()), |i| b"y\n"[i % 2]).await,
             "spew" => match first.and_then(|n| n.parse().ok()) {
                 Some(bytes) => self.fill(sink, Some(bytes), pattern).await,
@@ -98,7 +99,7 @@ impl Shell {
                 self.guest.shut_down();
                 std::future::pending().await
             }
-            "sh" | "bash" if first == Some("-c") && depth < DEPTH_MAX => {
+            "sh" | "bash" if matches!(first, Some("-c" | "-ec")) && depth < DEPTH_MAX => {
                 let script = args.get(1).map_or("", String::as_str);
                 Box::pin(self.script(script, sink, depth + 1)).await
             }
@@ -275,23 +276,42 @@ impl Shell {
     }
 
     async fn sleep(&self, seconds: Option<&str>) -> i32 {
-        let wish = match seconds {
-            Some("infinity") => Some(Duration::from_secs(u64::from(u32::MAX))),
-            Some(text) => text.parse().ok().and_then(|s: f64| Duration::try_from_secs_f64(s).ok()),
-            None => None,
-        };
-        match wish {
+        match seconds.and_then(parse_seconds) {
             Some(duration) => {
-                let begin = || {
-                    let wake_at = self.guest.now().saturating_add(duration);
-                    *lock(&self.run.progress).wake_at.get_or_insert(wake_at)
-                };
-                let wake_at = self.guest.effect(begin).await;
-                self.guest.sleep_until(wake_at).await;
+                self.rest(duration).await;
                 0
             }
             None => self.complain("sleep: wants a number of seconds", 1).await,
         }
+    }
+
+    /// Does nothing for a time, part of which may lie before a snapshot.
+    async fn rest(&self, duration: Duration) {
+        let begin = || {
+            let wake_at = self.guest.now().saturating_add(duration);
+            *lock(&self.run.progress).wake_at.get_or_insert(wake_at)
+        };
+        let wake_at = self.guest.effect(begin).await;
+        self.guest.sleep_until(wake_at).await;
+        self.guest.effect(|| lock(&self.run.progress).wake_at = None).await;
+    }
+
+    /// Prints 1, 2, 3 and so on, with a rest after each.
+    async fn count(&self, sink: &Sink, seconds: Option<&str>) -> i32 {
+        let Some(pace) = seconds.and_then(parse_seconds) else {
+            return self.complain("count: wants a number of seconds", 1).await;
+        };
+        for number in 1_u64.. {
+            let code = self.print(sink, format!("{number}\n").as_bytes()).await;
+            if code != 0 {
+                return code;
+            }
+            // Where a snapshot's clone counts again what was counted before, it does so at once.
+            if lock(&self.resumption).bytes == 0 {
+                self.rest(pace).await;
+            }
+        }
+        0
     }
 
     /// Writes `bytes` bytes (without end where `None`), the one at `i` being `byte(i)`.
@@ -309,6 +329,13 @@ impl Shell {
             tokio::task::yield_now().await;
         }
         0
+    }
+}
+
+fn parse_seconds(text: &str) -> Option<Duration> {
+    match text {
+        "infinity" => Some(Duration::from_secs(u64::from(u32::MAX))),
+        text => text.parse().ok().and_then(|s: f64| Duration::try_from_secs_f64(s).ok()),
     }
 }
 

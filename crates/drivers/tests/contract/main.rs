@@ -9,5 +9,7 @@
 mod firecracker;
 mod real_guest;
 mod rig;
+mod shot;
 mod sim;
+mod snapshots;
 mod suite;

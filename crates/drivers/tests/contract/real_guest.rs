@@ -7,7 +7,7 @@ use std::{
 
 use crate::{
     rig::{Kind, Rig},
-    suite,
+    snapshots, suite,
 };
 
 macro_rules! contract {
@@ -82,6 +82,74 @@ macro_rules! contract {
 
 contract!(qemu, Kind::Qemu, 64, 64);
 contract!(qemu_debian, Kind::QemuDebian, 64, 64);
+
+/// Of snapshots; what a host restores, each kind tries.
+macro_rules! snapshots {
+    ($module:ident, $kind:expr) => {
+        mod $module {
+            use super::*;
+
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn clones() {
+                if let Some(rig) = Rig::open($kind).await {
+                    snapshots::clones(rig, snapshots::clone_count($kind)).await;
+                }
+            }
+
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn generations() {
+                if let Some(rig) = Rig::open($kind).await {
+                    snapshots::generations(rig).await;
+                }
+            }
+
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn suspension() {
+                if let Some(rig) = Rig::open($kind).await {
+                    snapshots::suspension(rig).await;
+                }
+            }
+
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn refusals() {
+                if let Some(rig) = Rig::open($kind).await {
+                    snapshots::refusals(rig).await;
+                }
+            }
+
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn claims() {
+                if let Some(rig) = Rig::open($kind).await {
+                    snapshots::claims(rig).await;
+                }
+            }
+
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn faults() {
+                if let Some(rig) = Rig::open($kind).await {
+                    snapshots::faults(rig).await;
+                }
+            }
+
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn crashes() {
+                if let Some(rig) = Rig::open($kind).await {
+                    let worker = concat!("real_guest::", stringify!($module), "::crashing_worker");
+                    snapshots::crashes(rig, worker).await;
+                }
+            }
+
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn crashing_worker() {
+                suite::crashing_worker($kind).await;
+            }
+        }
+    };
+}
+
+snapshots!(qemu_snapshots, Kind::Qemu);
+snapshots!(qemu_debian_snapshots, Kind::QemuDebian);
+snapshots!(firecracker_jailed_snapshots, Kind::FirecrackerJailed);
 
 /// Where an emulator stands behind KVM a boot takes ten seconds of a processor, so the two loops over
 /// every step, which boot dozens of times, run on the engine that Firecracker shares with QEMU.

@@ -42,6 +42,8 @@ pub(crate) struct Rig {
     driver: Option<Arc<dyn Driver>>,
     real: Option<Real>,
     sim: Option<Arc<SimHost>>,
+    /// Of a simulated host, which has no folder else.
+    own_snapshots: tempfile::TempDir,
 }
 
 /// What a driver on this host needs.
@@ -127,7 +129,8 @@ impl Rig {
 
     async fn try_open(kind: Kind, given: Option<PathBuf>) -> Result<Self, String> {
         let fault = FaultPoints::recording();
-        let mut rig = Self { kind, fault, driver: None, real: None, sim: None };
+        let own_snapshots = tempfile::tempdir().map_err(|e| e.to_string())?;
+        let mut rig = Self { kind, fault, driver: None, real: None, sim: None, own_snapshots };
         let image = match kind {
             Kind::Sim => {
                 let config = SimConfig { fault: rig.fault.clone(), ..SimConfig::default() };
@@ -223,6 +226,12 @@ impl Rig {
     /// Where the host's things are kept.
     pub(crate) fn folder(&self) -> &Path {
         self.real.as_ref().expect("a real driver's things").folder.path()
+    }
+
+    /// Where snapshots are kept.
+    pub(crate) fn snapshots(&self) -> PathBuf {
+        let own = self.own_snapshots.path();
+        self.real.as_ref().map_or(own, |real| real.folder.path()).join("snapshots")
     }
 
     /// How long a boot may take on a busy host.

@@ -14,7 +14,7 @@ use bytes::Bytes;
 
 use crate::{
     rig::{Kind, Rig, Vm, run_on},
-    suite,
+    snapshots, suite,
 };
 
 const SOON: Duration = Duration::from_secs(5);
@@ -46,6 +46,36 @@ async fn adoption() {
 #[tokio::test]
 async fn faults() {
     suite::faults(rig().await).await;
+}
+
+#[tokio::test]
+async fn snapshot_clones() {
+    snapshots::clones(rig().await, snapshots::clone_count(Kind::Sim)).await;
+}
+
+#[tokio::test]
+async fn snapshot_generations() {
+    snapshots::generations(rig().await).await;
+}
+
+#[tokio::test]
+async fn snapshot_suspension() {
+    snapshots::suspension(rig().await).await;
+}
+
+#[tokio::test]
+async fn snapshot_refusals() {
+    snapshots::refusals(rig().await).await;
+}
+
+#[tokio::test]
+async fn snapshot_claims() {
+    snapshots::claims(rig().await).await;
+}
+
+#[tokio::test]
+async fn snapshot_faults() {
+    snapshots::faults(rig().await).await;
 }
 
 #[tokio::test]

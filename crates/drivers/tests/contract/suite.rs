@@ -8,7 +8,11 @@ use std::{
 use aether_drivers::{DriverError, ExitReason, MachineState, Start};
 use aether_protocol::{AGENT_PORT, ExitStatus, Run, Shutdown, WriteFile, host};
 
-use crate::rig::{Kind, Rig, Vm, kill_process, run_on, setting};
+use crate::{
+    rig::{Kind, Rig, Vm, kill_process, run_on, setting},
+    shot::{Shot, shot_file},
+    snapshots,
+};
 
 /// For what a host does, not a guest.
 const SOON: Duration = Duration::from_secs(20);
@@ -97,7 +101,7 @@ pub(crate) async fn lifecycle(rig: Rig) {
     rig.close().await;
 }
 
-trait ParseToken {
+pub(crate) trait ParseToken {
     fn parse_token(&self) -> aether_protocol::Token;
 }
 
@@ -284,22 +288,7 @@ pub(crate) async fn crashes(mut rig: Rig, worker: &str) {
     whole_life(&rig).await.expect("a life without faults");
     let mut deaths = 0;
     for point in rig.fault.seen() {
-        let (folder, program) = (rig.folder().to_owned(), std::env::current_exe().unwrap());
-        let died = async || {
-            let mut child = tokio::process::Command::new(program)
-                .args(["--exact", worker, "--nocapture"])
-                .env(CRASH_FOLDER, folder)
-                .env(CRASH_POINT, point)
-                .stdout(std::process::Stdio::null())
-                .stderr(std::process::Stdio::null())
-                .spawn()
-                .unwrap();
-            let status = child.wait().await.unwrap();
-            // Some points lie in no worker's life but the first.
-            assert!(status.signal() == Some(9) || status.success(), "{point}: {status}");
-            deaths += usize::from(!status.success());
-        };
-        rig.reopen_after(died).await;
+        deaths += usize::from(dies_at(&mut rig, worker, point).await);
         for machine in rig.driver().list().await.unwrap() {
             let spec = machine.spec.expect("a sound record");
             let vm = Vm { id: machine.id, token: spec.token.parse_token() };
@@ -316,6 +305,29 @@ pub(crate) async fn crashes(mut rig: Rig, worker: &str) {
     rig.close().await;
 }
 
+/// Lets a worker live until a point; `false` where its life has no such point. The rig is open
+/// again afterwards.
+pub(crate) async fn dies_at(rig: &mut Rig, worker: &str, point: &str) -> bool {
+    let (folder, program) = (rig.folder().to_owned(), std::env::current_exe().unwrap());
+    let mut died = false;
+    let dies = async || {
+        let mut child = tokio::process::Command::new(program)
+            .args(["--exact", worker, "--nocapture"])
+            .env(CRASH_FOLDER, folder)
+            .env(CRASH_POINT, point)
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        let status = child.wait().await.unwrap();
+        // Some points lie in no worker's life but the first.
+        assert!(status.signal() == Some(9) || status.success(), "{point}: {status}");
+        died = !status.success();
+    };
+    rig.reopen_after(dies).await;
+    died
+}
+
 const CRASH_FOLDER: &str = "AETHER_CONTRACT_CRASH_FOLDER";
 const CRASH_POINT: &str = "AETHER_CONTRACT_CRASH_POINT";
 
@@ -325,7 +337,13 @@ pub(crate) async fn crashing_worker(kind: Kind) {
     std::panic::set_hook(Box::new(|_| kill_process(std::process::id())));
     let rig = Rig::open_in(kind, Some(folder)).await.expect("what the parent could open");
     rig.fault.arm_crash(point.to_str().unwrap());
-    whole_life(&rig).await.expect("a life whose point lies elsewhere");
+    let shot = shot_file(rig.folder());
+    let lived = if shot.exists() {
+        snapshots::second_life(&rig, &Shot::load(&shot)).await
+    } else {
+        whole_life(&rig).await
+    };
+    lived.expect("a life whose point lies elsewhere");
 }
 
 /// A guest that was adopted while it booted answers when it has.
