@@ -8,12 +8,16 @@ use aether_protocol::{
     AGENT_PORT, Configure, Environment, Forget, Hosts, HostsEntry, Run, Token,
     host::{self, ClientError, RunEvent},
 };
-use aether_types::{DriverKind, Fault, MachineId, Template, TemplateState};
+use aether_types::{DriverKind, ErrorCode, Fault, MachineId, Template, TemplateState};
 use async_trait::async_trait;
 use tokio::time::{Instant, timeout};
 
 use super::{Meter, Spare, Spares, Turn};
-use crate::{failure::Failure, fault, worker::Core};
+use crate::{
+    failure::{Failure, internal},
+    fault,
+    worker::Core,
+};
 
 /// Name of a guest that is no VM's yet.
 const HOSTNAME: &str = "spare";
@@ -58,10 +62,12 @@ impl Spares for Core {
         let limit = self.parts.config.guest_limit;
         let mut spare = self.restore_spare(template, id, turn).await.map_err(|f| f.fault)?;
         turn.pass().await;
-        warm(&spare, limit).await?;
+        let guest = Agent { driver: &spare.driver, machine: id, token: &spare.token, limit };
+        guest.warm().await?;
         turn.pass().await;
+        let connection = guest.connect().await?;
+        spare.connection = Some(connection);
         let failed = |error: DriverError| Failure::machine(&error, id).fault;
-        spare.connection = Some(spare.driver.connect(id, AGENT_PORT, limit).await.map_err(failed)?);
         spare.driver.pause(id).await.map_err(failed)?;
         // A paused machine takes no processor, so whoever claims it need not think of this.
         spare.driver.set_background(id, false).await.map_err(failed)?;
@@ -85,57 +91,11 @@ impl Spares for Core {
     }
 }
 
-/// Has the guest do once what it does when it becomes a VM and runs its first command. What the
-/// VMM translates, and the guest reads from its disk, is there when somebody waits.
-async fn warm(spare: &Spare, limit: Duration) -> Result<(), Fault> {
-    let token = &spare.token;
-    let guest = Agent { driver: &spare.driver, machine: spare.machine, limit };
-    let words = words(spare)?;
-    host::configure(guest.connect().await?, token, words, limit).await.map_err(of_guest)?;
-    let run_id = format!("warm-{}", spare.machine);
-    let run = Run {
-        run_id: run_id.clone(),
-        command: "sh".into(),
-        args: vec!["-c".into(), "echo warm".into()],
-        detached: true,
-        ..Run::default()
-    };
-    timeout(limit, run_to_end(&guest, token, run)).await.map_err(|_| late())??;
-    let forget = Forget { run_id };
-    host::forget(guest.connect().await?, token, forget, limit).await.map_err(of_guest)?;
-    Ok(())
-}
-
-/// What a claim says, with nobody's name in it.
-fn words(spare: &Spare) -> Result<Configure, Fault> {
-    let mut entropy = vec![0; 64];
-    getrandom::fill(&mut entropy).map_err(|_| crate::failure::internal("read randomness"))?;
-    let local = |address: &str| HostsEntry {
-        address: address.to_owned(),
-        names: vec!["localhost".to_owned()],
-    };
-    Ok(Configure {
-        hostname: Some(HOSTNAME.to_owned()),
-        machine_id: Some(spare.machine.to_string().replace('-', "")),
-        env: Some(Environment::default()),
-        hosts: Some(Hosts { entries: vec![local("127.0.0.1"), local("::1")] }),
-        entropy: entropy.into(),
-        ..Configure::default()
-    })
-}
-
-async fn run_to_end(guest: &Agent<'_>, token: &Token, run: Run) -> Result<(), Fault> {
-    let stream = guest.connect().await?;
-    let mut session = host::run(stream, token, run, guest.limit).await.map_err(of_guest)?;
-    // What it says is of no interest, and the guest decides how much: the caller has the limit.
-    while let RunEvent::Output { .. } = session.next().await.map_err(of_guest)? {}
-    Ok(())
-}
-
 /// The way to one agent.
 struct Agent<'a> {
     driver: &'a Arc<dyn Driver>,
     machine: MachineId,
+    token: &'a Token,
     limit: Duration,
 }
 
@@ -143,6 +103,52 @@ impl Agent<'_> {
     async fn connect(&self) -> Result<host::BoxStream, Fault> {
         let connected = self.driver.connect(self.machine, AGENT_PORT, self.limit).await;
         connected.map_err(|error| Failure::machine(&error, self.machine).fault)
+    }
+
+    /// Has the guest do once what it does when it becomes a VM and runs its first command. What
+    /// the VMM translates, and the guest reads from its disk, is there when somebody waits.
+    async fn warm(&self) -> Result<(), Fault> {
+        let (words, stream) = (self.words()?, self.connect().await?);
+        host::configure(stream, self.token, words, self.limit).await.map_err(of_guest)?;
+        let run_id = format!("warm-{}", self.machine);
+        let run = Run {
+            run_id: run_id.clone(),
+            command: "sh".into(),
+            args: vec!["-c".into(), "echo warm".into()],
+            detached: true,
+            ..Run::default()
+        };
+        timeout(self.limit, self.run_to_end(run)).await.map_err(|_| late())??;
+        let (forget, stream) = (Forget { run_id }, self.connect().await?);
+        host::forget(stream, self.token, forget, self.limit).await.map_err(of_guest)?;
+        Ok(())
+    }
+
+    /// What a claim says, with nobody's name in it.
+    fn words(&self) -> Result<Configure, Fault> {
+        let mut entropy = vec![0; 64];
+        getrandom::fill(&mut entropy).map_err(|_| internal("read randomness"))?;
+        let local = |address: &str| HostsEntry {
+            address: address.to_owned(),
+            names: vec!["localhost".to_owned()],
+        };
+        Ok(Configure {
+            hostname: Some(HOSTNAME.to_owned()),
+            machine_id: Some(self.machine.to_string().replace('-', "")),
+            env: Some(Environment::default()),
+            hosts: Some(Hosts { entries: vec![local("127.0.0.1"), local("::1")] }),
+            entropy: entropy.into(),
+            ..Configure::default()
+        })
+    }
+
+    async fn run_to_end(&self, run: Run) -> Result<(), Fault> {
+        let stream = self.connect().await?;
+        let session = host::run(stream, self.token, run, self.limit).await;
+        let mut session = session.map_err(of_guest)?;
+        // What it says is of no interest, and the guest decides how much: the caller has the limit.
+        while let RunEvent::Output { .. } = session.next().await.map_err(of_guest)? {}
+        Ok(())
     }
 }
 
@@ -153,8 +159,5 @@ fn of_guest(error: ClientError) -> Fault {
 }
 
 fn late() -> Fault {
-    Fault::new(
-        aether_types::ErrorCode::GuestUnreachable,
-        "the guest did not finish its first command in time",
-    )
+    Fault::new(ErrorCode::GuestUnreachable, "the guest did not finish its first command in time")
 }
