@@ -1,5 +1,7 @@
 //! Times of the snapshot store, for `docs/performance.md`. Run by hand, in release.
 
+#![expect(clippy::unwrap_used, reason = "helpers of a test")]
+
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
