@@ -4,6 +4,7 @@
 //! ```text
 //! DATA/journal           every host resource, before it exists
 //! DATA/vms/ID/           mode 0700, of the VM's user: disk, sockets, what its VMM keeps
+//! DATA/layers/ID/        mode 0700, of the worker's user: what the VM shares with snapshots
 //! DATA/probe/            which accelerators were seen to boot a VM, by boot of the host
 //! ```
 
@@ -32,6 +33,9 @@ use crate::{
 pub const UID_BASE_DEFAULT: u32 = 0x6ae0_0000;
 /// VMs that a host can have at once; each has a user of its own.
 pub const UID_COUNT: u32 = 65_536;
+
+const VMS: &str = "vms";
+const LAYERS: &str = "layers";
 
 /// A VM's writable layer, in its directory.
 pub(crate) const DISK_FILE: &str = "disk.img";
@@ -114,8 +118,8 @@ impl Host {
     ) -> Result<Arc<Self>, DriverError> {
         let data_dir = std::path::absolute(&config.data_dir)
             .map_err(|e| file_error("find", &config.data_dir, e))?;
-        for (folder, mode) in [("", 0o700), ("vms", 0o700), ("probe", 0o700)] {
-            make_folder(&data_dir.join(folder), mode)?;
+        for folder in ["", VMS, LAYERS, "probe"] {
+            make_folder(&data_dir.join(folder), 0o700)?;
         }
         let journal = Journal::open(data_dir.join("journal"))?;
         let network_config = NetworkConfig { fault: config.fault.clone(), ..config.network };
@@ -151,18 +155,25 @@ impl Host {
                 end_journaled(&self.journal, Owner::Host, &resource).await?;
             }
         }
-        let vms = self.data_dir.join("vms");
-        let entries = fs::read_dir(&vms).map_err(|e| file_error("read", &vms, e))?;
+        for folder in [VMS, LAYERS] {
+            self.remove_unowned(folder, &known)?;
+        }
+        for removed in self.network.reconcile(&known).await? {
+            tracing::warn!(%removed, "removed what no VM owns");
+        }
+        Ok(())
+    }
+
+    fn remove_unowned(&self, folder: &str, known: &[MachineId]) -> Result<(), DriverError> {
+        let folder = self.data_dir.join(folder);
+        let entries = fs::read_dir(&folder).map_err(|e| file_error("read", &folder, e))?;
         for entry in entries {
-            let entry = entry.map_err(|e| file_error("read", &vms, e))?;
+            let entry = entry.map_err(|e| file_error("read", &folder, e))?;
             let owner = entry.file_name().to_str().and_then(|name| name.parse::<MachineId>().ok());
             if owner.is_some_and(|id| !known.contains(&id)) {
                 tracing::warn!(path = %entry.path().display(), "remove a folder that no VM owns");
                 remove_tree(&entry.path())?;
             }
-        }
-        for removed in self.network.reconcile(&known).await? {
-            tracing::warn!(%removed, "removed what no VM owns");
         }
         Ok(())
     }
@@ -179,7 +190,19 @@ impl Host {
     }
 
     pub(crate) fn directory(&self, id: MachineId) -> PathBuf {
-        self.data_dir.join("vms").join(id.to_string())
+        self.data_dir.join(VMS).join(id.to_string())
+    }
+
+    /// What a VM shares with snapshots, where no VMM can reach it.
+    pub(crate) fn layers(&self, id: MachineId) -> PathBuf {
+        self.data_dir.join(LAYERS).join(id.to_string())
+    }
+
+    pub(crate) fn make_layers_folder(&self, id: MachineId) -> Result<PathBuf, DriverError> {
+        let path = self.layers(id);
+        self.journal.intend(id, &Resource::Directory { path: path.clone() })?;
+        make_folder(&path, 0o700)?;
+        Ok(path)
     }
 
     /// The record of a VM of this kind. Damaged records are `None`, as unknown VMs are.

@@ -95,14 +95,14 @@ impl SnapshotMachine {
         spec: &MachineSpec,
     ) -> Result<(), DriverError> {
         self.check_disk(kind, spec)?;
-        same("machine format", &self.format, format)?;
-        same("number of processors", self.vcpus, spec.vcpus)?;
-        same("memory in MB", self.memory_mb, spec.memory_mb)?;
+        same("machine format", &self.format, &format)?;
+        same("number of processors", &self.vcpus, &spec.vcpus)?;
+        same("memory in MB", &self.memory_mb, &spec.memory_mb)?;
         for (what, theirs, ours) in [
             ("kernel", &self.boot.kernel, &spec.boot.kernel),
             ("initramfs", &self.boot.initrd, &spec.boot.initrd),
         ] {
-            same(what, theirs.display(), ours.display())?;
+            same(what, &theirs.display(), &ours.display())?;
         }
         Ok(())
     }
@@ -113,17 +113,17 @@ impl SnapshotMachine {
         kind: DriverKind,
         spec: &MachineSpec,
     ) -> Result<(), DriverError> {
-        same("driver", self.driver.as_str(), kind.as_str())?;
-        same("disk in MB", self.disk_mb, spec.disk_mb)?;
+        same("driver", &self.driver.as_str(), &kind.as_str())?;
+        same("disk in MB", &self.disk_mb, &spec.disk_mb)?;
         let (theirs, ours) = (&self.boot.rootfs, &spec.boot.rootfs);
-        same("root file system", theirs.display(), ours.display())
+        same("root file system", &theirs.display(), &ours.display())
     }
 }
 
 fn same(
     what: &'static str,
-    snapshot: impl ToString,
-    machine: impl ToString,
+    snapshot: &impl ToString,
+    machine: &impl ToString,
 ) -> Result<(), DriverError> {
     let (snapshot, machine) = (snapshot.to_string(), machine.to_string());
     if snapshot == machine {

@@ -57,7 +57,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// The driver of one kind of VMM on one host. Dropping it leaves the VMMs running.
 pub(crate) struct Machines<V: Vmm> {
-    host: Arc<Host>,
+    pub(crate) host: Arc<Host>,
     vmm: Arc<V>,
     slots: Mutex<HashMap<MachineId, Arc<Slot<V::Control>>>>,
     tasks: TaskTracker,
@@ -272,15 +272,14 @@ impl<V: Vmm> Machines<V> {
         let (state, pid) = match live {
             Some(live) if live.process.is_alive() => {
                 // It stands still for a snapshot, or is about to: that is nobody's state.
-                let asked = match record.snapshotting {
-                    Some(was) => Ok(Ok(was == WasBefore::Paused)),
-                    None => tokio::select! {
-                        asked = tokio::time::timeout(
-                            CONTROL_LIMIT,
-                            self.vmm.is_paused(&live.control),
-                        ) => asked,
+                let asked = if let Some(was) = record.snapshotting {
+                    Ok(Ok(was == WasBefore::Paused))
+                } else {
+                    let asked = self.vmm.is_paused(&live.control);
+                    tokio::select! {
+                        asked = tokio::time::timeout(CONTROL_LIMIT, asked) => asked,
                         _ = live.ended() => Ok(Ok(false)),
-                    },
+                    }
                 };
                 match asked {
                     _ if live.has_ended() => (self.at_rest(id), None),

@@ -20,7 +20,7 @@ use super::{
 use crate::{AfterSnapshot, DriverError, MachineSpec, SnapshotDisk, SnapshotTaken, host::Record};
 
 /// Of a whole snapshot: a large memory and a large disk on a slow disk of the host.
-const SNAPSHOT_LIMIT: Duration = Duration::from_secs(20 * 60);
+const SNAPSHOT_LIMIT: Duration = Duration::from_mins(20);
 const ACTION: &str = "take a snapshot of it";
 
 impl<V: Vmm> Machines<V> {

@@ -88,7 +88,7 @@ pub(crate) trait Vmm: Send + Sync + 'static {
     async fn boot(&self, place: &Place) -> Result<Booted<Self::Control>, DriverError>;
 
     /// Starts the VMM with the memory and devices of a snapshot, which was found to fit, and lets
-    /// the guest go on. The disk is as it was then. The phases that it adds are `process` and
+    /// the guest go on. The disk is as it was then. The phases that it adds end with
     /// `load`; `ready` follows. What it leaves when it fails is found in the journal.
     async fn restore(
         &self,

@@ -5,7 +5,14 @@
 
 use std::{ffi::OsString, fmt::Write as _, os::fd::RawFd};
 
-use crate::{DriverError, GuestNetwork, KernelFlavour, MachineSpec, host::DISK_FILE};
+use serde_json::json;
+
+use super::{layers, stream::MEMORY_BLOCK};
+use crate::{DriverError, GuestNetwork, KernelFlavour, MachineSpec};
+
+/// What of a machine a snapshot depends on beside what [`super::Qemu`] names: to be counted up
+/// whenever a device, its place or its options change.
+pub(super) const LAYOUT: u32 = 1;
 
 /// The guest's end of the private link.
 pub(super) const CHANNEL_GUEST_MAC: &str = "02:ae:00:00:00:02";
@@ -23,19 +30,46 @@ pub(super) enum Accelerator {
     Tcg,
 }
 
+impl Accelerator {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Kvm => "kvm",
+            Self::Tcg => "tcg",
+        }
+    }
+}
+
+/// bun and Claude Code die on `qemu64`.
+pub(super) const TCG_PROCESSOR: &str = "Nehalem";
+
 /// Descriptors that QEMU inherits, under their numbers.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(super) struct Inherited {
-    pub(super) kernel: RawFd,
-    pub(super) initrd: RawFd,
+    pub(super) begin: Begin,
     pub(super) rootfs: RawFd,
     pub(super) qmp: RawFd,
     /// The guest's network.
     pub(super) tap: RawFd,
     /// The private link.
     pub(super) channel: RawFd,
-    /// The file in memory with [`config`].
-    pub(super) config: RawFd,
+    /// From the lowest to the top, which is the VM's own.
+    pub(super) layers: Vec<(u32, Layer)>,
+}
+
+/// How the guest comes to run.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Begin {
+    /// `config`: the file in memory with [`config`].
+    Boot { kernel: RawFd, initrd: RawFd, config: RawFd },
+    /// Kernel and initramfs are in the memory; QEMU waits to be told where the devices' state is.
+    Restore { memory: RawFd },
+}
+
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Layer {
+    Frozen(RawFd),
+    /// In the directory that QEMU runs in.
+    Own,
 }
 
 /// The kernel's own options. `tsc_khz` is this host's.
@@ -88,12 +122,11 @@ pub(super) fn arguments(
         KernelFlavour::Debian => "on",
         KernelFlavour::FirecrackerTest => "off",
     };
-    let (accel, cpu) = match accelerator {
-        Accelerator::Kvm => ("kvm", "host"),
-        // bun and Claude Code die on `qemu64`.
-        Accelerator::Tcg => ("tcg", "Nehalem"),
+    let cpu = match accelerator {
+        Accelerator::Kvm => "host",
+        Accelerator::Tcg => TCG_PROCESSOR,
     };
-    let Inherited { kernel, initrd, rootfs, qmp, tap, channel, config } = *fds;
+    let Inherited { begin, rootfs, qmp, tap, channel, .. } = *fds;
     let mut args: Vec<String> = Vec::new();
     let mut add = |option: &str, value: String| {
         args.push(option.to_owned());
@@ -112,15 +145,38 @@ pub(super) fn arguments(
         "-sandbox",
         "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny".into(),
     );
-    add("-machine", format!("microvm,acpi={acpi},pit=off,pic=off,rtc=on,isa-serial=on"));
-    add("-accel", accel.into());
+    let memory_bytes = u64::from(spec.memory_mb) << 20;
+    add(
+        "-machine",
+        format!(
+            "microvm,acpi={acpi},pit=off,pic=off,rtc=on,isa-serial=on,memory-backend={MEMORY_BLOCK}"
+        ),
+    );
+    match begin {
+        Begin::Boot { .. } => {
+            add("-object", format!("memory-backend-ram,id={MEMORY_BLOCK},size={memory_bytes}"));
+        }
+        Begin::Restore { memory } => add(
+            "-object",
+            format!(
+                "memory-backend-file,id={MEMORY_BLOCK},size={memory_bytes},\
+                 mem-path=/dev/fd/{memory},share=off"
+            ),
+        ),
+    }
+    add("-accel", accelerator.name().into());
     add("-cpu", cpu.into());
     add("-smp", spec.vcpus.to_string());
     add("-m", format!("{}M", spec.memory_mb));
     add("-name", format!("aether-{}", spec.id));
-    add("-readconfig", format!("/dev/fd/{config}"));
-    add("-kernel", format!("/dev/fd/{kernel}"));
-    add("-initrd", format!("/dev/fd/{initrd}"));
+    match begin {
+        Begin::Boot { kernel, initrd, config } => {
+            add("-readconfig", format!("/dev/fd/{config}"));
+            add("-kernel", format!("/dev/fd/{kernel}"));
+            add("-initrd", format!("/dev/fd/{initrd}"));
+        }
+        Begin::Restore { .. } => add("-incoming", "defer".into()),
+    }
     add("-chardev", format!("socket,id=qmp,fd={qmp},server=on,wait=off"));
     add("-mon", "chardev=qmp,mode=control".into());
     add("-chardev", format!("ringbuf,id=console,size={CONSOLE_BYTES}"));
@@ -129,8 +185,14 @@ pub(super) fn arguments(
     add("-add-fd", format!("fd={rootfs},set=1,opaque=rootfs"));
     add("-drive", "if=none,id=rootfs,format=raw,file=/dev/fdset/1,readonly=on".into());
     add("-device", "virtio-blk-device,drive=rootfs".into());
-    add("-drive", format!("if=none,id=disk,format=raw,file={DISK_FILE},discard=unmap"));
-    add("-device", "virtio-blk-device,drive=disk".into());
+    for (file, node) in disk(&fds.layers) {
+        if let Layer::Frozen(fd) = file {
+            add("-add-fd", format!("fd={fd},set={},opaque=layer", set_of(fd)));
+        }
+        add("-blockdev", node.to_string());
+    }
+    let top = fds.layers.last().map(|(number, _)| node_name(*number)).unwrap_or_default();
+    add("-device", format!("virtio-blk-device,drive={top},id={DISK_ID}"));
     add("-netdev", format!("tap,id=net,fd={tap}"));
     let GuestNetwork { mac, mtu, .. } = guest;
     // Without the MTU large downloads hang where the host's is small. A link that has a status comes
@@ -141,6 +203,73 @@ pub(super) fn arguments(
     add("-object", "rng-random,id=random,filename=/dev/urandom".into());
     add("-device", "virtio-rng-device,rng=random".into());
     args.into_iter().map(OsString::from).collect()
+}
+
+/// The device whose drive is the VM's disk.
+pub(super) const DISK_ID: &str = "disk";
+/// The first set is the root file system's.
+const SETS_BEFORE_LAYERS: RawFd = 2;
+
+fn set_of(fd: RawFd) -> RawFd {
+    fd + SETS_BEFORE_LAYERS
+}
+
+/// The name in QEMU of a layer of the disk.
+pub(super) fn node_name(number: u32) -> String {
+    format!("layer{number}")
+}
+
+pub(super) fn number_of_node(name: &str) -> Option<u32> {
+    name.strip_prefix("layer")?.parse().ok()
+}
+
+/// The layers of a disk, each over the one before; all but the last are read only.
+fn disk(layers: &[(u32, Layer)]) -> Vec<(Layer, serde_json::Value)> {
+    let mut nodes = Vec::new();
+    let mut below = None;
+    for (at, (number, layer)) in layers.iter().enumerate() {
+        let is_top = at + 1 == layers.len();
+        let file = match layer {
+            // Many have it open, and nobody writes it.
+            Layer::Frozen(fd) => json!({
+                "driver": "file", "filename": format!("/dev/fdset/{}", set_of(*fd)),
+                "read-only": true, "locking": "off",
+            }),
+            Layer::Own if is_top => own_file(*number),
+            Layer::Own => json!({
+                "driver": "file", "filename": layers::file_name(*number),
+                "read-only": true, "locking": "off",
+            }),
+        };
+        let mut node = layer_node(*number, &file, below.take().map(serde_json::Value::String));
+        if !is_top {
+            node["read-only"] = json!(true);
+        }
+        nodes.push((*layer, node));
+        below = Some(node_name(*number));
+    }
+    nodes
+}
+
+/// The file of a top layer.
+pub(super) fn own_file(number: u32) -> serde_json::Value {
+    json!({ "driver": "file", "filename": layers::file_name(number), "discard": "unmap" })
+}
+
+/// A layer over another; `Null` below stands for one that is put there later.
+pub(super) fn layer_node(
+    number: u32,
+    file: &serde_json::Value,
+    below: Option<serde_json::Value>,
+) -> serde_json::Value {
+    let driver = if number == 0 { "raw" } else { "qcow2" };
+    let mut node = json!({
+        "driver": driver, "node-name": node_name(number), "discard": "unmap", "file": file,
+    });
+    if let Some(below) = below {
+        node["backing"] = below;
+    }
+    node
 }
 
 /// Whether a console shows that the guest's kernel panicked.
@@ -162,6 +291,16 @@ mod tests {
     use super::*;
 
     fn line(flavour: KernelFlavour, accelerator: Accelerator) -> String {
+        let begin = Begin::Boot { kernel: 20, initrd: 21, config: 27 };
+        line_of(flavour, accelerator, begin, &[(0, Layer::Own)])
+    }
+
+    fn line_of(
+        flavour: KernelFlavour,
+        accelerator: Accelerator,
+        begin: Begin,
+        layers: &[(u32, Layer)],
+    ) -> String {
         let mut spec = crate::tests::spec(Path::new("/images"));
         spec.boot.kernel_flavour = flavour;
         let guest = GuestNetwork {
@@ -171,15 +310,8 @@ mod tests {
             dns: Vec::new(),
             mtu: 1400,
         };
-        let fds = Inherited {
-            kernel: 20,
-            initrd: 21,
-            rootfs: 22,
-            qmp: 24,
-            tap: 25,
-            channel: 26,
-            config: 27,
-        };
+        let layers = layers.to_vec();
+        let fds = Inherited { begin, rootfs: 22, qmp: 24, tap: 25, channel: 26, layers };
         let args = arguments(&spec, accelerator, &guest, &fds);
         let args: Vec<_> = args.iter().map(|a| a.to_str().unwrap()).collect();
         args.join(" ").replace(&spec.id.to_string(), "ID")
@@ -191,20 +323,41 @@ mod tests {
             line(KernelFlavour::Debian, Accelerator::Tcg),
             "-nodefaults -no-user-config -display none -no-reboot -no-shutdown -sandbox \
              on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny -machine \
-             microvm,acpi=on,pit=off,pic=off,rtc=on,isa-serial=on -accel tcg -cpu Nehalem -smp 1 \
-             -m 128M -name aether-ID -readconfig /dev/fd/27 -kernel /dev/fd/20 -initrd /dev/fd/21 \
-             -chardev socket,id=qmp,fd=24,server=on,wait=off -mon chardev=qmp,mode=control \
-             -chardev ringbuf,id=console,size=65536 -serial chardev:console -add-fd \
+             microvm,acpi=on,pit=off,pic=off,rtc=on,isa-serial=on,memory-backend=mem -object \
+             memory-backend-ram,id=mem,size=134217728 -accel tcg -cpu Nehalem -smp 1 -m 128M -name \
+             aether-ID -readconfig /dev/fd/27 -kernel /dev/fd/20 -initrd /dev/fd/21 -chardev \
+             socket,id=qmp,fd=24,server=on,wait=off -mon chardev=qmp,mode=control -chardev \
+             ringbuf,id=console,size=65536 -serial chardev:console -add-fd \
              fd=22,set=1,opaque=rootfs -drive \
              if=none,id=rootfs,format=raw,file=/dev/fdset/1,readonly=on -device \
-             virtio-blk-device,drive=rootfs -drive \
-             if=none,id=disk,format=raw,file=disk.img,discard=unmap -device \
-             virtio-blk-device,drive=disk -netdev tap,id=net,fd=25 -device \
+             virtio-blk-device,drive=rootfs -blockdev \
+             {\"discard\":\"unmap\",\"driver\":\"raw\",\"file\":{\"discard\":\"unmap\",\"driver\":\
+             \"file\",\"filename\":\"disk.img\"},\"node-name\":\"layer0\"} -device \
+             virtio-blk-device,drive=layer0,id=disk -netdev tap,id=net,fd=25 -device \
              virtio-net-device,netdev=net,mac=02:ae:01:00:00:05,host_mtu=1400,status=off -netdev \
              tap,id=channel,fd=26 -device \
              virtio-net-device,netdev=channel,mac=02:ae:00:00:00:02 -object \
              rng-random,id=random,filename=/dev/urandom -device virtio-rng-device,rng=random"
         );
+    }
+
+    #[test]
+    fn a_clone_maps_the_memory_privately_and_reads_what_is_below_its_disk() {
+        let layers = [(0, Layer::Frozen(30)), (1, Layer::Frozen(31)), (2, Layer::Own)];
+        let begin = Begin::Restore { memory: 40 };
+        let line = line_of(KernelFlavour::Debian, Accelerator::Tcg, begin, &layers);
+        for part in [
+            "-object memory-backend-file,id=mem,size=134217728,mem-path=/dev/fd/40,share=off ",
+            " -incoming defer ",
+            " -add-fd fd=31,set=33,opaque=layer -blockdev {\"backing\":\"layer0\",",
+            "\"filename\":\"/dev/fdset/33\",\"locking\":\"off\",\"read-only\":true}",
+            "{\"backing\":\"layer1\",\"discard\":\"unmap\",\"driver\":\"qcow2\",\"file\":{\"discard\":\
+             \"unmap\",\"driver\":\"file\",\"filename\":\"disk.2.qcow2\"},\"node-name\":\"layer2\"}",
+            "virtio-blk-device,drive=layer2,id=disk",
+        ] {
+            assert!(line.contains(part), "{part}: {line}");
+        }
+        assert!(!line.contains("-kernel") && !line.contains("-readconfig"), "{line}");
     }
 
     #[test]

@@ -8,14 +8,19 @@
 //! the one that comes next does so. What is gone without that has died.
 
 mod command_line;
+mod layers;
+mod memory;
 mod probe;
 mod qmp;
+mod restore;
+mod snapshot;
+mod stream;
 mod tsc;
 
 use std::{
     fs::File,
-    os::fd::{AsFd as _, AsRawFd, OwnedFd},
-    path::PathBuf,
+    os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -28,13 +33,16 @@ use tokio::time::Instant;
 
 pub(crate) use self::command_line::shows_panic;
 use self::{
-    command_line::{Accelerator, Inherited},
+    command_line::{Accelerator, Begin, Inherited, Layer},
+    layers::Home,
+    memory::Memories,
     qmp::{GuestEnd, Qmp},
 };
 use crate::{
     BootSource, Capabilities, Driver, DriverError, ExitReason, GuestNetwork, Machine, MachineSpec,
-    host::{Host, Record, file_error, remove_file},
-    machines::{Booted, Machines, Place, Vmm},
+    SnapshotDisk, SnapshotFiles, SnapshotTaken,
+    host::{Host, Record, blocking, file_error, remove_file},
+    machines::{Booted, Machines, Phases, Place, Vmm, WasBefore},
     network::ReadyListener,
     process::{self, LOG_BYTES, Launch, Process},
 };
@@ -69,6 +77,9 @@ pub struct QemuConfig {
     pub probe: Option<BootSource>,
     /// `PATH`, for finding the program.
     pub search_path: Option<std::ffi::OsString>,
+    /// Of this host's memory, for memories of snapshots that are kept ready to be restored. `None`:
+    /// a quarter of what it has.
+    pub memory_cache_bytes: Option<u64>,
 }
 
 /// VMs under QEMU.
@@ -110,7 +121,9 @@ impl QemuDriver {
             Accelerator::Kvm => None,
             Accelerator::Tcg => crate::host::blocking(|| Ok(tsc::frequency_khz())).await?,
         };
-        let qemu = Qemu { program, version, accelerator, tsc_khz };
+        let format = format_of(&version, accelerator, tsc_khz);
+        let memories = Memories::new(config.memory_cache_bytes);
+        let qemu = Qemu { program, version, accelerator, tsc_khz, format, memories };
         Machines::open(host, qemu).await.map(Self)
     }
 }
@@ -120,6 +133,36 @@ pub(crate) struct Qemu {
     version: String,
     accelerator: Accelerator,
     tsc_khz: Option<u64>,
+    /// Of snapshots.
+    format: String,
+    memories: Memories,
+}
+
+/// All that a guest's devices, processor and clock depend on, beside what its machine was given.
+fn format_of(version: &str, accelerator: Accelerator, tsc_khz: Option<u64>) -> String {
+    let layout = command_line::LAYOUT;
+    let processor = match accelerator {
+        Accelerator::Kvm => host_processor(),
+        // The guest was told how fast its counter runs, which is this host's.
+        Accelerator::Tcg => {
+            let mhz = tsc_khz.map_or(0, |khz| (khz + 5000) / 10_000 * 10);
+            format!("{} at {mhz} MHz", command_line::TCG_PROCESSOR)
+        }
+    };
+    let name = accelerator.name();
+    format!("QEMU {version}, {name}, {processor}, layout {layout}")
+}
+
+/// The processor that a guest sees whole.
+fn host_processor() -> String {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let line = |name: &str| {
+        let mut lines = text.lines().filter_map(|line| line.split_once(':'));
+        lines.find(|(key, _)| key.trim() == name).map(|(_, value)| value.trim().to_owned())
+    };
+    let flags = line("flags").or_else(|| line("Features")).unwrap_or_default();
+    let model = line("model name").unwrap_or_else(|| "unknown processor".to_owned());
+    format!("{model} ({:08x})", crc32fast::hash(flags.as_bytes()))
 }
 
 pub(crate) struct Control {
@@ -128,7 +171,36 @@ pub(crate) struct Control {
     log: Option<File>,
     /// The guest's console, as it was at the guest's end.
     console: Mutex<String>,
-    ready: tokio::sync::Mutex<Option<ReadyListener>>,
+    ready: tokio::sync::Mutex<Ready>,
+}
+
+/// How a guest is known to be ready.
+enum Ready {
+    /// It says so once it has booted.
+    Hint(ReadyListener),
+    /// It went on where it was.
+    Restored,
+    /// It was seen to be ready before.
+    Seen,
+}
+
+/// A QEMU that answers.
+struct Started {
+    process: Process,
+    qmp: Qmp,
+    log: File,
+}
+
+impl Started {
+    fn into_booted(self, ready: Ready) -> Booted<Control> {
+        let control = Control {
+            qmp: self.qmp,
+            log: Some(self.log),
+            console: Mutex::default(),
+            ready: tokio::sync::Mutex::new(ready),
+        };
+        Booted { process: self.process, control }
+    }
 }
 
 #[async_trait]
@@ -153,72 +225,71 @@ impl Vmm for Qemu {
                 }
             },
             version: self.version.clone(),
-            snapshot_format: None,
+            snapshot_format: Some(self.format.clone()),
         }
     }
 
+    fn make_disk(&self, host: &Host, record: &Record) -> Result<(), DriverError> {
+        layers::make(host, record)
+    }
+
     async fn boot(&self, place: &Place) -> Result<Booted<Control>, DriverError> {
-        let (host, id) = (&place.host, place.id());
-        let ready = host.network().ready_listener(id).await?;
-        let directory = process::open_directory(&host.directory(id))?;
+        let ready = place.host.network().ready_listener(place.id()).await?;
         let kernel = command_line::kernel_options(self.accelerator, self.tsc_khz);
         let config = command_line::config(&kernel, &place.record.spec.token)?;
-        let files = Files::open(place, directory.as_fd(), &config).await?;
-        let (spec, guest) = (&place.record.spec, &place.attachment.guest);
-        let args = command_line::arguments(spec, self.accelerator, guest, &files.numbers());
-        let log = process::bounded_log(LOG_BYTES)?;
-        let launch = Launch {
-            program: self.program.clone(),
-            args,
-            fds: files.0.into(),
-            directory: directory
-                .try_clone()
-                .map_err(|e| file_error("open", &host.directory(id), e))?,
-            netns: Some(host.network().namespace()?),
-            identity: host.identity(place.record.uid),
-            log: Some(log.try_clone().map_err(|e| file_error("open", "log".as_ref(), e))?),
-        };
-        let process = host.spawn(spec, launch, "qemu").await?;
-        host.fault.hit("start process: running")?;
-        let socket = process::short_path(directory.as_fd(), QMP_SOCKET);
-        let qmp = tokio::select! {
-            qmp = Qmp::connect(&socket) => qmp,
-            _ = process.ended() => return Err(ended_early(&log)),
-        };
-        let qmp = match qmp {
-            Ok(qmp) => qmp,
-            // It may have ended and not be reaped yet: then its words are the better reason.
-            Err(error) => match tokio::time::timeout(QUIT_LIMIT, process.ended()).await {
-                Ok(_) => return Err(ended_early(&log)),
-                Err(_) => return Err(error),
+        let boot = &place.record.spec.boot;
+        let files = vec![
+            process::open_for(&boot.kernel)?,
+            process::open_for(&boot.initrd)?,
+            process::secret_file(&config)?,
+        ];
+        let begin = match &files[..] {
+            [kernel, initrd, config] => Begin::Boot {
+                kernel: kernel.as_raw_fd(),
+                initrd: initrd.as_raw_fd(),
+                config: config.as_raw_fd(),
             },
+            _ => unreachable!("three files were opened"),
         };
-        let control = Control {
-            qmp,
-            log: Some(log),
-            console: Mutex::default(),
-            ready: tokio::sync::Mutex::new(Some(ready)),
-        };
-        Ok(Booted { process, control })
+        // What only a restore needs is not needed any more.
+        layers::forget_state(&place.host, place.id())?;
+        Ok(self.launch(place, begin, files).await?.into_booted(Ready::Hint(ready)))
+    }
+
+    async fn restore(
+        &self,
+        place: &Place,
+        from: &SnapshotFiles,
+        phases: &mut Phases,
+    ) -> Result<Booted<Control>, DriverError> {
+        self.restore_from(place, from, phases).await
+    }
+
+    async fn snapshot(
+        &self,
+        place: &Place,
+        control: &Control,
+        into: &Path,
+        disk: SnapshotDisk,
+    ) -> Result<SnapshotTaken, DriverError> {
+        self.take_snapshot(place, control, into, disk).await
+    }
+
+    async fn settle(
+        &self,
+        _place: &Place,
+        control: &Control,
+        was: WasBefore,
+    ) -> Result<(), DriverError> {
+        snapshot::settle(&control.qmp, was).await
     }
 
     async fn ready(&self, place: &Place, control: &Control) -> Result<(), DriverError> {
-        let mut ready = control.ready.lock().await;
-        if let Some(mut listener) = ready.take() {
-            let asked = async {
-                let mut next = Instant::now() + ASK_INTERVAL;
-                loop {
-                    tokio::time::sleep_until(next).await;
-                    next = Instant::now() + ASK_INTERVAL;
-                    if self.connect(place, AGENT_PORT, ASK_INTERVAL).await.is_ok() {
-                        return;
-                    }
-                }
-            };
-            tokio::select! {
-                hint = listener.wait() => { hint?; }
-                () = asked => {}
-            }
+        let ready = std::mem::replace(&mut *control.ready.lock().await, Ready::Seen);
+        match ready {
+            Ready::Hint(mut listener) => self.hinted(place, &mut listener).await?,
+            Ready::Restored => return self.ready_restored(place).await,
+            Ready::Seen => {}
         }
         // The hint may be forged or of an earlier moment: what counts is a connection.
         loop {
@@ -241,7 +312,7 @@ impl Vmm for Qemu {
             qmp,
             log: process::log_of(process.pid()),
             console: Mutex::default(),
-            ready: tokio::sync::Mutex::new(None),
+            ready: tokio::sync::Mutex::new(Ready::Seen),
         })
     }
 
@@ -309,36 +380,102 @@ impl Vmm for Qemu {
     }
 }
 
-/// What QEMU inherits, in the order of [`Inherited`].
-struct Files([OwnedFd; 7]);
-
-impl Files {
-    async fn open(
+impl Qemu {
+    /// Starts QEMU and waits until it answers. `files` are those of `begin`, and stay open in it.
+    async fn launch(
+        &self,
         place: &Place,
-        directory: std::os::fd::BorrowedFd<'_>,
-        config: &str,
-    ) -> Result<Self, DriverError> {
-        let (boot, network) = (&place.record.spec.boot, place.host.network());
-        let channel_tap = place.attachment.channel_tap.as_deref().unwrap_or_default();
-        let socket = process::short_path(directory, QMP_SOCKET);
-        let qmp = std::os::unix::net::UnixListener::bind(&socket)
-            .map_err(|e| file_error("listen at", QMP_SOCKET.as_ref(), e))?;
-        Ok(Self([
-            process::open_for(&boot.kernel)?,
-            process::open_for(&boot.initrd)?,
-            process::open_for(&boot.rootfs)?,
-            qmp.into(),
-            network.open_tap(&place.attachment.tap).await?,
-            network.open_tap(channel_tap).await?,
-            process::secret_file(config)?,
-        ]))
+        begin: Begin,
+        mut files: Vec<OwnedFd>,
+    ) -> Result<Started, DriverError> {
+        let (host, id) = (&place.host, place.id());
+        let path = host.directory(id);
+        let directory = process::open_directory(&path)?;
+        let socket = process::short_path(directory.as_fd(), QMP_SOCKET);
+        let inherited = inherit(place, begin, &socket, &mut files).await?;
+        let (spec, guest) = (&place.record.spec, &place.attachment.guest);
+        let log = process::bounded_log(LOG_BYTES)?;
+        let launch = Launch {
+            program: self.program.clone(),
+            args: command_line::arguments(spec, self.accelerator, guest, &inherited),
+            fds: files,
+            directory: directory.try_clone().map_err(|e| file_error("open", &path, e))?,
+            netns: Some(host.network().namespace()?),
+            identity: host.identity(place.record.uid),
+            log: Some(log.try_clone().map_err(|e| file_error("open", "log".as_ref(), e))?),
+        };
+        let process = host.spawn(spec, launch, "qemu").await?;
+        host.fault.hit("start process: running")?;
+        let qmp = tokio::select! {
+            qmp = Qmp::connect(&socket) => qmp,
+            _ = process.ended() => return Err(ended_early(&log)),
+        };
+        match qmp {
+            Ok(qmp) => Ok(Started { process, qmp, log }),
+            // It may have ended and not be reaped yet: then its words are the better reason.
+            Err(error) => match tokio::time::timeout(QUIT_LIMIT, process.ended()).await {
+                Ok(_) => Err(ended_early(&log)),
+                Err(_) => Err(error),
+            },
+        }
     }
 
-    fn numbers(&self) -> Inherited {
-        let [kernel, initrd, rootfs, qmp, tap, channel, config] =
-            self.0.each_ref().map(AsRawFd::as_raw_fd);
-        Inherited { kernel, initrd, rootfs, qmp, tap, channel, config }
+    /// Waits until a guest that boots says that it is ready, or answers.
+    async fn hinted(&self, place: &Place, listener: &mut ReadyListener) -> Result<(), DriverError> {
+        let asked = async {
+            let mut next = Instant::now() + ASK_INTERVAL;
+            loop {
+                tokio::time::sleep_until(next).await;
+                next = Instant::now() + ASK_INTERVAL;
+                if self.connect(place, AGENT_PORT, ASK_INTERVAL).await.is_ok() {
+                    return;
+                }
+            }
+        };
+        tokio::select! {
+            hint = listener.wait() => hint.map(drop),
+            () = asked => Ok(()),
+        }
     }
+}
+
+/// Opens all that every QEMU inherits, whatever it begins with.
+async fn inherit(
+    place: &Place,
+    begin: Begin,
+    socket: &Path,
+    files: &mut Vec<OwnedFd>,
+) -> Result<Inherited, DriverError> {
+    let network = place.host.network();
+    let mut add = |file: OwnedFd| {
+        let number = file.as_raw_fd();
+        files.push(file);
+        number
+    };
+    let rootfs = add(process::open_for(&place.record.spec.boot.rootfs)?);
+    let qmp = std::os::unix::net::UnixListener::bind(socket)
+        .map_err(|e| file_error("listen at", QMP_SOCKET.as_ref(), e))?;
+    let qmp = add(qmp.into());
+    let tap = add(network.open_tap(&place.attachment.tap).await?);
+    let channel_tap = place.attachment.channel_tap.as_deref().unwrap_or_default();
+    let channel = add(network.open_tap(channel_tap).await?);
+    let (host, id) = (Arc::clone(&place.host), place.id());
+    let opened = blocking(move || {
+        let there = layers::of(&host, id)?.into_iter();
+        let open = |(number, home)| {
+            let fd = match home {
+                Home::Frozen => Some(layers::open_frozen(&host, id, number)?),
+                Home::Own => None,
+            };
+            Ok((number, fd))
+        };
+        there.map(open).collect::<Result<Vec<_>, DriverError>>()
+    });
+    let layers = opened.await?.into_iter();
+    let layers = layers
+        .map(|(number, fd)| (number, fd.map_or(Layer::Own, |fd| Layer::Frozen(add(fd)))))
+        .collect();
+    Ok(Inherited { begin, rootfs, qmp, tap, channel, layers })
 }
 
 fn ended_early(log: &File) -> DriverError {
@@ -352,3 +489,6 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 crate::machines::delegate_driver!(QemuDriver);
+
+#[cfg(test)]
+mod tests;

@@ -6,6 +6,7 @@
 use std::{
     collections::HashMap,
     io,
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     path::Path,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -13,14 +14,16 @@ use std::{
     },
 };
 
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use serde_json::{Value, json};
 use tokio::{
-    io::{AsyncBufRead, AsyncBufReadExt as _, AsyncWriteExt as _, BufReader},
+    io::{AsyncBufRead, AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, Interest},
     net::{
         UnixStream,
         unix::{OwnedReadHalf, OwnedWriteHalf},
     },
     sync::{oneshot, watch},
+    time::Instant,
 };
 use tokio_util::task::AbortOnDropHandle;
 
@@ -38,6 +41,21 @@ pub(super) enum GuestEnd {
     Panicked,
 }
 
+/// Where a migration is, of those places that are waited for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Migration {
+    /// On its way.
+    Active,
+    /// The guest stands still, and its disks are still ours.
+    PreSwitchover,
+    Completed,
+    /// Failed or cancelled.
+    Failed,
+}
+
+/// How a job on a disk ended; `Err` has QEMU's reason.
+pub(super) type JobEnd = Result<(), String>;
+
 type Answer = Result<Value, String>;
 
 #[derive(Debug, Default)]
@@ -45,6 +63,10 @@ struct Shared {
     /// Requests without an answer. `None` once the connection is gone.
     pending: Mutex<Option<HashMap<u64, oneshot::Sender<Answer>>>>,
     end: watch::Sender<Option<GuestEnd>>,
+    migration: watch::Sender<Option<Migration>>,
+    job: watch::Sender<Option<JobEnd>>,
+    /// When the guest was last stopped, and let go.
+    stopped: Mutex<Option<Instant>>,
 }
 
 /// A connection, past its greeting.
@@ -74,10 +96,8 @@ impl Qmp {
         if greeting.is_none_or(|line| line.get("QMP").is_none()) {
             return Err(broken(io::Error::other("it gave no greeting")));
         }
-        let shared = Arc::new(Shared {
-            pending: Mutex::new(Some(HashMap::new())),
-            end: watch::Sender::new(None),
-        });
+        let shared =
+            Arc::new(Shared { pending: Mutex::new(Some(HashMap::new())), ..Shared::default() });
         let reading = tokio::spawn(read(reader, Arc::clone(&shared)));
         let qmp = Self {
             writer: tokio::sync::Mutex::new(writer),
@@ -95,6 +115,21 @@ impl Qmp {
         command: &'static str,
         arguments: Value,
     ) -> Result<Value, DriverError> {
+        self.execute_with(command, arguments, None).await
+    }
+
+    /// Gives QEMU a descriptor under a name.
+    pub(super) async fn give(&self, name: &str, fd: OwnedFd) -> Result<(), DriverError> {
+        let arguments = json!({ "fdname": name });
+        self.execute_with("getfd", arguments, Some(fd)).await.map(drop)
+    }
+
+    async fn execute_with(
+        &self,
+        command: &'static str,
+        arguments: Value,
+        fd: Option<OwnedFd>,
+    ) -> Result<Value, DriverError> {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let (sender, receiver) = oneshot::channel();
         let gone = || broken(io::Error::from(io::ErrorKind::ConnectionReset));
@@ -106,11 +141,53 @@ impl Qmp {
             // Half a line would garble the next one: the write is not given up with the caller,
             // as it fits the socket's buffer whole.
             let mut writer = self.writer.lock().await;
-            writer.write_all(line.as_bytes()).await.map_err(broken)?;
+            let sent = match &fd {
+                None => 0,
+                Some(fd) => {
+                    send_with(writer.as_ref(), line.as_bytes(), fd.as_fd()).await.map_err(broken)?
+                }
+            };
+            writer.write_all(&line.as_bytes()[sent..]).await.map_err(broken)?;
         }
         let answer = receiver.await.map_err(|_| gone())?;
         drop(pending);
         answer.map_err(|detail| DriverError::Vmm { action: command.to_owned(), detail })
+    }
+
+    /// Where the migration is that was begun after [`Qmp::forget_migration`]; waits until it is at
+    /// a place that `is_awaited`.
+    pub(super) async fn migration(
+        &self,
+        is_awaited: impl Fn(Migration) -> bool,
+    ) -> Result<Migration, DriverError> {
+        let mut seen = self.shared.migration.subscribe();
+        let awaited = seen.wait_for(|at| at.is_some_and(&is_awaited)).await.map(|at| *at);
+        self.said(awaited.ok().flatten())
+    }
+
+    pub(super) fn forget_migration(&self) {
+        self.shared.migration.send_replace(None);
+    }
+
+    /// Waits for the end of the job that was begun after [`Qmp::forget_job`].
+    pub(super) async fn job_end(&self) -> Result<JobEnd, DriverError> {
+        let mut seen = self.shared.job.subscribe();
+        let ended = seen.wait_for(Option::is_some).await.map(|end| end.clone());
+        self.said(ended.ok().flatten())
+    }
+
+    pub(super) fn forget_job(&self) {
+        self.shared.job.send_replace(None);
+    }
+
+    #[expect(clippy::unused_self, reason = "the answer is this connection's")]
+    fn said<T>(&self, event: Option<T>) -> Result<T, DriverError> {
+        event.ok_or_else(|| broken(io::Error::from(io::ErrorKind::ConnectionReset)))
+    }
+
+    /// Since when the guest stands still; `None` while it runs.
+    pub(super) fn stopped_at(&self) -> Option<Instant> {
+        *lock(&self.shared.stopped)
     }
 
     /// Waits until the guest has ended. Pending for ever where the connection ends first: then the
@@ -133,7 +210,10 @@ impl Qmp {
             _ => {}
         }
         // The last: the host's disk was full when the guest wrote. It may go on once there is room.
-        Ok(matches!(status, "paused" | "prelaunch" | "suspended" | "io-error"))
+        Ok(matches!(
+            status,
+            "paused" | "prelaunch" | "suspended" | "io-error" | "postmigrate" | "finish-migrate"
+        ))
     }
 
     /// All that the guest's console holds.
@@ -170,12 +250,38 @@ impl Shared {
         });
     }
 
+    fn note_migration(&self, line: &Value) {
+        let status = line.pointer("/data/status").and_then(Value::as_str);
+        let at = match status {
+            Some("completed") => Migration::Completed,
+            Some("failed" | "cancelled") => Migration::Failed,
+            Some("pre-switchover") => Migration::PreSwitchover,
+            Some(_) | None => Migration::Active,
+        };
+        self.migration.send_replace(Some(at));
+    }
+
+    fn note_job(&self, line: &Value) {
+        let is_cancelled = line.get("event").and_then(Value::as_str) == Some("BLOCK_JOB_CANCELLED");
+        let error = line.pointer("/data/error").and_then(Value::as_str);
+        let end = match error {
+            Some(error) => Err(error.chars().take(500).collect()),
+            None if is_cancelled => Err("it was cancelled".to_owned()),
+            None => Ok(()),
+        };
+        self.job.send_replace(Some(end));
+    }
+
     fn take(&self, line: &Value) {
         if let Some(event) = line.get("event").and_then(Value::as_str) {
             let by_guest = line.pointer("/data/guest").and_then(Value::as_bool) == Some(true);
             match event {
                 "GUEST_PANICKED" => self.note(GuestEnd::Panicked),
                 "SHUTDOWN" if by_guest => self.note(GuestEnd::Shutdown),
+                "MIGRATION" => self.note_migration(line),
+                "BLOCK_JOB_COMPLETED" | "BLOCK_JOB_CANCELLED" => self.note_job(line),
+                "STOP" => *lock(&self.stopped) = Some(Instant::now()),
+                "RESUME" => *lock(&self.stopped) = None,
                 _ => {}
             }
             return;
@@ -195,6 +301,20 @@ impl Shared {
     }
 }
 
+/// Sends bytes and a descriptor; returns how many bytes went.
+async fn send_with(stream: &UnixStream, bytes: &[u8], fd: BorrowedFd<'_>) -> io::Result<usize> {
+    stream
+        .async_io(Interest::WRITABLE, || {
+            let mut room = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut with = SendAncillaryBuffer::new(&mut room);
+            let fds = [fd];
+            with.push(SendAncillaryMessage::ScmRights(&fds));
+            let bytes = [io::IoSlice::new(bytes)];
+            Ok(rustix::net::sendmsg(stream, &bytes, &mut with, SendFlags::NOSIGNAL)?)
+        })
+        .await
+}
+
 async fn read(mut reader: BufReader<OwnedReadHalf>, shared: Arc<Shared>) {
     loop {
         match read_line(&mut reader).await {
@@ -208,6 +328,8 @@ async fn read(mut reader: BufReader<OwnedReadHalf>, shared: Arc<Shared>) {
     }
     // Callers that wait see their sender gone.
     lock(&shared.pending).take();
+    shared.migration.send_replace(Some(Migration::Failed));
+    shared.job.send_replace(Some(Err("QEMU has ended".to_owned())));
 }
 
 /// One line of JSON; `None` at the end.
