@@ -1,12 +1,22 @@
 //! The command line, and the environment: everything that is configured from outside.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+mod template;
+mod up;
+mod values;
+mod vm;
+
+use std::{path::PathBuf, time::Duration};
 
 use aether_drivers::network::Ipv4Range;
-use aether_types::{AllowRule, DriverKind, TaskId, limits};
+use aether_types::{DriverKind, TaskId, limits};
 use clap::{ArgAction, Parser, Subcommand, ValueEnum};
 
-use crate::logging::LogFormat;
+pub(crate) use template::{
+    Pool, Snapshot, SnapshotCreate, SnapshotList, Template, TemplateBuild, TemplateList,
+};
+pub(crate) use up::{Capacity, PoolChoice, PoolSpec, Snapshots, Up};
+use values::{parse_duration, parse_env};
+pub(crate) use vm::{Vm, VmAct, VmCreate, VmFork, VmList, VmNames, VmStop};
 
 const EXIT_STATUSES: &str = "\
 Exit status:
@@ -58,6 +68,15 @@ pub(crate) enum Command {
     /// Make, see and end VMs
     #[command(subcommand)]
     Vm(Vm),
+    /// Keep, see and remove snapshots of VMs
+    #[command(subcommand)]
+    Snapshot(Snapshot),
+    /// Build, see and remove templates: what VMs begin as
+    #[command(subcommand)]
+    Template(Template),
+    /// See the machines that wait to become VMs
+    #[command(subcommand)]
+    Pool(Pool),
     /// Run a command in a VM
     Exec(Exec),
     /// Open a terminal in a VM
@@ -145,26 +164,6 @@ impl ImageDir {
 }
 
 #[derive(Debug, Clone, clap::Args)]
-pub(crate) struct Up {
-    /// Where to answer requests; port 0 takes a free one
-    #[arg(long, env = "AETHER_LISTEN", value_name = "ADDR:PORT", default_value = "127.0.0.1:8080")]
-    pub(crate) listen: SocketAddr,
-    /// Listen beyond this machine though nothing is encrypted: keys can be read on the way
-    #[arg(long)]
-    pub(crate) insecure_http: bool,
-    /// Leave running VMs running at the end; the next `up` takes them over
-    #[arg(long, env = "AETHER_KEEP_VMS")]
-    pub(crate) keep_vms: bool,
-    #[command(flatten)]
-    pub(crate) backend: Backend,
-    #[arg(long, env = "AETHER_LOG_FORMAT", value_enum, default_value = "text")]
-    pub(crate) log_format: LogFormat,
-    /// What is logged, such as `info` or `warn,aether_worker=debug`
-    #[arg(long, env = "AETHER_LOG", value_name = "FILTER", default_value = "info")]
-    pub(crate) log_level: String,
-}
-
-#[derive(Debug, Clone, clap::Args)]
 pub(crate) struct Doctor {
     #[command(flatten)]
     pub(crate) backend: Backend,
@@ -173,93 +172,6 @@ pub(crate) struct Doctor {
     pub(crate) server: bool,
     #[arg(long, env = "AETHER_LOG", value_name = "FILTER", default_value = "error")]
     pub(crate) log_level: String,
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum Vm {
-    /// Make a VM and wait until it runs
-    Create(VmCreate),
-    /// List VMs, newest first
-    #[command(visible_alias = "ls")]
-    List(VmList),
-    /// Show VMs with their history
-    Get(VmNames),
-    Stop(VmAct),
-    Start(VmAct),
-    Pause(VmAct),
-    Resume(VmAct),
-    /// Remove VMs, running or not; what ran in them stays on record
-    #[command(visible_alias = "rm")]
-    Delete(VmAct),
-}
-
-#[derive(Debug, clap::Args)]
-pub(crate) struct VmCreate {
-    /// Lower-case letters, digits and hyphens; made up where it is not given
-    #[arg(long)]
-    pub(crate) name: Option<String>,
-    /// Processors
-    #[arg(long, value_name = "N")]
-    pub(crate) vcpus: Option<u32>,
-    #[arg(long, value_name = "MB")]
-    pub(crate) memory: Option<u32>,
-    /// Size of the writable layer; takes room only as it fills
-    #[arg(long, value_name = "MB")]
-    pub(crate) disk: Option<u32>,
-    #[arg(long, value_name = "NAME")]
-    pub(crate) image: Option<String>,
-    #[arg(long)]
-    pub(crate) driver: Option<DriverKind>,
-    /// Given to every command in the VM; K alone takes the value from the environment
-    #[arg(long, value_name = "K=V", action = ArgAction::Append, value_parser = parse_env)]
-    pub(crate) env: Vec<(String, String)>,
-    #[arg(long, value_name = "K=V", action = ArgAction::Append, value_parser = parse_pair)]
-    pub(crate) label: Vec<(String, String)>,
-    /// Delete the VM after this long, such as 90s, 30m, 1h, 2d
-    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
-    pub(crate) timeout: Option<Duration>,
-    /// Let the VM reach this too, such as 10.0.0.5:443 or 192.168.0.0/16
-    #[arg(long, value_name = "RULE", action = ArgAction::Append)]
-    pub(crate) allow: Vec<AllowRule>,
-    /// Close the network, but for what --allow names
-    #[arg(long)]
-    pub(crate) no_network: bool,
-    /// Return as soon as the request is recorded
-    #[arg(long)]
-    pub(crate) no_wait: bool,
-}
-
-#[derive(Debug, clap::Args)]
-pub(crate) struct VmList {
-    /// Only VMs in this state; may be given several times
-    #[arg(long, value_name = "STATE", action = ArgAction::Append)]
-    pub(crate) state: Vec<aether_types::VmState>,
-    /// Only VMs with this label; may be given several times, all must fit
-    #[arg(long, value_name = "K=V", action = ArgAction::Append, value_parser = parse_pair)]
-    pub(crate) label: Vec<(String, String)>,
-    /// Deleted VMs too
-    #[arg(long, short)]
-    pub(crate) all: bool,
-    /// At most this many
-    #[arg(long, value_name = "N")]
-    pub(crate) limit: Option<usize>,
-}
-
-#[derive(Debug, clap::Args)]
-pub(crate) struct VmNames {
-    /// Ids or names
-    #[arg(required = true, value_name = "VM")]
-    pub(crate) vms: Vec<String>,
-}
-
-#[derive(Debug, clap::Args)]
-pub(crate) struct VmAct {
-    /// Ids or names
-    #[arg(required = true, value_name = "VM")]
-    pub(crate) vms: Vec<String>,
-    /// Return as soon as the request is recorded
-    #[arg(long)]
-    pub(crate) no_wait: bool,
 }
 
 /// What a command in a VM is given; shared by `exec` and `shell`.
@@ -394,48 +306,6 @@ pub(crate) struct ImageBuild {
     pub(crate) refresh: bool,
 }
 
-fn parse_pair(text: &str) -> Result<(String, String), String> {
-    match text.split_once('=') {
-        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
-        _ => Err("write KEY=VALUE".to_owned()),
-    }
-}
-
-#[expect(clippy::disallowed_methods, reason = "this is where the environment is read")]
-fn parse_env(text: &str) -> Result<(String, String), String> {
-    if text.contains('=') {
-        return parse_pair(text);
-    }
-    match std::env::var(text) {
-        Ok(value) => Ok((text.to_owned(), value)),
-        Err(_) => Err(format!("{text} is not set here; write {text}=VALUE")),
-    }
-}
-
-/// `90`, `90s`, `30m`, `1h30m`, `2d`.
-fn parse_duration(text: &str) -> Result<Duration, String> {
-    let wrong = || format!("{text:?} is not a time such as 90s, 30m, 1h30m or 2d");
-    let mut seconds: u64 = 0;
-    let mut rest = text;
-    while !rest.is_empty() {
-        let digits = rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len());
-        let number: u64 = rest[..digits].parse().map_err(|_| wrong())?;
-        let unit = rest[digits..].chars().next();
-        let factor = match unit {
-            None if digits == text.len() => 1,
-            Some('s') => 1,
-            Some('m') => 60,
-            Some('h') => 3600,
-            Some('d') => 24 * 3600,
-            _ => return Err(wrong()),
-        };
-        let part = number.checked_mul(factor).ok_or_else(wrong)?;
-        seconds = seconds.checked_add(part).ok_or_else(wrong)?;
-        rest = &rest[digits + unit.map_or(0, char::len_utf8)..];
-    }
-    if seconds == 0 { Err(wrong()) } else { Ok(Duration::from_secs(seconds)) }
-}
-
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory as _;
@@ -445,17 +315,6 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Args::command().debug_assert();
-    }
-
-    #[test]
-    fn times_are_read() {
-        for (text, s) in [("90", 90), ("90s", 90), ("30m", 1800), ("1h30m", 5400), ("2d", 172_800)]
-        {
-            assert_eq!(parse_duration(text), Ok(Duration::from_secs(s)), "{text}");
-        }
-        for text in ["", "0", "s", "1x", "1h30", "-1s", "1.5h", "99999999999999999d"] {
-            assert!(parse_duration(text).is_err(), "{text}");
-        }
     }
 
     #[test]

@@ -1,16 +1,24 @@
 //! The client side: each command finds the server, calls it, and prints for people or programs.
 
 mod attach;
+mod build;
 pub(crate) mod cp;
 mod cp_down;
 mod cp_up;
 pub(crate) mod exec;
+mod fork;
 pub(crate) mod image;
+mod outcome;
+pub(crate) mod pool;
 mod progress;
 pub(crate) mod shell;
+pub(crate) mod snapshot;
+mod start;
 mod stdin;
 mod table;
 pub(crate) mod task;
+pub(crate) mod template;
+mod template_file;
 mod terminal;
 pub(crate) mod vm;
 

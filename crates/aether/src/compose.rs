@@ -3,6 +3,7 @@
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
+    path::PathBuf,
     sync::Arc,
     time::Duration,
 };
@@ -15,17 +16,21 @@ use aether_drivers::{
     sim::{SimConfig, SimDriver, SimHost},
 };
 use aether_events::{EventBus, LocalBus};
-use aether_images::ImageStore;
+use aether_images::{ImageStore, SnapshotError, SnapshotStore};
 use aether_queue::{Queue, SqliteQueue};
 use aether_store::{Durability, SqliteStore, Store};
 use aether_streams::Sessions;
-use aether_types::DriverKind;
-use aether_worker::{ImageSource, ShutdownMode, ShutdownReport, Worker, WorkerConfig, WorkerParts};
+use aether_types::{DriverKind, template::DEFAULT_TAG};
+use aether_worker::{
+    ImageSource, PoolConfig, Retention, ShutdownMode, ShutdownReport, Worker, WorkerConfig,
+    WorkerParts,
+};
 use tokio::{net::TcpListener, time::Instant};
 
 use crate::{
-    args::{Backend, DriverChoice},
+    args::{Backend, Capacity, DriverChoice, PoolChoice, PoolSpec, Snapshots},
     datadir::LockedDataDir,
+    default_template::{self, DefaultTemplate},
     exit::Exit,
     failure::{Failure, chain},
     gateway::{self, AdminKey, Gateway, ImageNames, Inputs},
@@ -38,6 +43,8 @@ pub(crate) struct Plan {
     /// Bound already: a taken port is found out before anything is made.
     pub(crate) listener: TcpListener,
     pub(crate) backend: Backend,
+    pub(crate) capacity: Capacity,
+    pub(crate) snapshots: Snapshots,
 }
 
 /// Everything, running.
@@ -46,6 +53,10 @@ pub(crate) struct Platform {
     address: SocketAddr,
     gateway: Gateway,
     worker: Worker,
+    store: Arc<dyn Store>,
+    bus: Arc<dyn EventBus>,
+    /// The image of the default template; `None`: there shall be none.
+    template_image: Option<String>,
     /// None under the simulated driver.
     host: Option<Arc<Host>>,
     drivers: Vec<Capabilities>,
@@ -65,7 +76,7 @@ impl Platform {
     /// Opens the data directory's content and starts the parts, those first that others need.
     /// What fails leaves the rest as a crash would: the next start takes it over.
     pub(crate) async fn start(plan: Plan) -> Result<Self, Failure> {
-        let Plan { dir, listener, backend } = plan;
+        let Plan { dir, listener, backend, capacity, snapshots } = plan;
         let address = listener.local_addr().map_err(|e| Failure::io("read the address", &e))?;
         let store = SqliteStore::open(&dir.store(), Durability::default())
             .await
@@ -79,6 +90,11 @@ impl Platform {
         let sessions = Sessions::default();
         let (keys, key) = gateway::keys(&dir, &*store).await?;
         let machines = Machines::open(&dir, &backend).await?;
+        let kept = open_snapshots(dir.snapshots()).await?;
+        let templates = match &snapshots.template_dir {
+            Some(shared) => open_snapshots(shared.clone()).await?,
+            None => open_snapshots(dir.templates()).await?,
+        };
 
         let worker = Worker::start(WorkerParts {
             id: dir.worker_id()?,
@@ -88,18 +104,33 @@ impl Platform {
             sessions: sessions.clone(),
             drivers: machines.drivers.clone(),
             images: Arc::clone(&machines.images),
-            config: WorkerConfig::default(),
+            snapshots: kept,
+            templates,
+            config: worker_config(&capacity, &snapshots),
         })
         .await
         .map_err(|e| Failure::internal("start the worker", &e))?;
         let drivers = machines.capabilities();
         gateway::warn_of_weak(&drivers);
+        let template_image = (!snapshots.no_default_template).then(|| backend.image.clone());
         let offer = gateway::Offer::new(machines.names, backend.image, &drivers, dir.path());
-        let links = worker.links();
-        let gateway =
-            gateway::start(Inputs { listener, store, queue, bus, sessions, links, keys, offer })?;
+        let gateway = gateway::start(Inputs {
+            listener,
+            store: Arc::clone(&store),
+            queue,
+            bus: Arc::clone(&bus),
+            sessions,
+            links: worker.links(),
+            pools: worker.pools(),
+            keys,
+            offer,
+            capacity: aether_store::Capacity {
+                vms_max: Some(capacity.max_vms),
+                starting_max: Some(capacity.max_starting),
+            },
+        })?;
         let host = machines.host;
-        Ok(Self { dir, address, gateway, worker, host, drivers, key })
+        Ok(Self { dir, address, gateway, worker, store, bus, template_image, host, drivers, key })
     }
 
     pub(crate) fn dir(&self) -> &LockedDataDir {
@@ -138,9 +169,20 @@ impl Platform {
         self.host.as_ref()?.network().instance()
     }
 
-    /// Completes if the gateway ends by itself, which it should not.
-    pub(crate) async fn failed(&mut self) -> Failure {
-        self.gateway.failed().await
+    /// Makes the default template ready, says what came of that, and completes if the gateway ends
+    /// by itself, which it should not.
+    pub(crate) async fn run(&mut self, told: impl FnOnce(&DefaultTemplate)) -> Failure {
+        let Self { gateway, worker, store, bus, template_image, drivers, .. } = self;
+        let template = async {
+            if let Some((image, driver)) = template_image.as_ref().zip(drivers.first()) {
+                told(&default_template::ensure(worker, store, bus, driver, image).await);
+            }
+            std::future::pending::<Failure>().await
+        };
+        tokio::select! {
+            failure = gateway.failed() => failure,
+            failure = template => failure,
+        }
     }
 
     /// Stops taking requests, stops claiming work, ends or hands over the VMs, flushes, closes: in
@@ -163,6 +205,46 @@ impl Platform {
         drop(dir);
         report
     }
+}
+
+/// Makes the folder where it is not there, and removes what a crash left in it.
+async fn open_snapshots(root: PathBuf) -> Result<Arc<SnapshotStore>, Failure> {
+    let opened = tokio::task::spawn_blocking(move || SnapshotStore::open(root));
+    let opened = opened.await.map_err(|e| Failure::internal("open the snapshots", &e))?;
+    opened
+        .map(Arc::new)
+        .map_err(|error: SnapshotError| Failure::new(error.code(), Exit::Failure, chain(&error)))
+}
+
+fn worker_config(capacity: &Capacity, snapshots: &Snapshots) -> WorkerConfig {
+    let config = WorkerConfig::default();
+    WorkerConfig {
+        retention: Retention {
+            snapshots_per_vm_max: snapshots.snapshot_keep,
+            snapshot_age_max: snapshots.snapshot_max_age,
+            snapshot_bytes_max: snapshots.snapshot_disk_mb.map(|mb| mb.saturating_mul(1 << 20)),
+        },
+        templates_are_shared: snapshots.template_dir.is_some(),
+        pools: pools(config.pools, &capacity.pool),
+        ..config
+    }
+}
+
+/// The default pool stays beside those that are asked for, unless one of them is its own, or it is
+/// not wanted.
+fn pools(defaults: Vec<PoolConfig>, asked: &[PoolChoice]) -> Vec<PoolConfig> {
+    let full = |template: &str| match template.split_once(':') {
+        Some(_) => template.to_owned(),
+        None => format!("{template}:{DEFAULT_TAG}"),
+    };
+    let mut pools = if asked.contains(&PoolChoice::None) { Vec::new() } else { defaults };
+    for choice in asked {
+        let PoolChoice::Of(PoolSpec { template, min, max }) = choice else { continue };
+        let template = full(template);
+        pools.retain(|pool| full(&pool.template) != template);
+        pools.push(PoolConfig { template, min: *min, max: *max });
+    }
+    pools
 }
 
 impl Machines {
@@ -285,5 +367,25 @@ pub(crate) fn is_weak(capabilities: &Capabilities) -> bool {
     match capabilities.kind {
         DriverKind::Firecracker | DriverKind::Qemu => !capabilities.accelerated,
         DriverKind::Sim => true,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pools_are_added_replaced_and_left_out() {
+        let defaults = || vec![PoolConfig { template: "default:latest".into(), min: 1, max: 4 }];
+        let of = |text: &str| {
+            let asked: Vec<PoolChoice> = text.split(',').map(|t| t.parse().unwrap()).collect();
+            let pools = pools(defaults(), &asked).into_iter();
+            pools.map(|p| format!("{}={}..{}", p.template, p.min, p.max)).collect::<Vec<_>>()
+        };
+        assert_eq!(of("web=2"), ["default:latest=1..4", "web:latest=2..2"]);
+        assert_eq!(of("default=0..9"), ["default:latest=0..9"]);
+        assert_eq!(of("none,web:v1=1"), ["web:v1=1..1"]);
+        assert!(of("none").is_empty());
+        assert_eq!(of("web=1,web:latest=2"), ["default:latest=1..4", "web:latest=2..2"]);
     }
 }

@@ -8,6 +8,7 @@
 //!   auth-secret  hashes API keys      journal     of host resources, the drivers' own
 //!   listen       address of the server, while one runs
 //!   vms/         what the drivers keep
+//!   snapshots/   of VMs               templates/  what VMs begin as
 //! ```
 
 use std::{
@@ -63,6 +64,14 @@ impl DataDir {
 
     pub(crate) fn admin_key(&self) -> PathBuf {
         self.0.join("admin-key")
+    }
+
+    pub(crate) fn snapshots(&self) -> PathBuf {
+        self.0.join("snapshots")
+    }
+
+    pub(crate) fn templates(&self) -> PathBuf {
+        self.0.join("templates")
     }
 
     fn listen(&self) -> PathBuf {

@@ -4,17 +4,17 @@
 use std::{net::SocketAddr, path::Path, time::Duration};
 
 use aether_api::{
-    CreateVm, ExecuteRequest, VmView,
+    CreateSnapshot, CreateVm, ExecuteRequest, VmView,
     client::{CallOptions, Client, Waited},
 };
 use aether_drivers::CgroupStatus;
-use aether_types::VmState;
+use aether_types::{ErrorCode, VmState};
 use aether_worker::ShutdownMode;
 use serde::Serialize;
 use tokio::{net::TcpListener, time::Instant};
 
 use crate::{
-    args::{Backend, Doctor, DriverChoice, Global},
+    args::{Backend, Capacity, Doctor, DriverChoice, Global, PoolChoice, Snapshots},
     cli,
     compose::{self, Plan, Platform},
     datadir::DataDir,
@@ -138,7 +138,10 @@ async fn try_here(backend: Backend, findings: &mut Findings) -> Result<(), Failu
     let listener = TcpListener::bind(SocketAddr::from(([127, 0, 0, 1], 0)))
         .await
         .map_err(|e| Failure::io("listen on a free port", &e))?;
-    let plan = Plan { dir, listener, backend };
+    // One VM, and another from its snapshot; nothing else begins.
+    let capacity = Capacity { max_vms: 2, max_starting: 2, pool: vec![PoolChoice::None] };
+    let snapshots = Snapshots { no_default_template: true, ..Snapshots::default() };
+    let plan = Plan { dir, listener, backend, capacity, snapshots };
     let platform = match Box::pin(Platform::start(plan)).await {
         Ok(platform) => platform,
         Err(failure) => {
@@ -172,6 +175,10 @@ fn describe(platform: &Platform, findings: &mut Findings) {
         } else {
             Finding::ok("driver", found)
         });
+        if capabilities.snapshot_format.is_none() {
+            let found = format!("{} takes no snapshots here: its VMs boot", capabilities.kind);
+            findings.add(Finding::warning("snapshots", found, "use a newer version of it"));
+        }
     }
     if let Some(range) = platform.network_range() {
         findings.add(Finding::ok("network", format!("VMs have addresses of {range}")));
@@ -222,6 +229,7 @@ async fn try_server(client: &Client, findings: &mut Findings) {
             }
             Err(failure) => findings.failed("command", &failure),
         }
+        try_snapshot(client, &name, findings).await;
     }
     // Also one that failed: it is there until it is deleted.
     let start = Instant::now();
@@ -235,9 +243,57 @@ async fn try_server(client: &Client, findings: &mut Findings) {
     }
 }
 
+/// Takes a snapshot, begins a VM as it, runs a command in that, and removes both.
+async fn try_snapshot(client: &Client, vm: &str, findings: &mut Findings) {
+    let name = format!("{vm}-snapshot");
+    match snapshot(client, vm, &name).await {
+        Ok(found) => findings.add(Finding::ok("snapshots", found)),
+        Err(failure) if failure.code == ErrorCode::DriverUnavailable.as_str() => {
+            let fix = "VMs boot each time; use a driver that takes snapshots";
+            findings.add(Finding::warning("snapshots", failure.message, fix));
+        }
+        Err(failure) => findings.failed("snapshots", &failure),
+    }
+    // What there is of them; the first may not have been made.
+    for gone in [
+        client.delete_vm(&name, &CallOptions::waiting(WAIT)).await.map(drop),
+        client.delete_snapshot(&name).await.map(drop),
+    ] {
+        match gone.map_err(Failure::from) {
+            Ok(()) => {}
+            Err(failure) if failure.exit == Exit::NotFound => {}
+            Err(failure) => findings.failed("deletion", &failure),
+        }
+    }
+}
+
+async fn snapshot(client: &Client, vm: &str, name: &str) -> Result<String, Failure> {
+    let begun = Instant::now();
+    let request = CreateSnapshot { name: Some(name.to_owned()) };
+    let taken = client.create_snapshot(vm, &request, &CallOptions::waiting(WAIT)).await?;
+    let Waited::Done(taken) = taken else { return Err(late("the snapshot is not taken")) };
+    let took = begun.elapsed().as_millis();
+    let request = CreateVm {
+        name: Some(name.to_owned()),
+        snapshot: Some(taken.id.to_string()),
+        ..CreateVm::default()
+    };
+    let vm = create_as(client, &request).await?;
+    command(client, name).await?;
+    let start = vm.start.as_ref().map_or(0.0, |start| start.total_ms);
+    let paused = taken.paused_ms.unwrap_or(0.0);
+    Ok(format!(
+        "taken in {took} ms, for which the VM stood still {paused:.0} ms; restored in {start:.0} ms"
+    ))
+}
+
 async fn create(client: &Client, name: &str) -> Result<VmView, Failure> {
     let request = CreateVm { name: Some(name.to_owned()), ..CreateVm::default() };
-    match client.create_vm(&request, &CallOptions::waiting(WAIT)).await? {
+    create_as(client, &request).await
+}
+
+async fn create_as(client: &Client, request: &CreateVm) -> Result<VmView, Failure> {
+    match client.create_vm(request, &CallOptions::waiting(WAIT)).await? {
         Waited::Done(vm) if vm.state == VmState::Running => Ok(vm),
         Waited::Done(vm) => Err(vm.reason.as_ref().map_or_else(
             || Failure::new("internal", Exit::Failure, format!("the VM is {}", vm.state)),

@@ -57,19 +57,26 @@ impl From<ErrorCode> for Exit {
             | ErrorCode::TaskNotFound
             | ErrorCode::ExecutionNotFound
             | ErrorCode::ImageNotFound
+            | ErrorCode::SnapshotNotFound
+            | ErrorCode::TemplateNotFound
             | ErrorCode::FileNotFound
             | ErrorCode::RouteNotFound => Self::NotFound,
             ErrorCode::NameTaken
             | ErrorCode::VmStateConflict
+            | ErrorCode::SnapshotStateConflict
             | ErrorCode::TaskEnded
             | ErrorCode::IdempotencyConflict
             | ErrorCode::FileConflict => Self::Conflict,
             ErrorCode::Unauthorized => Self::Unauthorized,
             ErrorCode::InsufficientCapacity
+            | ErrorCode::TooManyVms
+            | ErrorCode::SnapshotIncompatible
             | ErrorCode::DriverUnavailable
             | ErrorCode::Unavailable => Self::Unavailable,
             ErrorCode::ExecutionTimeout => Self::TimeLimit,
             ErrorCode::MethodNotAllowed
+            | ErrorCode::SnapshotDamaged
+            | ErrorCode::TemplateBuildFailed
             | ErrorCode::VmStartFailed
             | ErrorCode::VmStartTimeout
             | ErrorCode::GuestPanic

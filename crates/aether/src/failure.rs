@@ -158,7 +158,11 @@ fn hint_for(code: ErrorCode) -> Option<&'static str> {
         ErrorCode::VmNotFound => Some("`aether vm list` shows the VMs there are"),
         ErrorCode::TaskNotFound => Some("`aether task list` shows the tasks there are"),
         ErrorCode::ImageNotFound => Some("`aether image list` on the server shows what there is"),
-        ErrorCode::NameTaken => Some("choose another name, or delete that VM"),
+        ErrorCode::SnapshotNotFound => Some("`aether snapshot list` shows the snapshots there are"),
+        ErrorCode::TemplateNotFound => Some("`aether template list` shows the templates there are"),
+        ErrorCode::SnapshotDamaged => Some("delete it, and take or build it again"),
+        ErrorCode::TooManyVms => Some("delete VMs that are not needed, or try again later"),
+        ErrorCode::NameTaken => Some("choose another name, or delete what has it"),
         ErrorCode::VmStateConflict => Some("`aether vm get` shows the VM's state and its reason"),
         ErrorCode::DriverUnavailable | ErrorCode::VmStartFailed | ErrorCode::VmStartTimeout => {
             Some("`aether doctor` checks the host")
@@ -176,7 +180,7 @@ mod tests {
         let fault = Fault::new(ErrorCode::NameTaken, "a VM called web lives");
         assert_eq!(
             Failure::fault(&fault).to_string(),
-            "a VM called web lives [name_taken]; choose another name, or delete that VM"
+            "a VM called web lives [name_taken]; choose another name, or delete what has it"
         );
         assert_eq!(Failure::fault(&fault).exit, Exit::Conflict);
     }

@@ -15,8 +15,8 @@ use aether_gateway::{
     Probe,
 };
 use aether_queue::Queue;
-use aether_store::Store;
-use aether_streams::{GuestLink, Sessions};
+use aether_store::{Capacity, Store};
+use aether_streams::{GuestLink, Pools, Sessions};
 use aether_types::{DriverKind, limits};
 use tokio::{net::TcpListener, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
@@ -79,8 +79,10 @@ pub(crate) struct Inputs {
     pub(crate) bus: Arc<dyn EventBus>,
     pub(crate) sessions: Sessions,
     pub(crate) links: Arc<dyn GuestLink>,
+    pub(crate) pools: Arc<dyn Pools>,
     pub(crate) keys: KeyRing,
     pub(crate) offer: Offer,
+    pub(crate) capacity: Capacity,
 }
 
 /// The gateway, serving.
@@ -90,7 +92,8 @@ pub(crate) struct Gateway {
 }
 
 pub(crate) fn start(inputs: Inputs) -> Result<Gateway, Failure> {
-    let Inputs { listener, store, queue, bus, sessions, links, keys, offer } = inputs;
+    let Inputs { listener, store, queue, bus, sessions, links, pools, keys, offer, capacity } =
+        inputs;
     let address = listener.local_addr().map_err(|e| Failure::io("read the address", &e))?;
     let gateway = aether_gateway::Gateway::new(GatewayParts {
         store,
@@ -98,11 +101,12 @@ pub(crate) fn start(inputs: Inputs) -> Result<Gateway, Failure> {
         bus,
         sessions,
         links,
+        pools,
         catalogue: Arc::new(offer),
         keys,
         probes: vec![("workers".to_owned(), Arc::new(WorkerHere) as Arc<dyn Probe>)],
         hosts: HostCheck::for_listener(address),
-        config: GatewayConfig::default(),
+        config: GatewayConfig { capacity, ..GatewayConfig::default() },
     });
     let closing = CancellationToken::new();
     let token = closing.clone();
@@ -214,6 +218,7 @@ impl Offer {
                 kind: driver.kind,
                 isolation: driver.isolation.to_owned(),
                 unavailable: None,
+                takes_snapshots: driver.snapshot_format.is_some(),
             })
             .collect();
         Self { images, image_default, drivers, driver_default, limits: host_limits(data_dir) }

@@ -7,6 +7,7 @@ use std::{
     process::Command,
 };
 
+use aether_types::limits;
 use serde::Serialize;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -66,6 +67,7 @@ pub(crate) fn findings(data_dir: &Path) -> Vec<Finding> {
         tun(),
         kvm(),
         disk(data_dir),
+        snapshot_room(data_dir),
         memory(),
     ]
 }
@@ -150,6 +152,24 @@ fn disk(data_dir: &Path) -> Finding {
             format!("{}: {error}", there.display()),
             "choose another --data-dir",
         ),
+    }
+}
+
+/// So many snapshots of the default size shall fit at least: the default template, and some.
+const SNAPSHOTS_MIN: u64 = 8;
+
+/// Snapshots hold memory, at most all of it, and what was written to the disk.
+fn snapshot_room(data_dir: &Path) -> Finding {
+    let there = data_dir.ancestors().find(|path| path.is_dir()).unwrap_or(Path::new("/"));
+    // That it cannot be asked is said already.
+    let free = rustix::fs::statvfs(there).map_or(0, |stat| stat.f_bavail * stat.f_frsize);
+    let count = (free >> 20) / u64::from(limits::MEMORY_MB_DEFAULT);
+    let found = format!("room for {count} snapshots of {} MB memory", limits::MEMORY_MB_DEFAULT);
+    if count < SNAPSHOTS_MIN {
+        let fix = "make room, choose another --data-dir, or bound them with --snapshot-disk-mb";
+        Finding::warning("room", found, fix)
+    } else {
+        Finding::ok("room", found)
     }
 }
 

@@ -14,15 +14,12 @@ use crate::failure::chain;
 pub(crate) struct StoredImages(pub(crate) Arc<ImageStore>);
 
 impl ImageSource for StoredImages {
+    fn digest(&self, image: &str) -> Result<String, Fault> {
+        self.0.get(image).map(|found| found.digest.to_string()).map_err(|e| unusable(image, &e))
+    }
+
     fn resolve(&self, image: &str) -> Result<BootSource, Fault> {
-        let set = self.0.resolve(image).map_err(|error| match error {
-            ImageError::Unknown { .. } => Fault::new(ErrorCode::ImageNotFound, error.to_string()),
-            error => {
-                tracing::error!(image, error = chain(&error), "the image cannot be used");
-                let text = format!("the image {image} cannot be used; the server's log says why");
-                Fault::new(ErrorCode::VmStartFailed, text)
-            }
-        })?;
+        let set = self.0.resolve(image).map_err(|error| unusable(image, &error))?;
         Ok(BootSource {
             kernel: set.kernel,
             initrd: set.initrd,
@@ -35,12 +32,27 @@ impl ImageSource for StoredImages {
     }
 }
 
+fn unusable(image: &str, error: &ImageError) -> Fault {
+    if let ImageError::Unknown { .. } = error {
+        return Fault::new(ErrorCode::ImageNotFound, error.to_string());
+    }
+    tracing::error!(image, error = chain(error), "the image cannot be used");
+    let text = format!("the image {image} cannot be used; the server's log says why");
+    Fault::new(ErrorCode::VmStartFailed, text)
+}
+
 /// For machines that are none: any of these names will do.
 #[derive(Debug)]
 pub(crate) struct SimulatedImages(pub(crate) Vec<String>);
 
 impl ImageSource for SimulatedImages {
+    fn digest(&self, _image: &str) -> Result<String, Fault> {
+        Ok(format!("blake3:{}", "0".repeat(64)))
+    }
+
     fn resolve(&self, image: &str) -> Result<BootSource, Fault> {
+        // A pinned name means the same.
+        let image = image.split('@').next().unwrap_or_default();
         if !self.0.iter().any(|name| name == image) {
             let known = self.0.join(", ");
             let text = format!("no image is called {image}; there are: {known}");

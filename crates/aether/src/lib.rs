@@ -15,6 +15,7 @@ mod args;
 mod cli;
 mod compose;
 mod datadir;
+mod default_template;
 mod doctor;
 mod exit;
 mod failure;
@@ -64,6 +65,9 @@ fn runtime(command: &Command) -> Result<tokio::runtime::Runtime, Failure> {
     let mut builder = match command {
         Command::Up(_) | Command::Doctor(_) => tokio::runtime::Builder::new_multi_thread(),
         Command::Vm(_)
+        | Command::Snapshot(_)
+        | Command::Template(_)
+        | Command::Pool(_)
         | Command::Exec(_)
         | Command::Shell(_)
         | Command::Cp(_)
@@ -80,6 +84,9 @@ async fn run(args: Args) -> Result<Exit, Failure> {
         Command::Up(up) => up::run(&global, up).await,
         Command::Doctor(doctor) => doctor::run(&global, doctor).await,
         Command::Vm(vm) => cli::vm::run(&global, vm).await,
+        Command::Snapshot(snapshot) => cli::snapshot::run(&global, snapshot).await,
+        Command::Template(template) => cli::template::run(&global, template).await,
+        Command::Pool(pool) => cli::pool::run(&global, pool).await,
         Command::Exec(exec) => cli::exec::run(&global, exec).await,
         Command::Shell(shell) => cli::shell::run(&global, shell).await,
         Command::Cp(cp) => cli::cp::run(&global, cp).await,

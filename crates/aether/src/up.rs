@@ -12,6 +12,7 @@ use crate::{
     cli::local_url,
     compose::{self, Plan, Platform},
     datadir::DataDir,
+    default_template::DefaultTemplate,
     exit::Exit,
     failure::Failure,
     logging, notify, output,
@@ -44,6 +45,8 @@ enum Word<'a> {
         /// Where VMs find this host, if their network allows it.
         host_address: Option<String>,
     },
+    /// What came of the template that VMs get which ask for none.
+    Template(&'a DefaultTemplate),
     Ended {
         vms_stopped: usize,
         vms_kept: usize,
@@ -59,7 +62,8 @@ pub(crate) async fn run(global: &Global, args: Up) -> Result<Exit, Failure> {
     let listener = bind(args.listen).await?;
     let mut signals = Signals::take()?;
 
-    let plan = Plan { dir, listener, backend: args.backend };
+    let Up { backend, capacity, snapshots, .. } = args;
+    let plan = Plan { dir, listener, backend, capacity, snapshots };
     let mut platform = tokio::select! {
         platform = Box::pin(Platform::start(plan)) => platform?,
         signal = next_end(&mut signals) => {
@@ -73,12 +77,17 @@ pub(crate) async fn run(global: &Global, args: Up) -> Result<Exit, Failure> {
     announce(global, &platform, &url);
     notify::send("READY=1");
 
+    let told = |template: &DefaultTemplate| {
+        if global.json {
+            output::json_line(&Word::Template(template));
+        }
+    };
     let failure = tokio::select! {
         signal = next_end(&mut signals) => {
             tracing::info!(signal, "asked to end");
             None
         }
-        failure = platform.failed() => Some(failure),
+        failure = platform.run(told) => Some(failure),
     };
     notify::send("STOPPING=1");
     let report = tokio::select! {

@@ -48,6 +48,13 @@ impl Progress {
         }
     }
 
+    /// A line that stays, above the moving one.
+    pub(crate) fn above(&self, text: &str) {
+        if let Some(bar) = &self.0 {
+            bar.println(text);
+        }
+    }
+
     pub(crate) fn say(&self, text: &str) {
         if let Some(bar) = &self.0 {
             bar.set_message(text.to_owned());

@@ -4,12 +4,15 @@ use aether_api::{
     CreateVm, VmView,
     client::{CallOptions, Client, ClientError, PageQuery, VmQuery, Waited},
 };
-use aether_types::{Egress, NetworkPolicy, Timestamp, VmState, limits};
+use aether_types::{AllowRule, Egress, NetworkPolicy, Timestamp, VmState, limits};
 use futures::{StreamExt as _, stream};
 
-use super::{WAIT, connect, fault_failure, progress::Progress, table, task_failure, wait_for_task};
+use super::{
+    WAIT, connect, fault_failure, fork, outcome::Outcome, progress::Progress, start, table,
+    task_failure, wait_for_task,
+};
 use crate::{
-    args::{Global, Vm, VmAct, VmCreate, VmList, VmNames},
+    args::{Global, Vm, VmAct, VmCreate, VmList, VmNames, VmStop},
     exit::Exit,
     failure::Failure,
     output,
@@ -24,7 +27,13 @@ pub(crate) async fn run(global: &Global, command: Vm) -> Result<Exit, Failure> {
         Vm::Create(args) => create(&client, global, args).await,
         Vm::List(args) => list(&client, global, args).await,
         Vm::Get(args) => get(&client, global, args).await,
-        Vm::Stop(args) => act(&client, global, Verb::Stop, args).await,
+        Vm::Fork(args) => fork::run(&client, global, args).await,
+        Vm::Stop(VmStop { act: args, keep_memory: false }) => {
+            act(&client, global, Verb::Stop, args).await
+        }
+        Vm::Stop(VmStop { act: args, keep_memory: true }) => {
+            act(&client, global, Verb::Suspend, args).await
+        }
         Vm::Start(args) => act(&client, global, Verb::Start, args).await,
         Vm::Pause(args) => act(&client, global, Verb::Pause, args).await,
         Vm::Resume(args) => act(&client, global, Verb::Resume, args).await,
@@ -46,24 +55,25 @@ async fn create(client: &Client, global: &Global, args: VmCreate) -> Result<Exit
             output::line(&accepted.vm_id.to_string());
         }
         Settled::Done(vm) if global.json => output::json(&*vm),
-        Settled::Done(vm) => output::line(&format!(
-            "{} is {} ({}{})",
-            vm.name,
-            vm.state,
-            vm.id,
-            vm.address.map_or_else(String::new, |a| format!(", {a}")),
-        )),
+        Settled::Done(vm) => output::line(&made(&vm)),
     }
     Ok(Exit::Success)
 }
 
+/// `web is running (ID, ADDRESS), restored in 61 ms`.
+pub(super) fn made(vm: &VmView) -> String {
+    let VmView { name, state, id, address, start, .. } = vm;
+    let address = address.map_or_else(String::new, |a| format!(", {a}"));
+    let start = start.as_ref().map_or_else(String::new, |s| format!(", {}", start::brief(s)));
+    format!("{name} is {state} ({id}{address}){start}")
+}
+
 fn create_request(args: VmCreate) -> CreateVm {
-    let network = (args.no_network || !args.allow.is_empty()).then_some(NetworkPolicy {
-        egress: if args.no_network { Egress::None } else { Egress::Public },
-        allow: args.allow,
-    });
+    let network = network(args.no_network, args.allow);
     CreateVm {
         name: args.name,
+        template: args.template,
+        snapshot: args.snapshot,
         vcpus: args.vcpus,
         memory_mb: args.memory,
         disk_mb: args.disk,
@@ -76,7 +86,15 @@ fn create_request(args: VmCreate) -> CreateVm {
     }
 }
 
-fn options(no_wait: bool) -> CallOptions {
+/// The policy that options ask for; none where they ask for none.
+pub(super) fn network(is_closed: bool, allow: Vec<AllowRule>) -> Option<NetworkPolicy> {
+    (is_closed || !allow.is_empty()).then_some(NetworkPolicy {
+        egress: if is_closed { Egress::None } else { Egress::Public },
+        allow,
+    })
+}
+
+pub(super) fn options(no_wait: bool) -> CallOptions {
     if no_wait { CallOptions::default() } else { CallOptions::waiting(WAIT) }
 }
 
@@ -134,7 +152,10 @@ async fn list(client: &Client, global: &Global, args: VmList) -> Result<Exit, Fa
     } else {
         let now = Timestamp::now();
         let row = |vm: VmView| {
-            vec![
+            let origin = start::origin(&vm.origin);
+            let start = vm.start.as_ref();
+            let more = args.verbose.then(|| [origin, table::or_dash(start.map(start::phases))]);
+            let row = vec![
                 vm.name,
                 vm.id.to_string(),
                 vm.state.to_string(),
@@ -143,12 +164,16 @@ async fn list(client: &Client, global: &Global, args: VmList) -> Result<Exit, Fa
                 format!("{} MB", vm.memory_mb),
                 table::or_dash(vm.address),
                 table::age(vm.created_at, now),
-            ]
+                table::or_dash(start.map(start::brief)),
+            ];
+            row.into_iter().chain(more.into_iter().flatten()).collect()
         };
-        table::print(
-            &["NAME", "ID", "STATE", "DRIVER", "CPUS", "MEMORY", "ADDRESS", "AGE"],
-            vms.into_iter().map(row).collect(),
-        );
+        let mut header =
+            vec!["NAME", "ID", "STATE", "DRIVER", "CPUS", "MEMORY", "ADDRESS", "AGE", "START"];
+        if args.verbose {
+            header.extend(["ORIGIN", "PHASES"]);
+        }
+        table::print(&header, vms.into_iter().map(row).collect());
     }
     Ok(Exit::Success)
 }
@@ -196,6 +221,19 @@ fn describe(vm: &VmView) {
     );
     line("size", format!("{} vCPU, {} MB memory, {} MB disk", vm.vcpus, vm.memory_mb, vm.disk_mb));
     line("image", vm.image.clone());
+    line("origin", start::origin(&vm.origin));
+    if let Some(start) = &vm.start {
+        line("start", start::brief(start));
+        for phase in &start.phases {
+            line("", format!("{:<18} {}", phase.name, start::ms(phase.ms)));
+        }
+        if let Some(fallback) = &start.fallback {
+            line("", format!("not faster: {fallback}"));
+        }
+    }
+    if vm.memory_kept {
+        line("memory", "kept; a start goes on where it was".to_owned());
+    }
     line("address", table::or_dash(vm.address));
     let egress = match vm.network.egress {
         Egress::Public => "the public internet",
@@ -224,6 +262,8 @@ fn describe(vm: &VmView) {
 #[derive(Debug, Clone, Copy)]
 enum Verb {
     Stop,
+    /// Stop, with the memory kept.
+    Suspend,
     Start,
     Pause,
     Resume,
@@ -233,7 +273,7 @@ enum Verb {
 impl Verb {
     fn doing(self) -> &'static str {
         match self {
-            Self::Stop => "stopping",
+            Self::Stop | Self::Suspend => "stopping",
             Self::Start => "starting",
             Self::Pause => "pausing",
             Self::Resume => "resuming",
@@ -249,12 +289,22 @@ impl Verb {
     ) -> Result<Waited<VmView>, ClientError> {
         match self {
             Self::Stop => client.stop_vm(vm, options).await,
+            Self::Suspend => client.suspend_vm(vm, options).await,
             Self::Start => client.start_vm(vm, options).await,
             Self::Pause => client.pause_vm(vm, options).await,
             Self::Resume => client.resume_vm(vm, options).await,
             Self::Delete => client.delete_vm(vm, options).await,
         }
     }
+}
+
+fn acted(verb: Verb, vm: &VmView) -> String {
+    let more = match (verb, &vm.start) {
+        (Verb::Start, Some(start)) => format!(", {}", start::brief(start)),
+        (Verb::Suspend, _) if vm.memory_kept => ", its memory is kept".to_owned(),
+        _ => String::new(),
+    };
+    format!("{} is {}{more}", vm.name, vm.state)
 }
 
 async fn act(client: &Client, global: &Global, verb: Verb, args: VmAct) -> Result<Exit, Failure> {
@@ -275,7 +325,7 @@ async fn act(client: &Client, global: &Global, verb: Verb, args: VmAct) -> Resul
         match answer {
             Ok(Settled::Done(vm)) if global.json => outcome.json(&vm),
             Ok(Settled::Accepted(accepted)) if global.json => outcome.json(&accepted),
-            Ok(Settled::Done(vm)) => output::line(&format!("{} is {}", vm.name, vm.state)),
+            Ok(Settled::Done(vm)) => output::line(&acted(verb, &vm)),
             Ok(Settled::Accepted(accepted)) => {
                 output::line(&format!("{name}: task {} is recorded", accepted.task_id));
             }
@@ -283,38 +333,4 @@ async fn act(client: &Client, global: &Global, verb: Verb, args: VmAct) -> Resul
         }
     }
     outcome.finish()
-}
-
-/// Of one command on several VMs: every failure is told, and the first decides the exit status.
-struct Outcome {
-    several: bool,
-    json: bool,
-    failure: Option<Failure>,
-}
-
-impl Outcome {
-    fn new(several: bool, json: bool) -> Self {
-        Self { several, json, failure: None }
-    }
-
-    /// One VM is one document; several are one line each, in the order they were named.
-    fn json(&self, value: &impl serde::Serialize) {
-        if self.several { output::json_line(value) } else { output::json(value) }
-    }
-
-    fn failed(&mut self, name: &str, mut failure: Failure) {
-        if self.several {
-            failure.message = format!("{name}: {}", failure.message);
-        }
-        if let Some(earlier) = self.failure.replace(failure) {
-            // The first stays, to be told last and to decide.
-            if let Some(later) = self.failure.replace(earlier) {
-                output::failure(&later, self.json);
-            }
-        }
-    }
-
-    fn finish(self) -> Result<Exit, Failure> {
-        self.failure.map_or(Ok(Exit::Success), Err)
-    }
 }

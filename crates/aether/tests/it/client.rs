@@ -4,10 +4,11 @@ use insta::assert_snapshot;
 
 use crate::rig::Rig;
 
-/// Ids, times and addresses differ from run to run.
+/// Ids, times, durations and addresses differ from run to run.
 fn plain(text: &str) -> String {
-    let mut out = Vec::new();
-    for line in text.lines() {
+    let mut out: Vec<String> = Vec::new();
+    // The steps of a start are the worker's business.
+    for line in text.lines().filter(|line| !line.starts_with("           ")) {
         let words: Vec<&str> = line.split_whitespace().collect();
         let words = words.into_iter().map(|word| {
             let bare = word.trim_matches(|c: char| "(),[]".contains(c));
@@ -24,7 +25,13 @@ fn plain(text: &str) -> String {
             };
             word.replace(bare, kind)
         });
-        out.push(words.collect::<Vec<_>>().join(" "));
+        let words: Vec<String> = words.collect();
+        // A time that something took.
+        let took = |n: usize| words.get(n + 1).is_some_and(|unit| unit.starts_with("ms"));
+        let plain = |(n, word): (usize, &String)| {
+            if took(n) && word.parse::<f64>().is_ok() { "N".to_owned() } else { word.clone() }
+        };
+        out.push(words.iter().enumerate().map(plain).collect::<Vec<_>>().join(" "));
     }
     out.join("\n")
 }

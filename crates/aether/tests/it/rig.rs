@@ -38,6 +38,7 @@ impl Rig {
     pub(crate) fn restart(&mut self) {
         let mut child = command(&self.data())
             .args(["up", "--driver", "sim", "--listen", "127.0.0.1:0", "--log-level", "warn"])
+            .args(["--no-default-template", "--pool", "none"])
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()
