@@ -36,8 +36,7 @@ pub(super) async fn create_vm(
         return Ok(earlier);
     }
     admit(&mut tx, capacity, 1, vm.spec.origin).await?;
-    insert_vm(&mut tx, &vm).await?;
-    write::insert_task(&mut tx, &task).await?;
+    insert_vm(&mut tx, &vm, &task).await?;
     requests::remember(&mut tx, idempotency, task.id, now).await?;
     tx.commit().await.context("commit a VM's creation")?;
     Ok(Accepted { vm, task, repeated: false, cancelled: Vec::new() })
@@ -91,8 +90,7 @@ async fn insert_clones(
         new.spec.origin = Origin::Snapshot(snapshot.id);
         let vm = creating(new, now);
         let task = write::pending(&task, vm.id, now);
-        insert_vm(tx, &vm).await?;
-        write::insert_task(tx, &task).await?;
+        insert_vm(tx, &vm, &task).await?;
         sqlx::query(
             "insert into forks (snapshot_id, place, vm_id, task_id) values ($1, $2, $3, $4)",
         )
@@ -157,7 +155,9 @@ pub(super) fn creating(new: NewVm, now: Timestamp) -> Vm {
     }
 }
 
-pub(super) async fn insert_vm(tx: &mut Tx<'_>, vm: &Vm) -> Result<(), StoreError> {
+/// Records a VM in `creating` with its task, whose dispatch is owed; in one round trip, since it is
+/// on the way of every VM.
+pub(super) async fn insert_vm(tx: &mut Tx<'_>, vm: &Vm, task: &Task) -> Result<(), StoreError> {
     let (origin, builder) = match vm.spec.origin {
         Origin::Image => (None, false),
         Origin::Template(id) => (Some(id.to_string()), false),
@@ -167,7 +167,13 @@ pub(super) async fn insert_vm(tx: &mut Tx<'_>, vm: &Vm) -> Result<(), StoreError
     let inserted = sqlx::query(
         "insert into vms (id, name, state, spec, driver, created_at, updated_at, expires_at, \
          generation, origin, builder) values ($1, $2, 'creating', $3, $4, $5, $5, $6, 1, $7, $8); \
-         insert into vm_changes (vm_id, generation, state, at) values ($1, 1, 'creating', $5)",
+         insert into vm_changes (vm_id, generation, state, at) values ($1, 1, 'creating', $5); \
+         insert into vm_labels (vm_id, key, value) \
+         select $1, key, value from json_each($3, '$.labels'); \
+         insert into tasks (id, kind, state, priority, vm_id, snapshot_id, attempts, \
+         max_attempts, epoch, cancel_requested, created_at) \
+         values ($9, $10, 'pending', $11, $1, $12, 0, $13, 0, 0, $5); \
+         insert into outbox (task_id) values ($9)",
     )
     .bind(vm.id.to_string())
     .bind(vm.name.clone())
@@ -177,6 +183,11 @@ pub(super) async fn insert_vm(tx: &mut Tx<'_>, vm: &Vm) -> Result<(), StoreError
     .bind(vm.expires_at.map(Timestamp::unix_ms))
     .bind(origin)
     .bind(i64::from(builder))
+    .bind(task.id.to_string())
+    .bind(task.kind.as_str())
+    .bind(task.priority.as_str())
+    .bind(task.snapshot_id.map(|s| s.to_string()))
+    .bind(task.max_attempts)
     .execute(&mut **tx)
     .await;
     if let Err(sqlx::Error::Database(e)) = &inserted
@@ -186,15 +197,6 @@ pub(super) async fn insert_vm(tx: &mut Tx<'_>, vm: &Vm) -> Result<(), StoreError
         return Err(StoreError::NameTaken { name: vm.name.clone() });
     }
     inserted.context("record a VM")?;
-    for (key, value) in &vm.spec.labels {
-        sqlx::query("insert into vm_labels (vm_id, key, value) values ($1, $2, $3)")
-            .bind(vm.id.to_string())
-            .bind(key.clone())
-            .bind(value.clone())
-            .execute(&mut **tx)
-            .await
-            .context("record a VM's labels")?;
-    }
     Ok(())
 }
 

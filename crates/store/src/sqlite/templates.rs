@@ -73,9 +73,8 @@ pub(super) async fn build(
         updated_at: now,
         generation: 1,
     };
-    create::insert_vm(&mut tx, &vm).await?;
+    create::insert_vm(&mut tx, &vm, &task).await?;
     snapshots::insert(&mut tx, &snapshot).await?;
-    write::insert_task(&mut tx, &task).await?;
     insert(&mut tx, &template).await?;
     requests::remember(&mut tx, idempotency, task.id, now).await?;
     tx.commit().await.context("commit the build of a template")?;

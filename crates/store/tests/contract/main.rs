@@ -6,8 +6,11 @@
 mod support;
 
 mod attempts;
+mod capacity;
 mod lists;
 mod requests;
+mod snapshots;
+mod templates;
 
 /// Runs every test of the suite on one implementation.
 macro_rules! contract {
@@ -79,6 +82,44 @@ mod sqlite {
             expired_vms_are_found_until_they_are_deleted,
             keys_round_trip,
             ping_answers,
+        },
+        snapshots::{
+            a_snapshot_and_its_task_are_recorded_and_owed,
+            a_snapshot_is_refused_unless_the_vm_runs_or_is_paused,
+            a_snapshots_name_is_free_again_when_it_failed_or_is_deleted,
+            a_repeated_snapshot_or_fork_is_answered_with_the_first,
+            a_fork_records_its_snapshot_and_clones_whole_or_not_at_all,
+            a_snapshot_fails_with_its_task,
+            what_a_late_attempt_says_of_a_snapshot_does_not_count,
+            a_snapshot_can_be_cancelled_and_a_suspension_cannot,
+            a_suspension_stops_the_vm_and_ends_pending_work,
+            a_start_uses_up_the_memory_however_it_ends,
+            a_suspended_vm_that_was_found_stopped_has_its_memory,
+            a_deletion_ends_snapshots_and_gives_up_the_memory,
+            only_a_users_snapshot_that_nothing_begins_as_is_deleted,
+            a_vm_begins_only_as_a_users_snapshot_that_can_be_ready,
+            a_forks_snapshot_goes_when_its_vms_have_begun,
+            snapshots_are_filtered_and_paged,
+        },
+        templates::{
+            a_build_is_recorded_whole_and_owed,
+            a_vm_that_builds_is_not_listed_nor_counted_but_starts,
+            a_template_that_is_ready_takes_the_name_from_an_older_one,
+            an_equal_build_that_is_under_way_is_the_answer,
+            a_repeated_build_is_answered_with_the_first,
+            a_template_fails_with_its_task,
+            a_build_can_be_cancelled,
+            progress_is_kept_and_fenced,
+            a_template_is_deleted_with_its_snapshot,
+            a_vm_begins_only_as_a_template_that_can_be_ready,
+            templates_are_filtered_and_paged,
+        },
+        capacity::{
+            there_are_no_more_vms_than_there_may_be,
+            no_more_vms_start_at_once_than_may,
+            creations_at_the_same_time_do_not_exceed_the_bound,
+            a_fork_has_room_for_all_of_its_vms_or_is_refused,
+            a_repetition_needs_no_room,
         },
     }
 }
