@@ -303,5 +303,10 @@ pub(super) async fn ended_task(
         return Ok(task);
     }
     watch.ended_within(task.id, limit).await?;
-    Ok(app.store().task(task.id).await?.unwrap_or(task))
+    let task = app.store().task(task.id).await?.unwrap_or(task);
+    if task.kind == TaskKind::TemplateBuild && task.state.is_end() {
+        // Whoever hears of the end here may use the template at once; its own event may be later.
+        app.templates.forget_default();
+    }
+    Ok(task)
 }

@@ -11,6 +11,8 @@ mod outbox;
 mod refusals;
 mod requests;
 mod rig;
+mod snapshots;
 mod streams;
+mod templates;
 mod terminal;
 mod worker;

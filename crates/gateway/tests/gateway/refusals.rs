@@ -3,8 +3,8 @@
 use std::fmt::Write as _;
 
 use aether_api::{
-    CreateVm, Problem,
-    client::{CallOptions, Client, PageQuery, VmQuery},
+    BuildTemplate, CreateSnapshot, CreateVm, Problem,
+    client::{CallOptions, Client, PageQuery, SnapshotQuery, TemplateQuery, VmQuery},
 };
 use aether_gateway::Gateway;
 use aether_types::{ErrorCode, TaskId, VmId, limits};
@@ -32,6 +32,10 @@ async fn refusals_are_as_they_are_checked_in() {
     let broken =
         rig.call(Method::POST, "/vms?wait=20s").json(&serde_json::json!({"name":"broken"}));
     let broken = problem(broken.send().await.unwrap()).await;
+    let kept = CreateSnapshot { name: Some("kept".into()) };
+    done(rig.client.create_snapshot("runs", &kept, &waiting()).await.unwrap());
+    let made = BuildTemplate { name: "made".into(), ..BuildTemplate::default() };
+    done(rig.client.build_template(&made, &waiting()).await.unwrap());
     let ended = rig.client.execute("runs", &command("echo", &[]), &waiting()).await.unwrap();
     let ended = done(ended).task_id;
 
@@ -49,7 +53,7 @@ async fn refusals_are_as_they_are_checked_in() {
     let get = |path: &str| rig.call(Method::GET, path);
     let many = serde_json::json!({"command": "echo", "args": vec!["x".repeat(1000); 200]});
     let huge = format!(r#"{{"command":"{}"}}"#, "x".repeat(limits::BODY_BYTES_MAX));
-    let requests = [
+    let requests = vec![
         ("name taken", post("/vms", r#"{"name":"runs"}"#)),
         ("name malformed", post("/vms", r#"{"name":"No Host"}"#)),
         ("unknown image", post("/vms", r#"{"image":"plan9"}"#)),
@@ -64,6 +68,39 @@ async fn refusals_are_as_they_are_checked_in() {
         ("misspelt field", post("/vms", r#"{"memory":1}"#)),
         ("network rule", post("/vms", r#"{"network":{"allow":["10.0.0.1/8"]}}"#)),
         ("label", post("/vms", r#"{"labels":{"a b":"c"}}"#)),
+        ("two origins", post("/vms", r#"{"template":"a","snapshot":"b"}"#)),
+        ("image and template", post("/vms", r#"{"template":"a","image":"debian"}"#)),
+        ("image and snapshot", post("/vms", r#"{"snapshot":"a","image":"debian"}"#)),
+        ("unknown template of a VM", post("/vms", r#"{"template":"a:v1"}"#)),
+        ("unknown snapshot of a VM", post("/vms", r#"{"snapshot":"a"}"#)),
+        ("other size than the snapshot", post("/vms", r#"{"snapshot":"kept","memory_mb":512}"#)),
+        ("other driver than the snapshot", post("/vms", r#"{"snapshot":"kept","driver":"qemu"}"#)),
+        ("other disk than the template", post("/vms", r#"{"template":"made","disk_mb":64}"#)),
+        ("snapshot name malformed", post("/vms/runs/snapshots", r#"{"name":"a:b"}"#)),
+        ("snapshot name taken", post("/vms/runs/snapshots", r#"{"name":"kept"}"#)),
+        ("snapshot of a stopped VM", post("/vms/stops/snapshots", "{}")),
+        ("unknown snapshot", get("/snapshots/nothing")),
+        ("delete an unknown snapshot", rig.call(Method::DELETE, "/snapshots/nothing")),
+        ("fork into none", post("/vms/runs/fork", r#"{"count":0}"#)),
+        ("fork into too many", post("/vms/runs/fork", r#"{"count":65}"#)),
+        ("fork with a bad prefix", post("/vms/runs/fork", r#"{"name_prefix":"A"}"#)),
+        ("fork a stopped VM", post("/vms/stops/fork", "{}")),
+        ("keep the memory of a stopped VM", post("/vms/stops/stop?keep_memory=true", "")),
+        ("template without a name", post("/templates", "{}")),
+        ("template name malformed", post("/templates", r#"{"name":"A"}"#)),
+        ("template tag malformed", post("/templates", r#"{"name":"a","tag":"b:c"}"#)),
+        ("template of an unknown image", post("/templates", r#"{"name":"a","image":"plan9"}"#)),
+        ("template step of nothing", post("/templates", r#"{"name":"a","steps":[{"run":" "}]}"#)),
+        (
+            "template step that takes too long",
+            post("/templates", r#"{"name":"a","steps":[{"run":"a","timeout_s":3601}]}"#),
+        ),
+        (
+            "template file that is relative",
+            post("/templates", r#"{"name":"a","files":[{"path":"a","content":""}]}"#),
+        ),
+        ("unknown template", get("/templates/nothing%3Av1")),
+        ("generation without a wait", get("/templates/made?generation=1")),
         ("malformed JSON", post("/vms", r#"{"name": }"#)),
         ("wrong type", post("/vms", r#"{"vcpus":"two"}"#)),
         ("wrong content type", rig.call(Method::POST, "/vms").body("name=a")),
@@ -114,6 +151,10 @@ async fn refusals_are_as_they_are_checked_in() {
     // A refusal leaves nothing behind.
     let vms = rig.client.vms(&VmQuery::default()).await.unwrap();
     assert_eq!(vms.items.len(), 3);
+    let snapshots = rig.client.snapshots(&SnapshotQuery::default()).await.unwrap();
+    assert_eq!(snapshots.items.len(), 1);
+    let templates = rig.client.templates(&TemplateQuery::default()).await.unwrap();
+    assert_eq!(templates.items.len(), 1);
     let executions = rig.client.executions("runs", &PageQuery::default()).await.unwrap();
     assert_eq!(executions.items.len(), 1);
 

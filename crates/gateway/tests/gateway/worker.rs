@@ -57,14 +57,23 @@ impl ScriptedWorker {
         let worker = Arc::clone(self);
         tokio::spawn(async move {
             loop {
-                let claim =
-                    worker.queue.claim(worker.id, Duration::from_secs(30), Duration::from_mins(1));
-                if let Some(lease) = claim.await.unwrap() {
+                if let Some(lease) = worker.claim().await {
                     let worker = Arc::clone(&worker);
                     tokio::spawn(async move { worker.carry_out(lease).await });
                 }
             }
         });
+    }
+
+    /// One task, where the worker was not started.
+    pub(crate) async fn carry_out_next(&self) {
+        let lease = crate::rig::soon(self.claim()).await.unwrap();
+        self.carry_out(lease).await;
+    }
+
+    async fn claim(&self) -> Option<Lease> {
+        let claim = self.queue.claim(self.id, Duration::from_secs(30), Duration::from_mins(1));
+        claim.await.unwrap()
     }
 
     /// Waits until a command noticed this.
