@@ -6,13 +6,15 @@ use aether_events::Event;
 use aether_queue::Lease;
 use aether_store::{AttemptEnd, Begin, ExecutionEnd, StoreError, VmChange, VmPatch};
 use aether_types::{
-    ErrorCode, ExecutionState, Fault, RetainedOutput, Task, TaskKind, TaskState, Timestamp, Vm,
-    VmEvent, VmState,
+    ErrorCode, ExecutionState, Fault, Origin, RetainedOutput, Snapshot, SnapshotId, Task, TaskKind,
+    TaskState, Template, Timestamp, Vm, VmEvent, VmState,
 };
 use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::CancellationToken;
 
-use crate::{fault, lifecycle::Failure, worker::Core};
+use crate::{
+    create::Started, failure::Failure, fault, phases::PhaseClock, reconcile, worker::Core,
+};
 
 /// A task in hand.
 pub(crate) struct Attempt {
@@ -79,6 +81,13 @@ impl Core {
         if attempt.task.kind == TaskKind::VmExecute {
             return self.execute(&attempt).await;
         }
+        // Known before the VM's state is read: a deletion that is asked for later cancels this, and
+        // one that was asked for before shows in the state.
+        self.attempts.is_of(&attempt.task);
+        if attempt.task.kind == TaskKind::VmDelete {
+            // It does not wait for a boot, a build or a snapshot to end.
+            self.attempts.cancel_others(&attempt.task);
+        }
         let order = self.guests.order(attempt.task.vm_id);
         let _turn = order.lock().await;
         let Some(vm) = store.vm(attempt.task.vm_id).await? else {
@@ -86,57 +95,41 @@ impl Core {
                 .end(&attempt, failed(Fault::new(ErrorCode::VmNotFound, "the VM is gone")))
                 .await;
         };
-        let boots = matches!(attempt.task.kind, TaskKind::VmCreate | TaskKind::VmStart);
+        let boots = matches!(
+            attempt.task.kind,
+            TaskKind::VmCreate | TaskKind::VmStart | TaskKind::TemplateBuild
+        );
         let end = tokio::select! {
             biased;
             end = self.operate(&attempt, &vm) => end,
             () = self.draining.cancelled(), if boots => return Ok(self.leave(&attempt, &vm).await),
         };
-        match end {
+        let outcome = match end {
             Ok(end) => self.end(&attempt, end).await,
             Err(failure) => self.fail(&attempt, &vm, failure).await,
+        };
+        if attempt.task.kind == TaskKind::TemplateBuild && matches!(outcome, Ok(Outcome::Ended)) {
+            reconcile::delete(self, vm.id).await;
         }
+        outcome
     }
 
     /// The process ends and does not wait for a boot: nothing stays of it, and the next process
     /// begins it anew.
     async fn leave(&self, attempt: &Attempt, vm: &Vm) -> Outcome {
-        if let Ok(driver) = self.driver(vm) {
-            let undone = match attempt.task.kind {
-                TaskKind::VmCreate => driver.delete(vm.id).await,
-                _ => driver.kill(vm.id).await,
-            };
-            if let Err(error) = undone {
-                tracing::error!(vm.id = %vm.id, error = fault::chain(&error), "undo a boot");
-            }
+        if attempt.task.kind == TaskKind::VmStart {
+            self.undo_start(vm).await;
+        } else {
+            self.undo_create(vm).await;
         }
-        self.guests.remove_guest(vm.id);
         let _ = self.parts.queue.release(&attempt.lease, std::time::Duration::ZERO).await;
         Outcome::Left
     }
 
     async fn operate(self: &Arc<Self>, attempt: &Attempt, vm: &Vm) -> Result<AttemptEnd, Failure> {
         match attempt.task.kind {
-            TaskKind::VmCreate => {
-                if vm.state != VmState::Creating {
-                    return Ok(superseded(vm));
-                }
-                let network = tokio::select! {
-                    network = self.create(vm) => network?,
-                    () = attempt.cancelled.cancelled() => return Ok(self.abandon(vm).await),
-                };
-                Ok(completed(change(VmEvent::Started, None, self.patch(&network))))
-            }
-            TaskKind::VmStart => {
-                if vm.state != VmState::Starting {
-                    return Ok(superseded(vm));
-                }
-                let network = tokio::select! {
-                    network = self.start(vm) => network?,
-                    () = attempt.cancelled.cancelled() => return Ok(self.abandon_start(vm).await),
-                };
-                Ok(completed(change(VmEvent::Started, None, self.patch(&network))))
-            }
+            TaskKind::VmCreate => self.operate_create(attempt, vm).await,
+            TaskKind::VmStart => self.operate_start(attempt, vm).await,
             TaskKind::VmStop => {
                 if vm.state != VmState::Stopping {
                     return Ok(superseded(vm));
@@ -145,6 +138,9 @@ impl Core {
                 self.stop(vm, why, self.parts.config.stop_grace).await?;
                 Ok(completed(change(VmEvent::Stopped, None, VmPatch::default())))
             }
+            TaskKind::VmSuspend => self.operate_suspend(attempt, vm).await,
+            TaskKind::VmSnapshot => self.operate_snapshot(attempt, vm).await,
+            TaskKind::TemplateBuild => self.operate_build(attempt, vm).await,
             TaskKind::VmPause => match vm.state {
                 VmState::Running => {
                     self.pause(vm).await?;
@@ -175,39 +171,111 @@ impl Core {
         }
     }
 
-    /// A creation that nobody wants any more.
-    async fn abandon(&self, vm: &Vm) -> AttemptEnd {
-        if let Ok(driver) = self.driver(vm)
-            && let Err(error) = driver.delete(vm.id).await
-        {
-            tracing::error!(vm.id = %vm.id, error = fault::chain(&error), "abandon a creation");
+    async fn operate_create(
+        self: &Arc<Self>,
+        attempt: &Attempt,
+        vm: &Vm,
+    ) -> Result<AttemptEnd, Failure> {
+        if vm.state != VmState::Creating {
+            return Ok(superseded(vm));
         }
-        self.guests.remove_guest(vm.id);
-        let fault = Fault::new(ErrorCode::Cancelled, "the creation was cancelled");
-        AttemptEnd {
-            state: TaskState::Cancelled,
-            error: Some(fault.clone()),
-            vm: Some(change(VmEvent::Failed, Some(fault), VmPatch::default())),
-            execution: None,
+        let clock = PhaseClock::since(attempt.task.created_at);
+        let started = tokio::select! {
+            started = self.create(vm, clock) => started?,
+            () = attempt.cancelled.cancelled() => {
+                self.undo_create(vm).await;
+                let fault = Fault::new(ErrorCode::Cancelled, "the creation was cancelled");
+                let failed = change(VmEvent::Failed, Some(fault.clone()), VmPatch::default());
+                return Ok(AttemptEnd { vm: Some(failed), ..cancelled(fault) });
+            }
+        };
+        Ok(completed(change(VmEvent::Started, None, self.patch(started))))
+    }
+
+    async fn operate_start(
+        self: &Arc<Self>,
+        attempt: &Attempt,
+        vm: &Vm,
+    ) -> Result<AttemptEnd, Failure> {
+        if vm.state != VmState::Starting {
+            return Ok(superseded(vm));
+        }
+        let clock = PhaseClock::since(attempt.task.created_at);
+        let started = tokio::select! {
+            started = self.start(vm, attempt.task.attempts, clock) => started?,
+            () = attempt.cancelled.cancelled() => {
+                // The VM is to be deleted instead. Its disk is the deletion's business.
+                self.undo_start(vm).await;
+                let fault = Fault::new(ErrorCode::Cancelled, "the start was cancelled");
+                return Ok(cancelled(fault));
+            }
+        };
+        Ok(completed(change(VmEvent::Started, None, self.patch(started))))
+    }
+
+    async fn operate_snapshot(&self, attempt: &Attempt, vm: &Vm) -> Result<AttemptEnd, Failure> {
+        if !matches!(vm.state, VmState::Running | VmState::Paused) {
+            return Ok(superseded(vm));
+        }
+        match self.take_snapshot(attempt, vm).await? {
+            Some(facts) => Ok(AttemptEnd { snapshot: Some(facts), ..done() }),
+            None => Ok(cancelled(Fault::new(ErrorCode::Cancelled, "the snapshot was cancelled"))),
         }
     }
 
-    /// A start of a VM that is to be deleted instead. Its disk is the deletion's business.
-    async fn abandon_start(&self, vm: &Vm) -> AttemptEnd {
-        if let Ok(driver) = self.driver(vm)
-            && let Err(error) = driver.kill(vm.id).await
-        {
-            tracing::error!(vm.id = %vm.id, error = fault::chain(&error), "abandon a start");
+    async fn operate_suspend(&self, attempt: &Attempt, vm: &Vm) -> Result<AttemptEnd, Failure> {
+        if vm.state != VmState::Stopping {
+            return Ok(superseded(vm));
         }
-        self.guests.remove_guest(vm.id);
-        let fault = Fault::new(ErrorCode::Cancelled, "the start was cancelled");
-        AttemptEnd { state: TaskState::Cancelled, ..failed(fault) }
+        let failure = match self.suspend(attempt, vm).await {
+            Ok(facts) => {
+                let stopped = change(VmEvent::Stopped, None, VmPatch::default());
+                return Ok(AttemptEnd { snapshot: Some(facts), ..completed(stopped) });
+            }
+            Err(failure) => failure,
+        };
+        if failure.retryable && attempt.task.attempts < attempt.task.max_attempts {
+            return Err(failure);
+        }
+        // It was to be stopped in any case: without its memory it ends as at any other stop.
+        let why = failure.fault.clone();
+        self.end_without_memory(vm, why.clone()).await?;
+        let stopped = change(VmEvent::Stopped, Some(why.clone()), VmPatch::default());
+        Ok(AttemptEnd { vm: Some(stopped), ..failed(why) })
     }
 
-    fn patch(&self, network: &aether_drivers::GuestNetwork) -> VmPatch {
+    async fn operate_build(
+        self: &Arc<Self>,
+        attempt: &Attempt,
+        vm: &Vm,
+    ) -> Result<AttemptEnd, Failure> {
+        if vm.state != VmState::Creating {
+            return Ok(superseded(vm));
+        }
+        tokio::select! {
+            built = self.build_template(attempt, vm) => built,
+            () = attempt.cancelled.cancelled() => {
+                self.undo_create(vm).await;
+                Ok(cancelled(Fault::new(ErrorCode::Cancelled, "the build was cancelled")))
+            }
+        }
+    }
+
+    /// A start that comes to nothing: its disk stays.
+    async fn undo_start(&self, vm: &Vm) {
+        if let Ok(driver) = self.driver(vm)
+            && let Err(error) = driver.kill(self.machine(vm.id)).await
+        {
+            tracing::error!(vm.id = %vm.id, error = fault::chain(&error), "undo a start");
+        }
+        self.guests.remove_guest(vm.id);
+    }
+
+    fn patch(&self, started: Started) -> VmPatch {
         VmPatch {
             worker_id: Some(self.parts.id),
-            address: network.addresses.first().map(|(address, _)| *address),
+            address: started.network.addresses.first().map(|(address, _)| *address),
+            start: Some(started.report),
         }
     }
 
@@ -237,7 +305,24 @@ impl Core {
                 _ => self.guests.notify(),
             }
         }
+        if let Some(id) = task.snapshot_id {
+            self.after_snapshot(task, id).await?;
+        }
         self.publish_task(task).await;
+        Ok(())
+    }
+
+    async fn after_snapshot(&self, task: &Task, id: SnapshotId) -> Result<(), StoreError> {
+        if let Some(snapshot) = self.parts.store.snapshot(id).await? {
+            self.publish_snapshot(&snapshot).await;
+        }
+        if task.kind == TaskKind::TemplateBuild
+            && let Some(vm) = self.parts.store.vm(task.vm_id).await?
+            && let Origin::Builder(id) = vm.spec.origin
+            && let Some(template) = self.parts.store.template(id).await?
+        {
+            self.publish_template(&template).await;
+        }
         Ok(())
     }
 
@@ -250,10 +335,15 @@ impl Core {
         let reason = Some(failure.fault.clone());
         // A deletion that fails leaves the VM as it is: being deleted. Reconciling repeats it.
         let event = match attempt.task.kind {
-            TaskKind::VmCreate | TaskKind::VmStart | TaskKind::VmStop => Some(VmEvent::Failed),
-            TaskKind::VmPause | TaskKind::VmResume | TaskKind::VmDelete | TaskKind::VmExecute => {
-                None
+            TaskKind::VmCreate | TaskKind::VmStart | TaskKind::VmStop | TaskKind::TemplateBuild => {
+                Some(VmEvent::Failed)
             }
+            TaskKind::VmPause
+            | TaskKind::VmResume
+            | TaskKind::VmSuspend
+            | TaskKind::VmSnapshot
+            | TaskKind::VmDelete
+            | TaskKind::VmExecute => None,
         };
         let end = AttemptEnd {
             vm: event.map(|event| change(event, reason, VmPatch::default())),
@@ -312,6 +402,24 @@ impl Core {
         self.publish(Event::Vm { vm_id: vm.id, state: vm.state, at: vm.updated_at }).await;
     }
 
+    pub(crate) async fn publish_snapshot(&self, snapshot: &Snapshot) {
+        self.publish(Event::Snapshot {
+            snapshot_id: snapshot.id,
+            state: snapshot.state,
+            at: snapshot.updated_at,
+        })
+        .await;
+    }
+
+    pub(crate) async fn publish_template(&self, template: &Template) {
+        self.publish(Event::Template {
+            template_id: template.id,
+            state: template.state,
+            at: template.updated_at,
+        })
+        .await;
+    }
+
     pub(crate) async fn publish(&self, event: Event) {
         if let Err(error) = self.parts.bus.publish(event).await {
             tracing::warn!(error = fault::chain(&error), "publish");
@@ -324,22 +432,33 @@ fn change(event: VmEvent, reason: Option<Fault>, patch: VmPatch) -> VmChange {
 }
 
 fn completed(vm: VmChange) -> AttemptEnd {
-    AttemptEnd { state: TaskState::Completed, error: None, vm: Some(vm), execution: None }
+    AttemptEnd { vm: Some(vm), ..done() }
 }
 
 /// What was asked for is so already: an earlier attempt died after it had done it.
-fn done() -> AttemptEnd {
-    AttemptEnd { state: TaskState::Completed, error: None, vm: None, execution: None }
+pub(crate) fn done() -> AttemptEnd {
+    AttemptEnd {
+        state: TaskState::Completed,
+        error: None,
+        vm: None,
+        execution: None,
+        snapshot: None,
+        template: None,
+    }
 }
 
 pub(crate) fn failed(fault: Fault) -> AttemptEnd {
-    AttemptEnd { state: TaskState::Failed, error: Some(fault), vm: None, execution: None }
+    AttemptEnd { state: TaskState::Failed, error: Some(fault), ..done() }
+}
+
+fn cancelled(fault: Fault) -> AttemptEnd {
+    AttemptEnd { state: TaskState::Cancelled, ..failed(fault) }
 }
 
 /// The VM went on to another state while the task waited.
 fn superseded(vm: &Vm) -> AttemptEnd {
     let text = format!("the VM is {} by now", vm.state);
-    AttemptEnd { state: TaskState::Cancelled, ..failed(Fault::new(ErrorCode::Cancelled, text)) }
+    cancelled(Fault::new(ErrorCode::Cancelled, text))
 }
 
 /// The end of an execution that has nothing to show.
@@ -348,7 +467,6 @@ pub(crate) fn failed_execution(fault: Fault) -> AttemptEnd {
     AttemptEnd {
         state: if cancelled { TaskState::Cancelled } else { TaskState::Failed },
         error: Some(fault.clone()),
-        vm: None,
         execution: Some(ExecutionEnd {
             state: if cancelled { ExecutionState::Cancelled } else { ExecutionState::Failed },
             exit: None,
@@ -357,5 +475,6 @@ pub(crate) fn failed_execution(fault: Fault) -> AttemptEnd {
             stdout: RetainedOutput::default(),
             stderr: RetainedOutput::default(),
         }),
+        ..done()
     }
 }

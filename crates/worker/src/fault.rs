@@ -1,10 +1,16 @@
 //! What went wrong, in words for the owner of the task. Details of this host go to the log only.
 
+use std::{io, path::Path};
+
 use aether_drivers::{DriverError, ExitReason};
+use aether_images::SnapshotError;
 use aether_protocol::{ErrorCode as GuestCode, host::ClientError};
 use aether_types::{ErrorCode, Fault};
 
 pub(crate) fn from_driver(error: &DriverError) -> Fault {
+    if is_disk_full(error) {
+        return no_space();
+    }
     let message = match error {
         // Paths and system errors of the host are not for the client.
         DriverError::Io { .. } | DriverError::File { .. } => {
@@ -12,6 +18,9 @@ pub(crate) fn from_driver(error: &DriverError) -> Fault {
         }
         DriverError::Program { program, .. } => {
             format!("{program} failed on the worker; its log says why")
+        }
+        DriverError::Damaged { path, detail } => {
+            format!("the file `{}` of the snapshot is damaged: {detail}", entry_name(path))
         }
         DriverError::UnknownVm(_)
         | DriverError::WrongState { .. }
@@ -22,10 +31,68 @@ pub(crate) fn from_driver(error: &DriverError) -> Fault {
         | DriverError::ConnectRefused { .. }
         | DriverError::NoAddress { .. }
         | DriverError::RangeOverlaps { .. }
+        | DriverError::Incompatible { .. }
         | DriverError::Unavailable(_)
         | DriverError::Injected(_) => error.to_string(),
     };
     Fault::new(error.code(), message)
+}
+
+/// The host's disk, not a guest's.
+pub(crate) fn is_disk_full(error: &DriverError) -> bool {
+    match error {
+        DriverError::Io { source, .. } | DriverError::File { source, .. } => {
+            matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+        }
+        DriverError::Program { .. }
+        | DriverError::UnknownVm(_)
+        | DriverError::WrongState { .. }
+        | DriverError::Vmm { .. }
+        | DriverError::StartTimeout { .. }
+        | DriverError::ExitedDuringStart { .. }
+        | DriverError::ConnectTimeout { .. }
+        | DriverError::ConnectRefused { .. }
+        | DriverError::NoAddress { .. }
+        | DriverError::RangeOverlaps { .. }
+        | DriverError::Incompatible { .. }
+        | DriverError::Damaged { .. }
+        | DriverError::Unavailable(_)
+        | DriverError::Injected(_) => false,
+    }
+}
+
+fn no_space() -> Fault {
+    Fault::new(ErrorCode::NoSpace, "the worker's disk is full; delete snapshots or VMs")
+}
+
+pub(crate) fn from_snapshot(error: &SnapshotError) -> Fault {
+    let damaged = |file: &Path, reason: &str| {
+        let text = format!("the file `{}` of the snapshot is {reason}", entry_name(file));
+        Fault::new(ErrorCode::SnapshotDamaged, text)
+    };
+    match error {
+        SnapshotError::Unknown { id } => Fault::new(
+            ErrorCode::SnapshotDamaged,
+            format!("the files of the snapshot `{id}` are gone"),
+        ),
+        SnapshotError::Damaged { file, reason } => damaged(file, &format!("damaged: {reason}")),
+        SnapshotError::Foreign { file, reason } => {
+            damaged(file, &format!("not of this platform: {reason}"))
+        }
+        SnapshotError::Format { file, found, known } => Fault::new(
+            ErrorCode::SnapshotIncompatible,
+            format!("`{}` has format {found}; this program knows {known}", entry_name(file)),
+        ),
+        SnapshotError::NoSpace { .. } => no_space(),
+        // Paths and system errors of the host are not for the client.
+        _ => crate::failure::internal("keep the snapshot's files"),
+    }
+}
+
+/// A snapshot's file as `entry/file`: where the store is on this host is not for the client.
+fn entry_name(file: &Path) -> String {
+    let parts: Vec<_> = file.components().map(|part| part.as_os_str().to_string_lossy()).collect();
+    parts[parts.len().saturating_sub(2)..].join("/")
 }
 
 pub(crate) fn from_client(error: &ClientError) -> Fault {

@@ -10,7 +10,7 @@ use std::{
 use aether_drivers::{Driver, ExitReason};
 use aether_protocol::{AGENT_PORT, Token, host::ClientError};
 use aether_streams::GuestConnection;
-use aether_types::{ErrorCode, Fault, VmId, limits};
+use aether_types::{ErrorCode, Fault, MachineId, VmId, limits};
 use tokio::sync::{Mutex as AsyncMutex, Semaphore, watch};
 
 use crate::fault;
@@ -37,6 +37,7 @@ impl Ending {
 /// A VM with a machine on this host, from its first boot to its deletion.
 pub(crate) struct Guest {
     pub(crate) id: VmId,
+    pub(crate) machine: MachineId,
     pub(crate) driver: Arc<dyn Driver>,
     pub(crate) token: Token,
     pub(crate) ending: watch::Sender<Ending>,
@@ -46,9 +47,15 @@ pub(crate) struct Guest {
 }
 
 impl Guest {
-    pub(crate) fn new(id: VmId, driver: Arc<dyn Driver>, token: Token) -> Arc<Self> {
+    pub(crate) fn new(
+        id: VmId,
+        machine: MachineId,
+        driver: Arc<dyn Driver>,
+        token: Token,
+    ) -> Arc<Self> {
         Arc::new(Self {
             id,
+            machine,
             driver,
             token,
             ending: watch::Sender::new(Ending::default()),
@@ -79,7 +86,7 @@ impl Guest {
     }
 
     pub(crate) async fn connect(&self, limit: Duration) -> Result<GuestConnection, Fault> {
-        match self.driver.connect(self.id, AGENT_PORT, limit).await {
+        match self.driver.connect(self.machine, AGENT_PORT, limit).await {
             Ok(stream) => Ok(GuestConnection { stream, token: self.token.to_hex() }),
             Err(error) => {
                 tracing::debug!(vm.id = %self.id, error = fault::chain(&error), "connect");
@@ -98,10 +105,11 @@ impl Guest {
         let mut tries = 0;
         loop {
             tries += 1;
-            let stream = self.driver.connect(self.id, AGENT_PORT, limit).await.map_err(|e| {
-                tracing::debug!(vm.id = %self.id, error = fault::chain(&e), "connect");
-                AskError::Connect(fault::from_driver(&e))
-            })?;
+            let stream =
+                self.driver.connect(self.machine, AGENT_PORT, limit).await.map_err(|e| {
+                    tracing::debug!(vm.id = %self.id, error = fault::chain(&e), "connect");
+                    AskError::Connect(fault::from_driver(&e))
+                })?;
             match question(stream, self.token.clone()).await {
                 Err(error) if error.is_connection_lost() && tries < FIRST_EXCHANGE_TRIES => {
                     tracing::debug!(vm.id = %self.id, error = fault::chain(&error), "ask again");
@@ -138,10 +146,25 @@ struct Slot {
 #[derive(Default)]
 pub(crate) struct Guests {
     slots: Mutex<HashMap<VmId, Slot>>,
+    /// Machines of VMs that do not have their VM's own id: they come from a pool.
+    machines: Mutex<HashMap<VmId, MachineId>>,
     changed: watch::Sender<()>,
 }
 
 impl Guests {
+    /// The host's side of a VM.
+    pub(crate) fn machine(&self, id: VmId) -> MachineId {
+        self.machines().get(&id).copied().unwrap_or_else(|| id.into())
+    }
+
+    pub(crate) fn set_machine(&self, id: VmId, machine: MachineId) {
+        if machine == MachineId::from(id) {
+            self.machines().remove(&id);
+        } else {
+            self.machines().insert(id, machine);
+        }
+    }
+
     /// Held during an operation on the VM.
     pub(crate) fn order(&self, id: VmId) -> Arc<AsyncMutex<()>> {
         Arc::clone(&self.slots().entry(id).or_default().order)
@@ -177,6 +200,7 @@ impl Guests {
             slot.guest = None;
         }
         drop(slots);
+        self.machines().remove(&id);
         self.changed.send_replace(());
     }
 
@@ -188,6 +212,11 @@ impl Guests {
     /// Completes at the next change of any guest.
     pub(crate) fn changes(&self) -> watch::Receiver<()> {
         self.changed.subscribe()
+    }
+
+    // Nothing panics while the lock is held.
+    fn machines(&self) -> std::sync::MutexGuard<'_, HashMap<VmId, MachineId>> {
+        self.machines.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     // Nothing panics while the lock is held.

@@ -1,10 +1,11 @@
 //! The worker: claims tasks, carries them out on machines, and says how they ended.
 //!
 //! ```text
-//!   claims ──► attempt ──► lifecycle (create, start, stop, pause, resume, delete)
+//!   claims ──► attempt ──► create (pool, restore, boot), lifecycle, snapshot, template
 //!     │           └──────► execute ──► pump (guest ⇄ session)
 //!     │
 //!   reconcile: at the start and whenever a lease, a time to live or a VMM ends
+//!   garbage:   the files of snapshots that nothing needs any more
 //! ```
 //!
 //! Invariants
@@ -19,29 +20,46 @@
 
 mod attempt;
 mod claims;
+mod configure;
+mod create;
 mod execute;
+mod failure;
 mod fault;
+mod garbage;
 mod guest;
 mod lifecycle;
+mod phases;
+mod pool;
 mod pump;
 mod reconcile;
+mod sealed;
+mod snapshot;
+mod template;
 mod worker;
 
 use std::{fmt, sync::Arc, time::Duration};
 
 use aether_drivers::{BootSource, Driver, DriverError};
 use aether_events::EventBus;
+use aether_images::SnapshotStore;
 use aether_queue::{Queue, QueueError};
 use aether_store::{Store, StoreError};
 use aether_streams::Sessions;
 use aether_types::{Fault, WorkerId};
 
+pub use garbage::Retention;
+pub use pool::{PoolConfig, default_memory_reserve_mb, host_memory_mb};
+pub use template::EnsureError;
 pub use worker::{ShutdownMode, ShutdownReport, Worker};
 
 /// Gives the files that an image boots from, their digests checked.
 pub trait ImageSource: Send + Sync + 'static {
-    /// May read whole files; called off the async threads. The fault is for the client's eyes.
+    /// Of a name, or of `name@digest`, which means one image for ever. May read whole files; called
+    /// off the async threads. The fault is for the client's eyes.
     fn resolve(&self, image: &str) -> Result<BootSource, Fault>;
+
+    /// What the name means now, as it stands after the `@`. Called off the async threads.
+    fn digest(&self, image: &str) -> Result<String, Fault>;
 }
 
 /// What a worker works with; the composition root chooses the implementations.
@@ -54,6 +72,10 @@ pub struct WorkerParts {
     pub sessions: Sessions,
     pub drivers: Vec<Arc<dyn Driver>>,
     pub images: Arc<dyn ImageSource>,
+    /// By snapshot id.
+    pub snapshots: Arc<SnapshotStore>,
+    /// By template digest.
+    pub templates: Arc<SnapshotStore>,
     pub config: WorkerConfig,
 }
 
@@ -67,6 +89,8 @@ impl fmt::Debug for WorkerParts {
 pub struct WorkerConfig {
     /// VMs that boot at once. A boot costs a processor its whole time; more only make all slower.
     pub boots_at_once: usize,
+    /// VMs that are restored at once; the same of them.
+    pub restores_at_once: usize,
     /// Tasks in hand at once, those that wait for their VM included.
     pub tasks_at_once: usize,
     /// A lease that is not renewed for this long is given to another. Renewed at a third of it.
@@ -80,19 +104,35 @@ pub struct WorkerConfig {
     /// A guest that lost a connection has this long to answer again before its command is given
     /// up. With what an exchange takes, a lost guest is reported within two seconds.
     pub reattach_limit: Duration,
+    pub retention: Retention,
+    /// Other data directories use the template store too; what no template here is made of stays.
+    pub templates_are_shared: bool,
+    /// Machines that are kept ready, by template.
+    pub pools: Vec<PoolConfig>,
+    /// While less than this is available on the host, the pools give their machines back.
+    pub memory_reserve_mb: u64,
+    /// A machine that has waited in a pool for so long is replaced.
+    pub spare_age_max: Duration,
 }
 
 impl Default for WorkerConfig {
     fn default() -> Self {
         let processors = std::thread::available_parallelism().map_or(2, usize::from);
+        let memory_mb = host_memory_mb();
         Self {
             boots_at_once: processors.max(2) * 2,
+            restores_at_once: processors.max(2) * 2,
             tasks_at_once: 4096,
             lease: Duration::from_secs(15),
             start_limit: Duration::from_mins(2),
             stop_grace: Duration::from_secs(10),
             guest_limit: Duration::from_secs(10),
             reattach_limit: Duration::from_millis(1500),
+            retention: Retention::default(),
+            templates_are_shared: false,
+            pools: PoolConfig::default_for(memory_mb),
+            memory_reserve_mb: default_memory_reserve_mb(memory_mb),
+            spare_age_max: Duration::from_hours(1),
         }
     }
 }

@@ -26,6 +26,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    attempt::done,
     execute::{cancelled, states},
     fault,
     guest::Guest,
@@ -325,7 +326,6 @@ impl Collected {
         AttemptEnd {
             state: task,
             error: error.clone(),
-            vm: None,
             execution: Some(ExecutionEnd {
                 state: execution,
                 exit,
@@ -334,6 +334,7 @@ impl Collected {
                 stdout: self.stdout,
                 stderr: self.stderr,
             }),
+            ..done()
         }
     }
 }

@@ -8,7 +8,8 @@ use aether_events::{Event, Received, Subscription};
 use aether_queue::{Entry, Lane};
 use aether_store::{NewTask, PageRequest, StoreError, VmFilter};
 use aether_types::{
-    ErrorCode, Fault, Task, TaskId, TaskKind, Timestamp, Vm, VmEvent, VmId, VmState, limits,
+    ErrorCode, Fault, MachineId, Origin, Task, TaskId, TaskKind, Timestamp, Vm, VmEvent, VmId,
+    VmState, limits,
 };
 
 use crate::{WorkerError, fault, guest::Guest, lifecycle::parse_token, worker::Core};
@@ -17,21 +18,47 @@ use crate::{WorkerError, fault, guest::Guest, lifecycle::parse_token, worker::Co
 /// other processes, which send no event.
 const SWEEP: Duration = Duration::from_secs(2);
 
+/// What is on its way: VMs with an operation that has not ended.
+struct Busy {
+    operated: HashSet<VmId>,
+    /// Of which a snapshot is being taken.
+    captured: HashSet<VmId>,
+}
+
+impl Busy {
+    fn new(open: &[Task]) -> Self {
+        let of = |wanted: &dyn Fn(TaskKind) -> bool| {
+            open.iter().filter(|task| wanted(task.kind)).map(|task| task.vm_id).collect()
+        };
+        Self {
+            operated: of(&|kind| kind != TaskKind::VmExecute),
+            captured: of(&|kind| kind == TaskKind::VmSnapshot),
+        }
+    }
+
+    fn has(&self, id: VmId) -> bool {
+        self.operated.contains(&id)
+    }
+}
+
 pub(crate) async fn at_start(core: &Arc<Core>) -> Result<(), WorkerError> {
     // A process that has just started holds no lease; what its predecessor held is free at once.
     core.parts.queue.reclaim(core.parts.id).await?;
     let open = core.parts.store.open_tasks().await?;
-    let busy: HashSet<VmId> = open
-        .iter()
-        .filter(|task| task.kind != TaskKind::VmExecute)
-        .map(|task| task.vm_id)
-        .collect();
+    let busy = Busy::new(&open);
     let mut found = HashSet::new();
     for driver in &core.parts.drivers {
         for machine in driver.list().await? {
-            found.insert(machine.vm_id);
-            let vm = core.parts.store.vm(machine.vm_id).await?;
-            settle_machine(core, driver, machine, vm, &busy).await;
+            let vm_id = machine.spec.as_ref().map_or_else(|| own(machine.id), |spec| spec.vm);
+            let Some(vm_id) = vm_id else {
+                // It was a spare of a process that has ended; the pool makes its own.
+                remove(driver, machine.id).await;
+                continue;
+            };
+            found.insert(vm_id);
+            core.guests.set_machine(vm_id, machine.id);
+            let vm = core.parts.store.vm(vm_id).await?;
+            settle_machine(core, driver, machine, vm, vm_id, &busy).await;
         }
     }
     settle_without_machine(core, &found, &busy).await?;
@@ -46,23 +73,30 @@ async fn settle_machine(
     driver: &Arc<dyn Driver>,
     machine: Machine,
     vm: Option<Vm>,
-    busy: &HashSet<VmId>,
+    id: VmId,
+    busy: &Busy,
 ) {
-    let id = machine.vm_id;
     let Some(vm) = vm.filter(|vm| vm.state != VmState::Deleted) else {
         tracing::warn!(vm.id = %id, "remove a machine that belongs to no VM");
-        return remove(driver, id).await;
+        core.guests.forget(id);
+        return remove(driver, machine.id).await;
     };
+    let lives = matches!(machine.state, MachineState::Running | MachineState::Paused);
     // The state the task left is the state it will go on from.
-    if busy.contains(&id) && !vm.state.has_process() {
+    let goes_on = !vm.state.has_process() || (vm.state == VmState::Stopping && !lives);
+    if busy.has(id) && goes_on {
         return;
+    }
+    if matches!(vm.spec.origin, Origin::Builder(_)) && !busy.has(id) {
+        // Its task has ended, and it exists for nothing else.
+        return delete(core, id).await;
     }
     match (vm.state, machine.state) {
         (
             VmState::Running | VmState::Paused | VmState::Stopping,
             MachineState::Running | MachineState::Paused,
         ) => {
-            adopt(core, driver, &machine, &vm).await;
+            adopt(core, driver, &machine, &vm, busy).await;
         }
         (VmState::Running | VmState::Paused, MachineState::Exited(reason)) => {
             core.change_vm(id, VmEvent::Failed, Some(fault::from_exit(reason))).await;
@@ -73,10 +107,10 @@ async fn settle_machine(
         (VmState::Stopping, _) => core.change_vm(id, VmEvent::Stopped, None).await,
         (VmState::Creating | VmState::Starting, _) => {
             core.change_vm(id, VmEvent::Failed, Some(interrupted())).await;
-            remove(driver, id).await;
+            remove(driver, machine.id).await;
         }
         (VmState::Failed | VmState::Stopped, MachineState::Running | MachineState::Paused) => {
-            if let Err(error) = driver.kill(id).await {
+            if let Err(error) = driver.kill(machine.id).await {
                 tracing::error!(vm.id = %id, error = fault::chain(&error), "end a stray machine");
             }
         }
@@ -85,14 +119,30 @@ async fn settle_machine(
     }
 }
 
-async fn adopt(core: &Arc<Core>, driver: &Arc<dyn Driver>, machine: &Machine, vm: &Vm) {
+async fn adopt(
+    core: &Arc<Core>,
+    driver: &Arc<dyn Driver>,
+    machine: &Machine,
+    vm: &Vm,
+    busy: &Busy,
+) {
     let token = machine.spec.as_ref().and_then(|spec| parse_token(spec).ok());
     let Some(token) = token else {
         tracing::error!(vm.id = %vm.id, "the record of a running machine is damaged");
         core.change_vm(vm.id, VmEvent::Failed, Some(gone())).await;
-        return remove(driver, vm.id).await;
+        return remove(driver, machine.id).await;
     };
+    let mut state = machine.state;
     match (vm.state, machine.state) {
+        // The snapshot in whose middle a process died made it stand still, and nobody else.
+        (VmState::Running, MachineState::Paused) if busy.captured.contains(&vm.id) => {
+            match driver.resume(machine.id).await {
+                Ok(()) => state = MachineState::Running,
+                Err(error) => {
+                    tracing::error!(vm.id = %vm.id, error = fault::chain(&error), "resume");
+                }
+            }
+        }
         (VmState::Running, MachineState::Paused) => {
             core.change_vm(vm.id, VmEvent::PauseDone, None).await;
         }
@@ -101,8 +151,8 @@ async fn adopt(core: &Arc<Core>, driver: &Arc<dyn Driver>, machine: &Machine, vm
         }
         _ => {}
     }
-    let guest = Guest::new(vm.id, Arc::clone(driver), token);
-    if machine.state == MachineState::Running {
+    let guest = Guest::new(vm.id, machine.id, Arc::clone(driver), token);
+    if state == MachineState::Running {
         core.refresh_boot_id(&guest).await;
     }
     tracing::info!(vm.id = %vm.id, "adopted a running VM");
@@ -113,14 +163,19 @@ async fn adopt(core: &Arc<Core>, driver: &Arc<dyn Driver>, machine: &Machine, vm
 async fn settle_without_machine(
     core: &Arc<Core>,
     found: &HashSet<VmId>,
-    busy: &HashSet<VmId>,
+    busy: &Busy,
 ) -> Result<(), WorkerError> {
     let mut page = PageRequest { limit: limits::PAGE_LIMIT_MAX, after: None };
     loop {
-        let vms = core.parts.store.vms(VmFilter::default(), page).await?;
+        let filter = VmFilter { builders: true, ..VmFilter::default() };
+        let vms = core.parts.store.vms(filter, page).await?;
         for vm in vms.items {
             let mine = vm.worker_id.is_none_or(|worker| worker == core.parts.id);
-            if !mine || found.contains(&vm.id) || busy.contains(&vm.id) {
+            if !mine || found.contains(&vm.id) || busy.has(vm.id) {
+                continue;
+            }
+            if matches!(vm.spec.origin, Origin::Builder(_)) {
+                delete(core, vm.id).await;
                 continue;
             }
             match vm.state {
@@ -142,9 +197,14 @@ async fn settle_without_machine(
     }
 }
 
-async fn remove(driver: &Arc<dyn Driver>, id: VmId) {
+/// The VM of a machine whose record is damaged: its first machine has its id.
+fn own(machine: MachineId) -> Option<VmId> {
+    machine.to_string().parse().ok()
+}
+
+async fn remove(driver: &Arc<dyn Driver>, id: MachineId) {
     if let Err(error) = driver.delete(id).await {
-        tracing::error!(vm.id = %id, error = fault::chain(&error), "remove a machine");
+        tracing::error!(machine.id = %id, error = fault::chain(&error), "remove a machine");
     }
 }
 
@@ -200,7 +260,7 @@ async fn sweep(core: &Arc<Core>) -> Result<(), WorkerError> {
     Ok(())
 }
 
-async fn dispatch(core: &Core, tasks: Vec<Task>) -> Result<(), WorkerError> {
+pub(crate) async fn dispatch(core: &Core, tasks: Vec<Task>) -> Result<(), WorkerError> {
     let mut entries = Vec::with_capacity(tasks.len());
     for task in &tasks {
         let vm = core.parts.store.vm(task.vm_id).await?;
@@ -218,7 +278,7 @@ async fn dispatch(core: &Core, tasks: Vec<Task>) -> Result<(), WorkerError> {
 }
 
 /// Asks for a VM's deletion as a client would.
-async fn delete(core: &Core, id: VmId) {
+pub(crate) async fn delete(core: &Core, id: VmId) {
     let task = NewTask {
         id: TaskId::new(),
         kind: TaskKind::VmDelete,

@@ -8,8 +8,10 @@ use std::{
 };
 
 use aether_queue::Lease;
-use aether_streams::GuestLink;
-use aether_types::{ErrorCode, Fault, TaskId, VmEvent, VmId, VmState};
+use aether_streams::{GuestLink, Pools};
+use aether_types::{
+    ErrorCode, Fault, Task, TaskId, Template, TemplateSpec, VmEvent, VmId, VmState,
+};
 use tokio::{
     sync::Semaphore,
     task::JoinHandle,
@@ -18,9 +20,12 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    WorkerError, WorkerParts, claims, fault,
+    EnsureError, WorkerError, WorkerParts, claims, fault, garbage,
+    garbage::Garbage,
     guest::{GuestLinks, Guests},
+    pool::{self, PoolSet},
     reconcile,
+    template::{Builds, TemplateCache},
 };
 
 /// What becomes of running VMs when the worker ends.
@@ -47,6 +52,11 @@ pub(crate) struct Core {
     pub(crate) guests: Arc<Guests>,
     pub(crate) attempts: Attempts,
     pub(crate) boots: Semaphore,
+    pub(crate) restores: Semaphore,
+    pub(crate) pools: Arc<PoolSet>,
+    pub(crate) builds: Builds,
+    pub(crate) templates: TemplateCache,
+    pub(crate) garbage: Garbage,
     pub(crate) tasks: TaskTracker,
     /// No new work.
     pub(crate) draining: CancellationToken,
@@ -61,14 +71,37 @@ pub(crate) struct Core {
 /// The attempts in hand, by task.
 #[derive(Default)]
 pub(crate) struct Attempts {
-    running: Mutex<HashMap<TaskId, (Lease, CancellationToken)>>,
+    running: Mutex<HashMap<TaskId, InHand>>,
+}
+
+struct InHand {
+    lease: Lease,
+    cancelled: CancellationToken,
+    /// Once it is known.
+    vm: Option<VmId>,
 }
 
 impl Attempts {
     pub(crate) fn begin(&self, lease: &Lease) -> CancellationToken {
         let token = CancellationToken::new();
-        self.lock().insert(lease.task, (lease.clone(), token.clone()));
+        let in_hand = InHand { lease: lease.clone(), cancelled: token.clone(), vm: None };
+        self.lock().insert(lease.task, in_hand);
         token
+    }
+
+    pub(crate) fn is_of(&self, task: &Task) {
+        if let Some(in_hand) = self.lock().get_mut(&task.id) {
+            in_hand.vm = Some(task.vm_id);
+        }
+    }
+
+    /// All others of the task's VM.
+    pub(crate) fn cancel_others(&self, task: &Task) {
+        for (id, in_hand) in self.lock().iter() {
+            if *id != task.id && in_hand.vm == Some(task.vm_id) {
+                in_hand.cancelled.cancel();
+            }
+        }
     }
 
     pub(crate) fn end(&self, task: TaskId) {
@@ -76,13 +109,13 @@ impl Attempts {
     }
 
     pub(crate) fn cancel(&self, task: TaskId) {
-        if let Some((_, token)) = self.lock().get(&task) {
-            token.cancel();
+        if let Some(in_hand) = self.lock().get(&task) {
+            in_hand.cancelled.cancel();
         }
     }
 
     pub(crate) fn leases(&self) -> Vec<Lease> {
-        self.lock().values().map(|(lease, _)| lease.clone()).collect()
+        self.lock().values().map(|in_hand| in_hand.lease.clone()).collect()
     }
 
     fn count(&self) -> usize {
@@ -90,7 +123,7 @@ impl Attempts {
     }
 
     // Nothing panics while the lock is held.
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<TaskId, (Lease, CancellationToken)>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<TaskId, InHand>> {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -113,6 +146,15 @@ impl Worker {
             guests: Arc::new(Guests::default()),
             attempts: Attempts::default(),
             boots: Semaphore::new(parts.config.boots_at_once),
+            restores: Semaphore::new(parts.config.restores_at_once),
+            pools: Arc::new(PoolSet::new(
+                parts.config.pools.clone(),
+                parts.config.spare_age_max,
+                parts.config.memory_reserve_mb,
+            )),
+            builds: Builds::default(),
+            templates: TemplateCache::default(),
+            garbage: Garbage::default(),
             tasks: TaskTracker::new(),
             draining: CancellationToken::new(),
             leaving: CancellationToken::new(),
@@ -125,6 +167,9 @@ impl Worker {
         core.spawn(claims::renew(Arc::clone(&core)));
         core.spawn(claims::listen(Arc::clone(&core), core.parts.bus.subscribe()));
         core.spawn(reconcile::keep(Arc::clone(&core), core.parts.bus.subscribe()));
+        core.spawn(pool::keep(Arc::clone(&core)));
+        core.spawn(pool::listen(Arc::clone(&core), core.parts.bus.subscribe()));
+        core.spawn(garbage::keep(Arc::clone(&core), core.parts.bus.subscribe()));
         Ok(Self { core })
     }
 
@@ -133,6 +178,20 @@ impl Worker {
     pub fn links(&self) -> Arc<dyn GuestLink> {
         let guests = Arc::clone(&self.core.guests);
         Arc::new(GuestLinks { guests, limit: self.core.parts.config.guest_limit })
+    }
+
+    /// What the pools hold.
+    #[must_use]
+    pub fn pools(&self) -> Arc<dyn Pools> {
+        Arc::clone(&self.core.pools) as Arc<dyn Pools>
+    }
+
+    /// The template that VMs get which ask for none: as it is, or as it is being built now.
+    pub async fn ensure_default_template(
+        &self,
+        spec: TemplateSpec,
+    ) -> Result<Template, EnsureError> {
+        self.core.ensure_default_template(spec).await
     }
 
     /// VMs that run here now.

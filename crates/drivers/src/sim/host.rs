@@ -56,6 +56,8 @@ pub(super) struct SimMachine {
     left_disk: Mutex<Option<String>>,
     /// One operation at a time.
     pub(super) operation: tokio::sync::Mutex<()>,
+    /// Who waits to end the machine: a start gives way.
+    ends_wanted: watch::Sender<usize>,
     /// Ends the machine for a reason; none while no guest runs.
     end: Mutex<Option<mpsc::Sender<ExitReason>>>,
 }
@@ -203,6 +205,7 @@ impl SimHost {
             is_disk_used: AtomicBool::new(false),
             left_disk: Mutex::default(),
             operation: tokio::sync::Mutex::default(),
+            ends_wanted: watch::Sender::new(0),
             end: Mutex::default(),
         };
         lock(&self.machines).insert(id, Arc::new(machine));
@@ -297,7 +300,14 @@ impl SimHost {
             Start::Restore(_) => (latency.restore, "sim restore", "sim restored"),
         };
         fault.hit(before)?;
-        clock.sleep(took.min(limit)).await;
+        let mut ends_wanted = machine.ends_wanted.subscribe();
+        tokio::select! {
+            () = clock.sleep(took.min(limit)) => {}
+            _ = ends_wanted.wait_for(|ends| *ends > 0) => {
+                let detail = "it was ended".to_owned();
+                return Err(DriverError::ExitedDuringStart { detail });
+            }
+        }
         if took > limit {
             return Err(DriverError::StartTimeout { limit_ms: limit.as_millis() });
         }
@@ -407,7 +417,7 @@ impl SimHost {
 
     pub(super) async fn delete(&self, id: MachineId) -> Result<(), DriverError> {
         let Some(machine) = self.known(id) else { return Ok(()) };
-        let _one = machine.operation.lock().await;
+        let _one = machine.turn_to_end().await;
         let fault = &self.config.fault;
         self.config.clock.sleep(self.config.latency.delete).await;
         fault.hit("sim delete process")?;
@@ -464,6 +474,14 @@ impl SimHost {
 }
 
 impl SimMachine {
+    /// The turn of an operation that ends the machine; a start in hand ends early.
+    pub(super) async fn turn_to_end(&self) -> tokio::sync::MutexGuard<'_, ()> {
+        self.ends_wanted.send_modify(|ends| *ends += 1);
+        let turn = self.operation.lock().await;
+        self.ends_wanted.send_modify(|ends| *ends -= 1);
+        turn
+    }
+
     pub(super) fn describe(&self) -> Machine {
         let state = *self.state.borrow();
         let runs = matches!(state, MachineState::Running | MachineState::Paused);

@@ -173,7 +173,7 @@ impl Driver for SimDriver {
     async fn kill(&self, id: MachineId) -> Result<(), DriverError> {
         let (host, machine) = (Arc::clone(&self.host), self.known(id)?);
         self.finish(async move {
-            let _one = machine.operation.lock().await;
+            let _one = machine.turn_to_end().await;
             host.config.fault.hit("sim kill")?;
             kill(&host, &machine).await;
             host.config.fault.hit("sim killed")

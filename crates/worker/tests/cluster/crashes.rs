@@ -62,7 +62,7 @@ async fn a_machine_that_died_while_no_worker_lived_is_found_dead() {
     let mut rig = Rig::new(SimConfig::default()).await;
     let vm = rig.create("gone").await;
     rig.crash().await;
-    rig.host.panic_guest(vm);
+    rig.host.panic_guest(vm.into());
     rig.start().await;
     let found = rig.in_state(vm, VmState::Failed).await;
     assert!(found.reason.is_some());

@@ -152,9 +152,9 @@ async fn the_end_of_what_carries_a_command_ends_it_with_the_reason() {
     let rig = Rig::new(SimConfig::default()).await;
     type End = fn(&aether_drivers::sim::SimHost, aether_types::VmId);
     let ends: [(&str, End, ErrorCode); 3] = [
-        ("panic", |h, id| h.panic_guest(id), ErrorCode::GuestPanic),
-        ("vmm", |h, id| h.kill_vmm(id), ErrorCode::VmmExited),
-        ("power", |h, id| h.power_off_guest(id), ErrorCode::GuestShutdown),
+        ("panic", |h, id| h.panic_guest(id.into()), ErrorCode::GuestPanic),
+        ("vmm", |h, id| h.kill_vmm(id.into()), ErrorCode::VmmExited),
+        ("power", |h, id| h.power_off_guest(id.into()), ErrorCode::GuestShutdown),
     ];
     for (name, end, code) in ends {
         let vm = rig.create(name).await;

@@ -8,11 +8,12 @@ use aether_drivers::{
     sim::{SimConfig, SimDriver, SimHost},
 };
 use aether_events::{Event, LocalBus, Received, Subscription};
+use aether_images::SnapshotStore;
 use aether_queue::{Entry, Lane, SqliteQueue};
-use aether_store::{Durability, NewExecution, NewTask, NewVm, SqliteStore, Store};
+use aether_store::{Capacity, Durability, NewExecution, NewTask, NewVm, SqliteStore, Store};
 use aether_streams::Sessions;
 use aether_types::{
-    DriverKind, Execution, ExecutionId, ExecutionSpec, Fault, NetworkPolicy, OutputStream,
+    DriverKind, Execution, ExecutionId, ExecutionSpec, Fault, NetworkPolicy, Origin, OutputStream,
     Priority, Task, TaskId, TaskKind, TaskState, Vm, VmId, VmSpec, VmState, WorkerId, limits,
 };
 use aether_worker::{ImageSource, ShutdownMode, Worker, WorkerConfig, WorkerParts};
@@ -35,6 +36,10 @@ impl ImageSource for AnyImage {
             rootfs: PathBuf::from("rootfs"),
             kernel_flavour: KernelFlavour::Debian,
         })
+    }
+
+    fn digest(&self, _image: &str) -> Result<String, Fault> {
+        Ok(format!("blake3:{}", "0".repeat(64)))
     }
 }
 
@@ -61,7 +66,9 @@ impl Rig {
         let host = SimHost::new(config);
         let store = SqliteStore::open(&dir.path().join("store.db"), Durability::Process).await;
         let queue = SqliteQueue::open(&dir.path().join("queue.db")).await;
+        let open = |name| Arc::new(SnapshotStore::open(dir.path().join(name)).unwrap());
         let config = WorkerConfig {
+            pools: Vec::new(),
             stop_grace: Duration::from_secs(2),
             guest_limit: Duration::from_secs(2),
             ..WorkerConfig::default()
@@ -74,6 +81,8 @@ impl Rig {
             sessions: Sessions::default(),
             drivers: vec![Arc::new(SimDriver::new(Arc::clone(&host))) as Arc<dyn Driver>],
             images: Arc::new(AnyImage),
+            snapshots: open("snapshots"),
+            templates: open("templates"),
             config,
         };
         let mut rig = Self { host, parts, worker: None, _dir: dir };
@@ -122,10 +131,11 @@ impl Rig {
             labels: std::collections::BTreeMap::new(),
             timeout_s: None,
             network: NetworkPolicy::default(),
+            origin: Origin::Image,
         };
         let vm = NewVm { id: VmId::new(), name: name.to_owned(), spec };
         let task = new_task(TaskKind::VmCreate);
-        let accepted = self.store().create_vm(vm, task, None).await.unwrap();
+        let accepted = self.store().create_vm(vm, task, Capacity::default(), None).await.unwrap();
         self.enqueue(&accepted.task, &accepted.vm).await;
         accepted.task
     }

@@ -115,9 +115,14 @@ async fn the_end_of_a_machine_is_noticed_and_named() {
     let rig = Rig::new(SimConfig::default()).await;
     type End = fn(&aether_drivers::sim::SimHost, aether_types::VmId);
     let ends: [(&str, End, VmState, ErrorCode); 3] = [
-        ("panics", |h, id| h.panic_guest(id), VmState::Failed, ErrorCode::GuestPanic),
-        ("dies", |h, id| h.kill_vmm(id), VmState::Failed, ErrorCode::VmmExited),
-        ("leaves", |h, id| h.power_off_guest(id), VmState::Stopped, ErrorCode::GuestShutdown),
+        ("panics", |h, id| h.panic_guest(id.into()), VmState::Failed, ErrorCode::GuestPanic),
+        ("dies", |h, id| h.kill_vmm(id.into()), VmState::Failed, ErrorCode::VmmExited),
+        (
+            "leaves",
+            |h, id| h.power_off_guest(id.into()),
+            VmState::Stopped,
+            ErrorCode::GuestShutdown,
+        ),
     ];
     for (name, end, state, code) in ends {
         let vm = rig.create(name).await;

@@ -1,0 +1,213 @@
+//! Building templates: what an image and steps give, in a snapshot that is named by the digest of
+//! all that went into it. The same content is built once, whoever asks and how often.
+//!
+//! ```text
+//!   task ──► digest ──► there? ──yes──────────────────────────────────► ready
+//!                         └─no─► boot ──► files, steps, ready ──► seal ──┘
+//! ```
+//!
+//! A build is safe to repeat from any point: nothing is in the template store before it is whole,
+//! and the builder's machine is made anew by each attempt. The builder goes when its task ends.
+
+mod cache;
+mod digest;
+mod lock;
+mod steps;
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use aether_drivers::{AfterSnapshot, SnapshotDisk};
+use aether_store::{
+    AttemptEnd, NewSnapshot, NewTask, NewTemplate, NewVm, SnapshotFacts, StoreError,
+};
+use aether_types::{
+    Fault, Origin, Priority, SnapshotId, SnapshotPurpose, TaskId, TaskKind, Template, TemplateId,
+    TemplateSpec, TemplateState, Vm, VmId, VmSpec, limits,
+    template::{DEFAULT_TAG, DEFAULT_TEMPLATE},
+};
+use tokio::time::timeout;
+
+use self::steps::{Steps, build_failed, no_guest};
+pub(crate) use self::{cache::TemplateCache, lock::Builds};
+use crate::{
+    attempt::{Attempt, done},
+    failure::{Failure, blocking, internal},
+    fault,
+    phases::PhaseClock,
+    reconcile,
+    snapshot::Take,
+    worker::Core,
+};
+
+/// An image and a size, and nothing on top: its VMs may as well boot the image.
+pub(crate) fn is_plain(spec: &TemplateSpec) -> bool {
+    spec.files.is_empty() && spec.steps.is_empty() && spec.start.is_none() && spec.ready.is_none()
+}
+
+impl Core {
+    /// Builds the template of a builder VM, or finds it built.
+    pub(crate) async fn build_template(
+        self: &Arc<Self>,
+        attempt: &Attempt,
+        vm: &Vm,
+    ) -> Result<AttemptEnd, Failure> {
+        let template = self.template_of(vm).await?;
+        let digest = self.template_digest(&template.spec).await?;
+        let _turn = self.builds.turn(&digest).await;
+        let _lock = lock::lock(self.build_lock(&digest)).await?;
+        let facts = match self.found(&self.parts.templates, &digest).await? {
+            Some(sealed) => sealed.facts,
+            None => self.build_anew(attempt, vm, &template, &digest).await?,
+        };
+        Ok(AttemptEnd { snapshot: Some(facts), template: Some(digest), ..done() })
+    }
+
+    async fn build_anew(
+        self: &Arc<Self>,
+        attempt: &Attempt,
+        vm: &Vm,
+        template: &Template,
+        digest: &str,
+    ) -> Result<SnapshotFacts, Failure> {
+        // An attempt that died may have left a builder at any step.
+        self.undo_create(vm).await;
+        let limit = Duration::from_secs(limits::TEMPLATE_BUILD_TIMEOUT_S);
+        let built = match timeout(limit, self.build_in(attempt, vm, template, digest)).await {
+            Ok(built) => built,
+            Err(_) => {
+                Err(build_failed(format!("the build took longer than {} s", limit.as_secs())))
+            }
+        };
+        self.undo_create(vm).await;
+        built
+    }
+
+    async fn build_in(
+        self: &Arc<Self>,
+        attempt: &Attempt,
+        vm: &Vm,
+        template: &Template,
+        digest: &str,
+    ) -> Result<SnapshotFacts, Failure> {
+        self.create(vm, PhaseClock::since(attempt.task.created_at)).await?;
+        let guest = self.guests.get(vm.id).ok_or_else(no_guest)?;
+        Steps::new(self, attempt, Arc::clone(&guest), template).run().await?;
+        guest.will_end(Fault::new(aether_types::ErrorCode::VmStopped, "the template is built"));
+        let take = Take {
+            store: &self.parts.templates,
+            entry: digest.to_owned(),
+            disk: SnapshotDisk::Include,
+            after: AfterSnapshot::End,
+        };
+        self.take(vm, take).await
+    }
+
+    async fn template_of(&self, vm: &Vm) -> Result<Arc<Template>, Failure> {
+        let Origin::Builder(id) = vm.spec.origin else {
+            return Err(Failure::last(internal("find the template to build")));
+        };
+        let template = self.template(id).await?;
+        template.ok_or_else(|| Failure::last(internal("find the template to build")))
+    }
+
+    async fn template_digest(&self, spec: &TemplateSpec) -> Result<String, Failure> {
+        let driver = self.driver_of(spec.driver)?;
+        let format = driver.capabilities().snapshot_format.ok_or_else(|| {
+            let text = format!("the {} driver takes no snapshots on this host", spec.driver);
+            Failure::last(Fault::new(aether_types::ErrorCode::DriverUnavailable, text))
+        })?;
+        let (images, name) = (Arc::clone(&self.parts.images), spec.image.clone());
+        let image = blocking("read the image", move || images.digest(&name)).await?;
+        digest::digest(spec, &image.map_err(Failure::last)?, &format)
+    }
+
+    fn build_lock(&self, digest: &str) -> PathBuf {
+        let entry = self.parts.templates.entry_path(digest);
+        let root = entry.ancestors().nth(2).map(PathBuf::from).unwrap_or_default();
+        root.join("builds").join(digest)
+    }
+
+    /// Asks for a template to be built again from what it was built from.
+    pub(crate) async fn rebuild(self: &Arc<Self>, template: &Template) {
+        let (name, tag) = (template.name.clone(), template.tag.clone());
+        if let Err(error) = self.request_build(name, tag, template.spec.clone()).await {
+            tracing::warn!(
+                template = template.name,
+                error = fault::chain(&error),
+                "ask for a template to be built again"
+            );
+        }
+    }
+
+    /// The default template as it shall be; asks for its build where it is not.
+    pub(crate) async fn ensure_default_template(
+        self: &Arc<Self>,
+        spec: TemplateSpec,
+    ) -> Result<Template, EnsureError> {
+        let digest = self.template_digest(&spec).await.map_err(|f| EnsureError::Fault(f.fault))?;
+        let known = self.parts.store.template_by_name(DEFAULT_TEMPLATE, DEFAULT_TAG).await?;
+        let ready = known.filter(|template| {
+            template.state == TemplateState::Ready && template.digest.as_ref() == Some(&digest)
+        });
+        if let Some(template) = ready {
+            let found = self.found(&self.parts.templates, &digest).await;
+            if found.is_ok_and(|sealed| sealed.is_some()) {
+                return Ok(template);
+            }
+        }
+        Ok(self.request_build(DEFAULT_TEMPLATE.into(), DEFAULT_TAG.into(), spec).await?)
+    }
+
+    /// Records the build as a client's request would be.
+    async fn request_build(
+        self: &Arc<Self>,
+        name: String,
+        tag: String,
+        spec: TemplateSpec,
+    ) -> Result<Template, StoreError> {
+        let id = TemplateId::new();
+        let builder = VmId::new();
+        let vm = VmSpec {
+            vcpus: spec.vcpus,
+            memory_mb: spec.memory_mb,
+            disk_mb: spec.disk_mb,
+            image: spec.image.clone(),
+            driver: spec.driver,
+            env: spec.env.clone(),
+            labels: std::collections::BTreeMap::new(),
+            timeout_s: None,
+            network: spec.network.clone(),
+            origin: Origin::Builder(id),
+        };
+        let task = NewTask {
+            id: TaskId::new(),
+            kind: TaskKind::TemplateBuild,
+            priority: Priority::Low,
+            max_attempts: limits::TASK_ATTEMPTS_MAX,
+        };
+        let snapshot =
+            NewSnapshot { id: SnapshotId::new(), name: None, purpose: SnapshotPurpose::Template };
+        let template = NewTemplate { id, name, tag, spec };
+        let vm = NewVm { id: builder, name: format!("builder-{builder}"), spec: vm };
+        let recorded = self.parts.store.build_template(template, snapshot, vm, task, None).await?;
+        let (accepted, template) = recorded;
+        if !accepted.repeated {
+            self.publish_template(&template).await;
+            // What is not dispatched now is by the next sweep.
+            if let Err(error) = reconcile::dispatch(self, vec![accepted.task]).await {
+                tracing::warn!(error = fault::chain(&error), "dispatch a build");
+            }
+        }
+        Ok(template)
+    }
+}
+
+/// Why the default template cannot be seen to.
+#[derive(Debug, thiserror::Error)]
+pub enum EnsureError {
+    /// The image or the driver cannot give one.
+    #[error("{0}")]
+    Fault(Fault),
+    #[error("record the build of the default template")]
+    Store(#[from] StoreError),
+}
