@@ -160,6 +160,9 @@ fn hint_for(code: ErrorCode) -> Option<&'static str> {
         ErrorCode::ImageNotFound => Some("`aether image list` on the server shows what there is"),
         ErrorCode::SnapshotNotFound => Some("`aether snapshot list` shows the snapshots there are"),
         ErrorCode::TemplateNotFound => Some("`aether template list` shows the templates there are"),
+        ErrorCode::SnapshotStateConflict => {
+            Some("`aether snapshot list` and `aether template list` show their states")
+        }
         ErrorCode::SnapshotDamaged => Some("delete it, and take or build it again"),
         ErrorCode::TooManyVms => Some("delete VMs that are not needed, or try again later"),
         ErrorCode::NameTaken => Some("choose another name, or delete what has it"),

@@ -61,9 +61,8 @@ impl BuildProgress {
 impl Form {
     fn step(&self, template: &TemplateView) {
         let progress = &template.progress;
-        // What is done now comes after what is done.
-        let n = (progress.done + 1).min(progress.steps.max(1));
-        let text = format!("step {n}/{}: {}", progress.steps, table::printable(&progress.now));
+        let now = table::printable(&progress.now);
+        let text = format!("[{}/{}] {now}", progress.done, progress.steps);
         match self {
             Self::Quiet => {}
             Self::Events => output::json_line(&Event::Step {

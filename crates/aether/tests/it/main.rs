@@ -5,6 +5,10 @@ mod client;
 #[cfg(test)]
 mod exec;
 #[cfg(test)]
+mod instant;
+#[cfg(test)]
+mod plain;
+#[cfg(test)]
 mod rig;
 #[cfg(test)]
 mod up;

@@ -17,12 +17,22 @@ pub(crate) struct Up {
 
 pub(crate) struct Rig {
     pub(crate) folder: tempfile::TempDir,
+    /// Options of `up`.
+    options: Vec<&'static str>,
+    /// What it says when it is ready.
+    ready: &'static str,
     up: Option<Up>,
 }
 
 impl Rig {
+    /// Its VMs boot.
     pub(crate) fn start() -> Self {
-        let mut rig = Self { folder: tempfile::tempdir().unwrap(), up: None };
+        Self::with(&["--no-default-template", "--pool", "none"], "Aetherium is ready")
+    }
+
+    pub(crate) fn with(options: &[&'static str], ready: &'static str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let mut rig = Self { folder, options: options.to_vec(), ready, up: None };
         rig.restart();
         rig
     }
@@ -38,7 +48,7 @@ impl Rig {
     pub(crate) fn restart(&mut self) {
         let mut child = command(&self.data())
             .args(["up", "--driver", "sim", "--listen", "127.0.0.1:0", "--log-level", "warn"])
-            .args(["--no-default-template", "--pool", "none"])
+            .args(&self.options)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()
@@ -47,7 +57,7 @@ impl Rig {
         let mut said = Vec::new();
         for line in BufReader::new(stdout).lines() {
             let line = line.unwrap();
-            let ready = line.starts_with("Aetherium is ready");
+            let ready = line.contains(self.ready);
             said.push(line);
             if ready {
                 self.up = Some(Up { child, said });
@@ -123,7 +133,15 @@ pub(crate) fn pid(child: &Child) -> Pid {
 
 pub(crate) fn command(data: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_aether"));
-    for name in ["AETHER_URL", "AETHER_KEY", "AETHER_DRIVER", "AETHER_LISTEN", "NOTIFY_SOCKET"] {
+    for name in [
+        "AETHER_URL",
+        "AETHER_KEY",
+        "AETHER_DRIVER",
+        "AETHER_LISTEN",
+        "AETHER_TEMPLATE_DIR",
+        "AETHER_POOL",
+        "NOTIFY_SOCKET",
+    ] {
         command.env_remove(name);
     }
     command.env("AETHER_DATA_DIR", data);
