@@ -1,0 +1,9 @@
+//! Warm pools on a simulated host: from the template to the VM that was there already.
+
+#[path = "../cluster/rig.rs"]
+#[expect(dead_code, reason = "shared with the tests of the cluster")]
+mod rig;
+
+mod claims;
+mod house;
+mod keeping;
