@@ -3,7 +3,7 @@
 //! ```text
 //! kernel ── /init ── init: modules, disks, overlay, switch root        (once)
 //!                      │ forks, reaps orphans, replaces a dead agent   (for ever)
-//!                      └─ agent: channel, listener, one thread for each connection
+//!                      └─ agent: channel, listener, a thread for each connection
 //!                            ├─ run: one poll loop for socket, pipes and pidfd
 //!                            └─ file, configuration, question: blocking calls
 //! ```
@@ -17,7 +17,8 @@
 //! ```
 //!
 //! # Invariants
-//! - A thread serves one connection and ends with it; a detached run keeps the thread that began it.
+//! - A thread serves one connection at a time; a detached run keeps the thread that began it. One that
+//!   has taken the rights of a user ends with its connection.
 //! - Memory for each connection is bounded by the frame limit and, for a detached run, by the
 //!   retained output.
 //! - A run that is not detached never outlives its connection.
@@ -60,5 +61,6 @@ pub fn serve_for_tests(mut args: impl Iterator<Item = OsString>) -> io::Result<(
     let token = Token::from_hex(&token).map_err(io::Error::other)?;
     let listener = UnixListener::bind(path)?;
     let agent = server::Agent::new(token, "test.1".to_owned());
-    server::serve(&agent, &server::Listener::unix(listener))
+    let Err(error) = server::serve(&agent, server::Listener::unix(listener));
+    Err(error)
 }

@@ -1,9 +1,11 @@
 //! Accepting connections, and the first exchange of each.
 
+use std::convert::Infallible;
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixListener;
-use std::sync::{Arc, OnceLock, PoisonError, RwLock};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock, mpsc};
 use std::thread;
 use std::time::Instant;
 
@@ -13,7 +15,7 @@ use aether_protocol::{
     ToGuestBody, Token, Welcome, check_request, handshake,
 };
 use rustix::io::Errno;
-use rustix::net::{SocketFlags, accept_with, sockopt};
+use rustix::net::{SocketFlags, accept_with};
 
 use crate::conn::Conn;
 use crate::connections::{Connections, Socket};
@@ -24,6 +26,12 @@ use crate::{configure, files, power, run, sys};
 
 /// Stack of a connection's thread. Only what is touched costs memory.
 const STACK_BYTES: usize = 256 * 1024;
+
+/// Threads that wait for connections: at first one for a connection, one for the next while that
+/// one ends, and one so that these two need not see to another.
+const WAITING_AT_FIRST: usize = 3;
+/// And at most: one that is free where so many wait already ends.
+const WAITING_MAX: usize = 8;
 
 /// Everything that connections share.
 #[derive(Debug)]
@@ -114,57 +122,136 @@ impl Listener {
     }
 
     fn accept(&self) -> rustix::io::Result<OwnedFd> {
-        let socket = match self.kind {
-            ListenerKind::Vsock => sys::accept_from_host(self.socket.as_fd())?,
+        match self.kind {
+            ListenerKind::Vsock => sys::accept_from_host(self.socket.as_fd()),
             ListenerKind::Unix | ListenerKind::Link(_) => {
-                accept_with(&self.socket, SocketFlags::CLOEXEC)?
+                accept_with(&self.socket, SocketFlags::CLOEXEC)
             }
-        };
-        if let ListenerKind::Link(_) = self.kind {
-            // Small frames must not wait for the acknowledgement of earlier ones.
-            let _ = sockopt::set_tcp_nodelay(&socket, true);
         }
-        Ok(socket)
     }
 }
 
 /// Serves for ever; returns only where the listener itself breaks.
-pub fn serve(agent: &Arc<Agent>, listener: &Listener) -> io::Result<()> {
+///
+/// Threads wait in `accept` and serve what they get. The one that takes the last place sees to it
+/// that another waits, so that a connection mostly costs no thread: what makes and ends one is a
+/// tenth of a short command's time, and more in a guest that has just been restored.
+pub fn serve(agent: &Arc<Agent>, listener: Listener) -> io::Result<Infallible> {
     if let ListenerKind::Link(index) = listener.kind {
         agent.link.get_or_init(|| index);
     }
-    loop {
-        let socket = match listener.accept() {
-            Ok(socket) => socket,
-            // Of the one connection, or of a passing lack: the listener is well.
-            Err(Errno::CONNABORTED | Errno::INTR | Errno::PERM | Errno::PROTO) => continue,
-            Err(Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::NOBUFS) => {
-                // Connections that end give back what is missing.
-                thread::yield_now();
-                continue;
+    let (broken, is_broken) = mpsc::channel();
+    let server =
+        Server { agent: Arc::clone(agent), listener, waiting: AtomicUsize::new(0), broken };
+    let server = Arc::new(server);
+    for _ in 0..WAITING_AT_FIRST {
+        server.add_thread()?;
+    }
+    drop(server);
+    let gone = |_| io::Error::other("nobody accepts connections any more");
+    Err(is_broken.recv().unwrap_or_else(gone))
+}
+
+/// What the threads that accept connections share.
+#[derive(Debug)]
+struct Server {
+    agent: Arc<Agent>,
+    listener: Listener,
+    /// Threads in `accept`, or on their way there.
+    waiting: AtomicUsize,
+    broken: mpsc::Sender<io::Error>,
+}
+
+/// Whether a thread may serve another connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Thread {
+    IsFree,
+    /// It has given up rights that it cannot take back.
+    IsSpent,
+}
+
+impl Server {
+    fn add_thread(self: &Arc<Self>) -> io::Result<()> {
+        let server = Arc::clone(self);
+        self.waiting.fetch_add(1, Ordering::AcqRel);
+        let builder = thread::Builder::new().stack_size(STACK_BYTES);
+        let spawned = builder.spawn(move || server.accept_and_serve());
+        if spawned.is_err() {
+            self.waiting.fetch_sub(1, Ordering::AcqRel);
+        }
+        spawned.map(drop)
+    }
+
+    fn accept_and_serve(self: &Arc<Self>) {
+        loop {
+            let accepted = self.listener.accept();
+            let socket = match accepted {
+                Ok(socket) => socket,
+                // Of the one connection, or of a passing lack: the listener is well.
+                Err(Errno::CONNABORTED | Errno::INTR | Errno::PERM | Errno::PROTO) => continue,
+                Err(Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::NOBUFS) => {
+                    // Connections that end give back what is missing.
+                    thread::yield_now();
+                    continue;
+                }
+                Err(errno) => {
+                    // Nobody to tell is left only where another thread has told it.
+                    let _ = self.broken.send(errno.into());
+                    return;
+                }
+            };
+            let others = self.waiting.fetch_sub(1, Ordering::AcqRel) - 1;
+            let is_served = others > 0 || self.add_thread().is_ok();
+            let after = if is_served {
+                let conn = Conn::new(self.agent.connections.enter(socket));
+                serve_connection(&self.agent, conn)
+            } else {
+                crate::kmsg!("drop a connection: no thread would be left to accept others");
+                Thread::IsFree
+            };
+            // More may count themselves in than wait at last: what matters is that it has a bound.
+            if after == Thread::IsSpent || self.waiting.load(Ordering::Acquire) >= WAITING_MAX {
+                return;
             }
-            Err(errno) => return Err(errno.into()),
-        };
-        let agent_of_thread = Arc::clone(agent);
-        let conn = Conn::new(agent.connections.enter(socket));
-        let spawned = thread::Builder::new()
-            .stack_size(STACK_BYTES)
-            .spawn(move || serve_connection(&agent_of_thread, conn));
-        if let Err(error) = spawned {
-            crate::kmsg!("drop a connection: {error}");
+            self.waiting.fetch_add(1, Ordering::AcqRel);
         }
     }
 }
 
-fn serve_connection(agent: &Agent, mut conn: Conn) {
+fn serve_connection(agent: &Agent, mut conn: Conn) -> Thread {
     match open(agent, &mut conn) {
-        Ok(Some((generation, request))) => dispatch(agent, conn, generation, request),
+        Ok(Some((generation, request))) => {
+            let after = after(&request);
+            dispatch(agent, conn, generation, request);
+            return after;
+        }
         // Gone, or too slow, before it had asked for anything.
         Ok(None) => {}
         Err(refused) => {
             conn.queue(refused);
             conn.finish();
         }
+    }
+    Thread::IsFree
+}
+
+/// What a request leaves of its thread: files are touched with the rights of their user.
+fn after(request: &RequestBody) -> Thread {
+    match request {
+        RequestBody::ReadFile(_)
+        | RequestBody::WriteFile(_)
+        | RequestBody::List(_)
+        | RequestBody::Stat(_)
+        | RequestBody::Mkdir(_)
+        | RequestBody::Move(_)
+        | RequestBody::Remove(_) => Thread::IsSpent,
+        RequestBody::Ping(_)
+        | RequestBody::Configure(_)
+        | RequestBody::Shutdown(_)
+        | RequestBody::Run(_)
+        | RequestBody::Attach(_)
+        | RequestBody::Forget(_)
+        | RequestBody::ListRuns(_) => Thread::IsFree,
     }
 }
 

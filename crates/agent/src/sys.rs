@@ -3,6 +3,7 @@
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
+use std::time::Duration;
 
 use aether_protocol::codec::{DATA_HEADER_BYTES_MAX, DataHeader};
 use bytes::{BufMut as _, BytesMut};
@@ -270,6 +271,19 @@ pub(crate) fn bind_to_device(socket: &OwnedFd, name: &str) -> io::Result<()> {
     let set = unsafe {
         let (level, option) = (libc::SOL_SOCKET, libc::SO_BINDTODEVICE);
         libc::setsockopt(socket.as_raw_fd(), level, option, name.as_ptr().cast(), length)
+    };
+    if set == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Has a listener give out connections with their first bytes, or after this time.
+#[expect(unsafe_code, reason = "no safe form")]
+pub(crate) fn defer_accept(socket: &OwnedFd, limit: Duration) -> io::Result<()> {
+    let seconds = libc::c_int::try_from(limit.as_secs()).map_err(io::Error::other)?;
+    // SAFETY: the number is live and has the length that is given.
+    let set = unsafe {
+        let (level, option) = (libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT);
+        let length = size_of::<libc::c_int>().try_into().unwrap_or_default();
+        libc::setsockopt(socket.as_raw_fd(), level, option, (&raw const seconds).cast(), length)
     };
     if set == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }

@@ -4,6 +4,7 @@ use std::io;
 use std::net::{Ipv6Addr, SocketAddrV6};
 use std::os::fd::OwnedFd;
 
+use aether_protocol::limits::HANDSHAKE_LIMIT;
 use aether_protocol::{AGENT_PORT, READY_PORT};
 use rustix::net::{
     AddressFamily, SendFlags, SocketFlags, SocketType, bind, listen as listen_on, sendto,
@@ -33,6 +34,12 @@ pub(super) fn listen(channel: &Channel) -> io::Result<Listener> {
                 .map_err(|error| io::Error::other(format!("prepare link {mac}: {error}")))?;
             let socket = link_socket(&device, SocketType::STREAM)?;
             sockopt::set_socket_reuseaddr(&socket, true)?;
+            // Connections take these from their listener. Small frames must not wait for the
+            // acknowledgement of earlier ones.
+            sockopt::set_tcp_nodelay(&socket, true)?;
+            // The host's first bytes come right behind its connection: who accepts it need not be
+            // woken twice.
+            sys::defer_accept(&socket, HANDSHAKE_LIMIT)?;
             // No buffer size is set: the kernel's own tuning was measured to be 2.3 times as fast.
             bind(&socket, &address(GUEST, port(AGENT_PORT)?, &device))?;
             listen_on(&socket, BACKLOG)?;

@@ -105,6 +105,5 @@ fn serve(command_line: &CommandLine, instance: u32) -> io::Result<Infallible> {
     if let Err(error) = channel::say_ready(&command_line.channel, &boot_id) {
         kmsg!("say that the guest is ready: {error}");
     }
-    server::serve(&agent, &listener)?;
-    Err(io::Error::other("the listener has ended"))
+    server::serve(&agent, listener)
 }

@@ -164,8 +164,8 @@ fn other_spaces() -> Vec<(String, OwnedFd)> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::{Read as _, Write as _};
-    use std::net::{TcpListener, TcpStream, UdpSocket};
+    use std::io::{ErrorKind, Read as _, Write as _};
+    use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 
     use super::super::link::{Links, new_address};
     use super::super::plan::Network;
@@ -215,11 +215,21 @@ mod tests {
         thread::spawn(in_thread).join().unwrap();
     }
 
+    /// The kernel makes the route to a new address of IPv6 a moment after the address.
+    fn connect(to: SocketAddr) -> TcpStream {
+        loop {
+            match TcpStream::connect(to) {
+                Err(error) if error.kind() == ErrorKind::NetworkUnreachable => thread::yield_now(),
+                result => return result.unwrap(),
+            }
+        }
+    }
+
     /// Has connections ended, and sees who hears of it.
     fn check_ending(end: fn()) {
         let pair = |ip: &str| {
             let listener = TcpListener::bind((ip, 0)).unwrap();
-            let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            let near = connect(listener.local_addr().unwrap());
             (near, listener.accept().unwrap().0, listener)
         };
         let mut outside = OUTSIDE.map(pair);
