@@ -95,6 +95,9 @@ fn describe(task: &TaskView, json: bool) {
     if let Some(id) = task.execution_id {
         line("execution", id.to_string());
     }
+    if let Some(id) = task.snapshot_id {
+        line("snapshot", id.to_string());
+    }
     line("attempts", format!("{} of {}", task.attempts, task.max_attempts));
     line("created", task.created_at.to_string());
     line("started", table::or_dash(task.started_at));

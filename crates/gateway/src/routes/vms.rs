@@ -262,8 +262,8 @@ async fn answer(
 ) -> ApiResult<Response> {
     match settle(app, task, wait).await? {
         Settled::Open(task) => Ok(accepted(Accepted::new(&task))),
-        Settled::Completed(task) => {
-            let view = view_with_history(app, task.vm_id).await?;
+        Settled::Completed(vm) => {
+            let view = view_with_history(app, vm).await?;
             let location = [("location", format!("{PREFIX}/vms/{}", view.id))];
             Ok((done, location, JsonAnswer(view)).into_response())
         }
@@ -274,7 +274,8 @@ async fn answer(
 pub(super) enum Settled {
     /// Nobody waits, or the time is over first.
     Open(Task),
-    Completed(Task),
+    /// With this VM.
+    Completed(VmId),
 }
 
 /// Waits as long as the client does; a task that ended badly is a problem.
@@ -283,11 +284,19 @@ pub(super) async fn settle(
     task: Task,
     wait: Option<(TaskWatch, Duration)>,
 ) -> ApiResult<Settled> {
-    let Some((watch, limit)) = wait else { return Ok(Settled::Open(task)) };
-    let ended = ended_task(app, watch, task, limit).await?;
+    let Some((mut watch, limit)) = wait else { return Ok(Settled::Open(task)) };
+    if !task.state.is_end() {
+        let heard = watch.ended_within(task.id, limit).await?;
+        if heard == Some(TaskState::Completed) {
+            // Nothing else of it is asked for: it need not be read.
+            forget_what_was_built(app, &task);
+            return Ok(Settled::Completed(task.vm_id));
+        }
+    }
+    let ended = reread(app, task).await?;
     match ended.state {
         TaskState::Pending | TaskState::Running => Ok(Settled::Open(ended)),
-        TaskState::Completed => Ok(Settled::Completed(ended)),
+        TaskState::Completed => Ok(Settled::Completed(ended.vm_id)),
         TaskState::Failed | TaskState::Cancelled => Err(ApiError::from_task(&ended)),
     }
 }
@@ -303,10 +312,21 @@ pub(super) async fn ended_task(
         return Ok(task);
     }
     watch.ended_within(task.id, limit).await?;
+    reread(app, task).await
+}
+
+async fn reread(app: &App, task: Task) -> ApiResult<Task> {
     let task = app.store().task(task.id).await?.unwrap_or(task);
-    if task.kind == TaskKind::TemplateBuild && task.state.is_end() {
-        // Whoever hears of the end here may use the template at once; its own event may be later.
-        app.templates.forget_default();
+    if task.state.is_end() {
+        forget_what_was_built(app, &task);
     }
     Ok(task)
+}
+
+/// Whoever hears of the end of a build here may use the template at once; its own event may be
+/// later.
+fn forget_what_was_built(app: &App, task: &Task) {
+    if task.kind == TaskKind::TemplateBuild {
+        app.templates.forget_default();
+    }
 }
