@@ -172,6 +172,7 @@ fn a_stop_can_keep_the_memory() {
             &["vm", "create", "--name", "web"],
             &["vm", "stop", "--keep-memory", "web"],
             &["vm", "get", "web"],
+            &["vm", "start", "web"],
         ]
     ));
 }
