@@ -202,7 +202,7 @@ impl Core {
         }
         let clock = PhaseClock::since(attempt.task.created_at);
         let started = tokio::select! {
-            started = self.start(vm, attempt.task.attempts, clock) => started?,
+            started = self.start(vm, clock) => started?,
             () = attempt.cancelled.cancelled() => {
                 // The VM is to be deleted instead. Its disk is the deletion's business.
                 self.undo_start(vm).await;

@@ -19,7 +19,7 @@ use aether_types::{
 
 use crate::{
     configure::new_token,
-    failure::{Failure, blocking},
+    failure::{Failure, blocking, internal},
     guest::Guest,
     lifecycle::parse_token,
     phases::PhaseClock,
@@ -286,10 +286,9 @@ impl Core {
         let spec = self.machine_spec(vm, disk_from).await?;
         let token = parse_token(&spec)?;
         let created = starting.driver.create(spec).await;
-        let network = created.map_err(|e| Failure::driver(&e, vm.id))?;
+        created.map_err(|e| Failure::driver(&e, vm.id))?;
         starting.clock.mark("create");
-        self.boot(starting, token, &network).await?;
-        Ok(network)
+        self.boot(starting, token).await
     }
 
     async fn machine_spec(
@@ -323,8 +322,7 @@ impl Core {
         self: &Arc<Self>,
         starting: &mut Starting<'_>,
         token: Token,
-        network: &GuestNetwork,
-    ) -> Result<(), Failure> {
+    ) -> Result<GuestNetwork, Failure> {
         let vm = starting.vm;
         let id = self.machine(vm.id);
         let guest = Guest::new(vm.id, id, Arc::clone(&starting.driver), token);
@@ -336,9 +334,22 @@ impl Core {
             let phases = started.map_err(|e| Failure::driver(&e, vm.id))?;
             starting.clock.take(&phases);
         }
-        self.configure_booted(vm, &guest, network, &mut starting.clock).await?;
+        let network = self.present_network(starting).await?;
+        self.configure_booted(vm, &guest, &network, &mut starting.clock).await?;
         self.admit(guest);
-        Ok(())
+        Ok(network)
+    }
+
+    /// A machine whose network was given back has another address after its next start.
+    pub(crate) async fn present_network(
+        &self,
+        starting: &Starting<'_>,
+    ) -> Result<GuestNetwork, Failure> {
+        let vm = starting.vm.id;
+        let found = starting.driver.inspect(self.machine(vm)).await;
+        let machine = found.map_err(|e| Failure::driver(&e, vm))?;
+        let network = machine.and_then(|machine| machine.network);
+        network.ok_or_else(|| Failure::last(internal("read the VM's record")))
     }
 
     /// A machine of a template that is nobody's yet: restored and configured, and running, without a

@@ -65,7 +65,6 @@ impl Core {
     pub(crate) async fn start(
         self: &Arc<Self>,
         vm: &Vm,
-        attempt: u32,
         clock: PhaseClock,
     ) -> Result<Started, Failure> {
         let driver = self.driver(vm)?;
@@ -80,7 +79,7 @@ impl Core {
         let starting = self.starting(vm, clock)?;
         let own = Own { token: parse_token(&spec)?, network, state: machine.state };
         let started = match vm.memory {
-            Some(memory) => self.wake(starting, own, memory, attempt).await,
+            Some(memory) => self.wake(starting, own, memory).await,
             None => self.boot_again(starting, own).await,
         };
         if started.is_err() {
@@ -105,17 +104,17 @@ impl Core {
             }
             starting.driver.kill(machine).await.map_err(|e| Failure::driver(&e, vm.id))?;
         }
-        self.boot(&mut starting, own.token, &own.network).await?;
-        Ok(starting.done(own.network, StartKind::Boot))
+        let network = self.boot(&mut starting, own.token).await?;
+        Ok(starting.done(network, StartKind::Boot))
     }
 
-    /// Goes on where the VM was suspended. Never tried twice: its disk may have moved on.
+    /// Goes on where the VM was suspended. The driver refuses a memory whose disk has moved on: after
+    /// a start that was interrupted, the VM fails and the next start boots the disk.
     async fn wake(
         self: &Arc<Self>,
         mut starting: Starting<'_>,
         own: Own,
         memory: SnapshotId,
-        attempt: u32,
     ) -> Result<Started, Failure> {
         let vm = starting.vm;
         let id = self.machine(vm.id);
@@ -124,16 +123,14 @@ impl Core {
         let mac = own.network.mac.clone();
         let before = Before { token: &own.token, mac: &mac };
         if own.state != MachineState::Running {
-            if attempt > 1 {
-                return Err(Failure::last(moved_on()));
-            }
             self.restore_own(&mut starting, id, memory).await?;
         }
+        let network = self.present_network(&starting).await?;
         let clock = &mut starting.clock;
-        let configured = self.configure_restored(vm, &guest, &own.network, before, clock).await;
+        let configured = self.configure_restored(vm, &guest, &network, before, clock).await;
         configured.map_err(|failure| Failure::last(failure.fault))?;
         self.admit(guest);
-        Ok(starting.done(own.network, StartKind::Restore))
+        Ok(starting.done(network, StartKind::Restore))
     }
 
     async fn restore_own(
@@ -149,8 +146,7 @@ impl Core {
         starting.clock.mark("wait");
         let how = Start::Restore(sealed.files.clone());
         let started = starting.driver.start(id, how, self.parts.config.start_limit).await;
-        let failed = |e| Failure::last(Failure::driver(&e, starting.vm.id).fault);
-        let phases = started.map_err(failed)?;
+        let phases = started.map_err(|e| Failure::driver(&e, starting.vm.id))?;
         starting.clock.take(&phases);
         Ok(())
     }
@@ -254,12 +250,4 @@ struct Own {
 
 pub(crate) fn parse_token(spec: &MachineSpec) -> Result<Token, Failure> {
     Token::from_hex(&spec.token).map_err(|_| Failure::last(internal("read the VM's record")))
-}
-
-fn moved_on() -> Fault {
-    Fault::new(
-        ErrorCode::VmStartFailed,
-        "a start from the VM's memory was interrupted, and its disk may be newer than the memory \
-         now; the memory is dropped, and the next start boots the disk",
-    )
 }

@@ -65,15 +65,15 @@ impl Core {
         let failed = |e| Failure::driver(&e, vm.id);
         let state = driver.inspect(machine).await.map_err(failed)?.map(|found| found.state);
         let earlier = self.found(&self.parts.snapshots, &entry).await?;
+        if let Some(guest) = self.guests.get(vm.id) {
+            guest.will_end(Fault::new(ErrorCode::VmStopped, "the VM was suspended"));
+        }
         let facts = match (earlier, state) {
             (Some(sealed), Some(state)) if state != MachineState::Running => sealed.facts,
             (earlier, Some(state @ (MachineState::Running | MachineState::Paused))) => {
                 if earlier.is_some() {
                     // The guest has run since.
                     self.remove_entry(&self.parts.snapshots, entry.clone()).await;
-                }
-                if let Some(guest) = self.guests.get(vm.id) {
-                    guest.will_end(Fault::new(ErrorCode::VmStopped, "the VM was suspended"));
                 }
                 if state == MachineState::Running {
                     driver.pause(machine).await.map_err(failed)?;

@@ -392,7 +392,8 @@ impl SimHost {
         written?;
         let left = (disk == SnapshotDisk::Leave).then(|| MachineId::new().to_string());
         let taken = SnapshotTaken { machine: machine.for_snapshot(left.as_deref()), paused };
-        if after == AfterSnapshot::End {
+        // One that stands still leaves its disk as the memory knows it, until it goes on.
+        if after == AfterSnapshot::End || state == MachineState::Paused {
             *lock(&machine.left_disk) = left;
         }
         Ok(taken)
@@ -459,6 +460,9 @@ impl SimHost {
         }
         self.config.fault.hit(if paused { "sim pause" } else { "sim resume" })?;
         self.config.clock.sleep(self.config.latency.pause).await;
+        if !paused {
+            *lock(&machine.left_disk) = None;
+        }
         if let Some(guest) = &*lock(&machine.guest) {
             guest.pause(paused);
         }

@@ -4,5 +4,9 @@
 
 mod crashes;
 mod executions;
+mod interrupted;
+mod memory;
 mod rig;
+mod snapshots;
+mod templates;
 mod vms;

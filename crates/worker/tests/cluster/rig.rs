@@ -1,7 +1,11 @@
 //! A worker over a simulated host, with the real store and queue in a temporary folder. What the
 //! gateway does to record work is done here by hand.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use aether_drivers::{
     BootSource, Driver, KernelFlavour,
@@ -10,11 +14,15 @@ use aether_drivers::{
 use aether_events::{Event, LocalBus, Received, Subscription};
 use aether_images::SnapshotStore;
 use aether_queue::{Entry, Lane, SqliteQueue};
-use aether_store::{Capacity, Durability, NewExecution, NewTask, NewVm, SqliteStore, Store};
+use aether_store::{
+    Capacity, Durability, NewExecution, NewSnapshot, NewTask, NewTemplate, NewVm, SqliteStore,
+    Store,
+};
 use aether_streams::Sessions;
 use aether_types::{
     DriverKind, Execution, ExecutionId, ExecutionSpec, Fault, NetworkPolicy, Origin, OutputStream,
-    Priority, Task, TaskId, TaskKind, TaskState, Vm, VmId, VmSpec, VmState, WorkerId, limits,
+    Priority, Snapshot, SnapshotId, SnapshotPurpose, Task, TaskId, TaskKind, TaskState, Template,
+    TemplateId, TemplateSpec, TemplateState, Vm, VmId, VmSpec, VmState, WorkerId, limits,
 };
 use aether_worker::{ImageSource, ShutdownMode, Worker, WorkerConfig, WorkerParts};
 use tempfile::TempDir;
@@ -23,7 +31,7 @@ pub(crate) struct Rig {
     pub(crate) host: Arc<SimHost>,
     pub(crate) parts: WorkerParts,
     pub(crate) worker: Option<Worker>,
-    _dir: TempDir,
+    pub(crate) dir: TempDir,
 }
 
 struct AnyImage;
@@ -60,6 +68,38 @@ fn new_task(kind: TaskKind) -> NewTask {
     }
 }
 
+pub(crate) fn vm_spec(origin: Origin) -> VmSpec {
+    VmSpec {
+        vcpus: 1,
+        memory_mb: 256,
+        disk_mb: 64,
+        image: "debian".into(),
+        driver: DriverKind::Sim,
+        env: [("GREETING".to_owned(), "hello".to_owned())].into(),
+        labels: std::collections::BTreeMap::new(),
+        timeout_s: None,
+        network: NetworkPolicy::default(),
+        origin,
+    }
+}
+
+/// A size that fits `vm_spec`, and nothing on top.
+pub(crate) fn template_spec() -> TemplateSpec {
+    TemplateSpec {
+        image: "debian".into(),
+        driver: DriverKind::Sim,
+        vcpus: 1,
+        memory_mb: 256,
+        disk_mb: 64,
+        env: [("FROM".to_owned(), "template".to_owned())].into(),
+        files: Vec::new(),
+        steps: Vec::new(),
+        start: None,
+        ready: None,
+        network: NetworkPolicy::default(),
+    }
+}
+
 impl Rig {
     pub(crate) async fn new(config: SimConfig) -> Self {
         let dir = TempDir::new().unwrap();
@@ -85,12 +125,15 @@ impl Rig {
             templates: open("templates"),
             config,
         };
-        let mut rig = Self { host, parts, worker: None, _dir: dir };
+        let mut rig = Self { host, parts, worker: None, dir };
         rig.start().await;
         rig
     }
 
     pub(crate) async fn start(&mut self) {
+        // As a new process does: what the one before left half done is swept.
+        let open = |name| Arc::new(SnapshotStore::open(self.dir.path().join(name)).unwrap());
+        (self.parts.snapshots, self.parts.templates) = (open("snapshots"), open("templates"));
         self.worker = Some(Worker::start(self.parts.clone()).await.unwrap());
     }
 
@@ -121,23 +164,137 @@ impl Rig {
     }
 
     pub(crate) async fn request_create(&self, name: &str) -> Task {
-        let spec = VmSpec {
-            vcpus: 1,
-            memory_mb: 256,
-            disk_mb: 64,
-            image: "debian".into(),
-            driver: DriverKind::Sim,
-            env: [("GREETING".to_owned(), "hello".to_owned())].into(),
-            labels: std::collections::BTreeMap::new(),
-            timeout_s: None,
-            network: NetworkPolicy::default(),
-            origin: Origin::Image,
-        };
-        let vm = NewVm { id: VmId::new(), name: name.to_owned(), spec };
+        self.request_create_from(name, Origin::Image).await
+    }
+
+    pub(crate) async fn request_create_from(&self, name: &str, origin: Origin) -> Task {
+        let vm = NewVm { id: VmId::new(), name: name.to_owned(), spec: vm_spec(origin) };
+        self.request_create_of(vm).await
+    }
+
+    pub(crate) async fn request_create_of(&self, vm: NewVm) -> Task {
         let task = new_task(TaskKind::VmCreate);
         let accepted = self.store().create_vm(vm, task, Capacity::default(), None).await.unwrap();
         self.enqueue(&accepted.task, &accepted.vm).await;
         accepted.task
+    }
+
+    pub(crate) async fn create_from(&self, name: &str, origin: Origin) -> Vm {
+        let task = self.request_create_from(name, origin).await;
+        let task = self.ended(task.id).await;
+        assert_eq!(task.state, TaskState::Completed, "{task:?}");
+        self.store().vm(task.vm_id).await.unwrap().unwrap()
+    }
+
+    pub(crate) async fn request_snapshot(&self, vm: VmId, kind: TaskKind) -> (Task, SnapshotId) {
+        let purpose = match kind {
+            TaskKind::VmSuspend => SnapshotPurpose::Memory,
+            _ => SnapshotPurpose::User,
+        };
+        let new = NewSnapshot { id: SnapshotId::new(), name: None, purpose };
+        let recorded = self.store().request_snapshot(vm, new, new_task(kind), None).await;
+        let (accepted, snapshot) = recorded.unwrap();
+        self.enqueue(&accepted.task, &accepted.vm).await;
+        (accepted.task, snapshot.id)
+    }
+
+    pub(crate) async fn snapshot(&self, vm: VmId) -> Snapshot {
+        let (task, id) = self.request_snapshot(vm, TaskKind::VmSnapshot).await;
+        let task = self.ended(task.id).await;
+        assert_eq!(task.state, TaskState::Completed, "{task:?}");
+        self.store().snapshot(id).await.unwrap().unwrap()
+    }
+
+    pub(crate) async fn suspend(&self, vm: VmId) -> Vm {
+        let (task, _) = self.request_snapshot(vm, TaskKind::VmSuspend).await;
+        let task = self.ended(task.id).await;
+        assert_eq!(task.state, TaskState::Completed, "{task:?}");
+        self.in_state(vm, VmState::Stopped).await
+    }
+
+    /// Task of the snapshot, and of the clones.
+    pub(crate) async fn request_fork(&self, vm: VmId, name: &str, count: usize) -> Vec<Task> {
+        let snapshot =
+            NewSnapshot { id: SnapshotId::new(), name: None, purpose: SnapshotPurpose::Fork };
+        let clone = |n| {
+            let (id, name) = (VmId::new(), format!("{name}-{n}"));
+            let spec = vm_spec(Origin::Snapshot(snapshot.id));
+            (NewVm { id, name, spec }, new_task(TaskKind::VmCreate))
+        };
+        let clones: Vec<_> = (0..count).map(clone).collect();
+        let task = new_task(TaskKind::VmSnapshot);
+        let capacity = Capacity::default();
+        let forked = self.store().fork_vm(vm, snapshot, task, clones, capacity, None).await;
+        let forked = forked.unwrap();
+        // The clones first: they wait for the snapshot.
+        for (vm, task) in &forked.clones {
+            self.enqueue(task, vm).await;
+        }
+        self.enqueue(&forked.accepted.task, &forked.accepted.vm).await;
+        let clones = forked.clones.into_iter().map(|(_, task)| task);
+        std::iter::once(forked.accepted.task).chain(clones).collect()
+    }
+
+    pub(crate) async fn request_build(&self, name: &str, spec: TemplateSpec) -> Template {
+        let template =
+            NewTemplate { id: TemplateId::new(), name: name.into(), tag: "latest".into(), spec };
+        let snapshot =
+            NewSnapshot { id: SnapshotId::new(), name: None, purpose: SnapshotPurpose::Template };
+        let builder = VmId::new();
+        let vm = NewVm {
+            id: builder,
+            name: format!("builder-{builder}"),
+            spec: vm_spec(Origin::Builder(template.id)),
+        };
+        let task = new_task(TaskKind::TemplateBuild);
+        let recorded = self.store().build_template(template, snapshot, vm, task, None).await;
+        let (accepted, template) = recorded.unwrap();
+        self.enqueue(&accepted.task, &accepted.vm).await;
+        template
+    }
+
+    /// The template at the end of its build, and its builder gone.
+    pub(crate) async fn built(&self, template: &Template) -> Template {
+        self.ended(template.task_id).await;
+        self.in_state(template.builder_id, VmState::Deleted).await;
+        self.store().template(template.id).await.unwrap().unwrap()
+    }
+
+    pub(crate) async fn build(&self, name: &str, spec: TemplateSpec) -> Template {
+        let template = self.request_build(name, spec).await;
+        let template = self.built(&template).await;
+        assert_eq!(template.state, TemplateState::Ready, "{template:?}");
+        template
+    }
+
+    /// Files in a store of snapshots, its key and its folders apart.
+    pub(crate) fn files(&self, store: &str) -> Vec<PathBuf> {
+        fn walk(folder: &Path, found: &mut Vec<PathBuf>) {
+            for entry in std::fs::read_dir(folder).unwrap() {
+                let path = entry.unwrap().path();
+                if path.is_dir() { walk(&path, found) } else { found.push(path) }
+            }
+        }
+        let mut found = Vec::new();
+        for folder in ["drafts", "entries", "trash"] {
+            let folder = self.dir.path().join(store).join(folder);
+            if folder.is_dir() {
+                walk(&folder, &mut found);
+            }
+        }
+        found
+    }
+
+    /// Completes when no file of a snapshot is left.
+    pub(crate) async fn no_files(&self, store: &str) {
+        let gone = async {
+            while !self.files(store).is_empty() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        let limit = Duration::from_secs(20);
+        let left = || self.files(store);
+        tokio::time::timeout(limit, gone).await.unwrap_or_else(|_| panic!("left: {:?}", left()));
     }
 
     pub(crate) async fn request(&self, vm: VmId, kind: TaskKind) -> Task {
