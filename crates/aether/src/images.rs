@@ -1,6 +1,9 @@
 //! Where the worker's boot files come from.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use aether_drivers::{BootSource, KernelFlavour};
 use aether_images::{ImageError, ImageStore};
@@ -14,6 +17,11 @@ use crate::failure::chain;
 pub(crate) struct StoredImages(pub(crate) Arc<ImageStore>);
 
 impl ImageSource for StoredImages {
+    fn pin(&self, image: &str, holder: &Path) -> Result<(), Fault> {
+        let found = self.0.get(image).and_then(|found| self.0.pin(holder, &found.digest));
+        found.map_err(|error| unusable(image, &error))
+    }
+
     fn digest(&self, image: &str) -> Result<String, Fault> {
         self.0.get(image).map(|found| found.digest.to_string()).map_err(|e| unusable(image, &e))
     }
@@ -46,6 +54,10 @@ fn unusable(image: &str, error: &ImageError) -> Fault {
 pub(crate) struct SimulatedImages(pub(crate) Vec<String>);
 
 impl ImageSource for SimulatedImages {
+    fn pin(&self, _image: &str, _holder: &Path) -> Result<(), Fault> {
+        Ok(())
+    }
+
     fn digest(&self, _image: &str) -> Result<String, Fault> {
         Ok(format!("blake3:{}", "0".repeat(64)))
     }

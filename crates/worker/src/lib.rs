@@ -37,7 +37,7 @@ mod snapshot;
 mod template;
 mod worker;
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{fmt, path::Path, sync::Arc, time::Duration};
 
 use aether_drivers::{BootSource, Driver, DriverError};
 use aether_events::EventBus;
@@ -60,6 +60,10 @@ pub trait ImageSource: Send + Sync + 'static {
 
     /// What the name means now, as it stands after the `@`. Called off the async threads.
     fn digest(&self, image: &str) -> Result<String, Fault>;
+
+    /// Keeps the files of `name@digest` for as long as the file or folder `holder` is there, which
+    /// is about to be made. Called off the async threads.
+    fn pin(&self, image: &str, holder: &Path) -> Result<(), Fault>;
 }
 
 /// What a worker works with; the composition root chooses the implementations.

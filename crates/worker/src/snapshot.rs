@@ -110,7 +110,7 @@ impl Core {
             let text = "the VM does not run on this worker";
             Failure::last(Fault::new(ErrorCode::VmStateConflict, text))
         })?;
-        let (store, entry) = (Arc::clone(take.store), take.entry);
+        let (store, entry) = (Arc::clone(take.store), take.entry.clone());
         let draft = blocking("make room for a snapshot", move || store.draft(&entry))
             .await?
             .map_err(|e| Failure::snapshot(&e))?;
@@ -123,24 +123,27 @@ impl Core {
                 return Err(Failure::driver(&error, vm.id));
             }
         };
-        let sealed = self.seal(vm, take.store, draft, taken, guest.token.to_hex()).await?;
+        let sealed = self.seal(vm, take, draft, taken, guest.token.to_hex()).await?;
         Ok(sealed.facts)
     }
 
     async fn seal(
         &self,
         vm: &Vm,
-        store: &Arc<SnapshotStore>,
+        take: Take<'_>,
         draft: Draft,
         taken: SnapshotTaken,
         token: String,
     ) -> Result<Sealed, Failure> {
-        let (store, images) = (Arc::clone(store), Arc::clone(&self.parts.images));
-        let image = vm.spec.image.clone();
+        let (store, images) = (Arc::clone(take.store), Arc::clone(&self.parts.images));
+        let (image, holder) = (vm.spec.image.clone(), store.entry_path(&take.entry));
         blocking("seal a snapshot", move || {
             // The name may have come to mean another image since the VM was made.
             let same = images.resolve(&image).is_ok_and(|boot| boot == taken.machine.boot);
             let image = same.then(|| pinned(&image, &images.digest(&image).ok()?)).flatten();
+            if let Some(image) = &image {
+                images.pin(image, &holder).map_err(Failure::last)?;
+            }
             let detail = SnapshotDetail {
                 machine: taken.machine,
                 token,

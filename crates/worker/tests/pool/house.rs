@@ -20,7 +20,7 @@ use tokio::time::timeout;
 use crate::rig::Rig;
 
 /// Far longer than anything here takes.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_mins(1);
 
 pub(crate) struct House {
     pub(crate) rig: Rig,
