@@ -18,6 +18,8 @@ use crate::{
 /// The name of the template that VMs get which ask for none.
 pub const DEFAULT_TEMPLATE: &str = "default";
 pub const DEFAULT_TAG: &str = "latest";
+/// In place of a template's name: boot the image. No template is called so.
+pub const NO_TEMPLATE: &str = "none";
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -223,7 +225,9 @@ fn validate_timeout(field: &str, timeout_s: Option<u64>) -> Result<(), String> {
 /// Lower-case letters and digits with hyphens, dots and underscores between them. It cannot look
 /// like an id, since routes take either.
 pub fn validate_template_name(name: &str) -> Result<(), String> {
-    if is_plain_name(name, limits::TEMPLATE_NAME_BYTES_MAX) {
+    if name == NO_TEMPLATE {
+        Err(format!("name: `{NO_TEMPLATE}` stands for no template; choose another"))
+    } else if is_plain_name(name, limits::TEMPLATE_NAME_BYTES_MAX) {
         Ok(())
     } else {
         Err(format!(
@@ -447,6 +451,7 @@ mod tests {
         for good in ["a", "default", "python-3.12", "x_y", &"x".repeat(63)] {
             assert_eq!(validate_template_name(good), Ok(()), "{good}");
         }
+        assert!(validate_template_name(NO_TEMPLATE).is_err());
         let id = TemplateId::new().to_string();
         for bad in ["", "-a", "a-", "A", "a:b", "a/b", "a b", "\u{e4}", &"x".repeat(64), &id] {
             let error = validate_template_name(bad).unwrap_err();

@@ -10,6 +10,7 @@ use aether_store::NewVm;
 use aether_types::{
     DriverKind, ErrorCode, Origin, Snapshot, SnapshotId, Template, Vm, VmId, VmSpec,
     limits::{DISK_MB_DEFAULT, FORK_COUNT_MAX, MEMORY_MB_DEFAULT, VCPUS_DEFAULT},
+    template::NO_TEMPLATE,
     vm::validate_name,
 };
 
@@ -35,6 +36,7 @@ pub(crate) fn check_origin(request: &CreateVm) -> ApiResult<()> {
         Err(ApiError::invalid(format!("{field}: not together with {other}")))
     };
     let CreateVm { template, snapshot, image, .. } = request;
+    let template = template.as_deref().filter(|name| *name != NO_TEMPLATE);
     match (template.is_some(), snapshot.is_some(), image.is_some()) {
         (true, true, _) => refuse("snapshot", "template"),
         (true, false, true) => refuse("image", "template"),

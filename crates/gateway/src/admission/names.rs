@@ -3,7 +3,7 @@
 use aether_types::{
     SnapshotId,
     limits::{SNAPSHOT_NAME_BYTES_MAX, TEMPLATE_NAME_BYTES_MAX},
-    template::DEFAULT_TAG,
+    template::{DEFAULT_TAG, NO_TEMPLATE},
 };
 
 use crate::problem::{ApiError, ApiResult};
@@ -23,6 +23,10 @@ impl TemplateName {
     /// Of a template to be.
     pub(crate) fn new(name: String, tag: Option<String>) -> ApiResult<Self> {
         let tag = tag.unwrap_or_else(|| DEFAULT_TAG.to_owned());
+        if name == NO_TEMPLATE {
+            let text = format!("name: `{NO_TEMPLATE}` stands for no template; choose another");
+            return Err(ApiError::invalid(text));
+        }
         Ok(Self {
             name: plain("name", name, TEMPLATE_NAME_BYTES_MAX)?,
             tag: plain("tag", tag, TEMPLATE_NAME_BYTES_MAX)?,

@@ -4,7 +4,7 @@ use aether_api::{Accepted, CreateVm, PREFIX, Page, VmView};
 use aether_store::{NewSnapshot, NewVm, StoreError, VmFilter};
 use aether_types::{
     DriverKind, SnapshotId, SnapshotPurpose, StateChange, Task, TaskKind, TaskState, Vm, VmId,
-    VmSpec, VmState,
+    VmSpec, VmState, template::NO_TEMPLATE,
 };
 use axum::{
     Json as JsonAnswer,
@@ -103,6 +103,9 @@ impl Creation {
         let origin = (request.template.clone(), request.snapshot.clone());
         let mut without_default = None;
         let (name, spec) = match origin {
+            (Some(none), None) if none == NO_TEMPLATE => {
+                admission::admit(request, id, Source::Image, catalogue)?
+            }
             (Some(template), _) => {
                 let template = templates::find_ready(app, &template).await?;
                 admission::admit(request, id, Source::Template(&template), catalogue)?
