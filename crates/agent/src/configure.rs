@@ -30,7 +30,7 @@ pub(crate) fn configure(
     check(request)?;
     let interfaces = net::Plan::of(&request.interfaces)?;
     let guest = &agent.guest;
-    let _one_at_a_time = guest.configuring.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut devices = guest.devices.lock().unwrap_or_else(PoisonError::into_inner);
     if own.is_ended() {
         let message = "the guest was restored by another connection meanwhile";
         return Err(Fail::new(ErrorCode::Unauthorized, message));
@@ -45,7 +45,14 @@ pub(crate) fn configure(
         set_clock(unix_time_ns)?;
     }
     let mut warnings = Vec::new();
-    warnings.extend(net::apply(&interfaces, request.restored, agent.link())?);
+    net::apply(&interfaces, request.restored, &mut devices)?;
+    // Nobody but a process can hold a connection.
+    if request.restored
+        && !guest.is_alone()
+        && let Err(errno) = net::end_connections(agent.link())
+    {
+        warnings.push(format!("end connections: {errno}"));
+    }
     match &request.env {
         Some(env) => guest.set_env(env.vars.clone()),
         // What the source was given is not the clone's.

@@ -3,10 +3,14 @@
 use std::fs::{self, File};
 use std::io::{self, Read as _};
 use std::os::fd::AsFd as _;
+use std::os::unix::fs::FileExt as _;
 use std::sync::{Mutex, OnceLock, PoisonError, RwLock};
 
 use aether_protocol::EnvVar;
+use rustix::io::Errno;
+use rustix::process::{WaitId, WaitIdOptions, waitid};
 
+use crate::net::KnownDevices;
 use crate::sys;
 
 /// Environment of every run, as the host configured it.
@@ -14,9 +18,11 @@ use crate::sys;
 pub(crate) struct Guest {
     env: RwLock<Vec<EnvVar>>,
     /// Held while the guest is configured: two at once would interleave.
-    pub(crate) configuring: Mutex<()>,
+    pub(crate) devices: Mutex<KnownDevices>,
     /// The kernel's random generator. It stays open, so that a restored guest need not open it.
     random: OnceLock<File>,
+    /// The kernel's list of the children of PID 1, open for the same reason.
+    children: OnceLock<Option<File>>,
 }
 
 impl Guest {
@@ -37,6 +43,23 @@ impl Guest {
         let mut random = self.random()?;
         random.read_exact(&mut bytes)?;
         Ok(format!("{:032x}", u128::from_be_bytes(bytes)))
+    }
+
+    /// Whether no process is there but PID 1, this one and the kernel's own.
+    pub(crate) fn is_alone(&self) -> bool {
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        let has_none = matches!(waitid(WaitId::All, options), Err(Errno::CHILD));
+        has_none && self.is_only_child().unwrap_or(false)
+    }
+
+    /// Whether PID 1, to whom everybody falls whose parent has ended, has this child alone.
+    fn is_only_child(&self) -> io::Result<bool> {
+        let opened = || File::open("/proc/1/task/1/children").ok();
+        let Some(children) = self.children.get_or_init(opened) else { return Ok(false) };
+        let mut text = [0; 32];
+        let length = children.read_at(&mut text, 0)?;
+        let text = str::from_utf8(&text[..length]).unwrap_or_default();
+        Ok(text.trim().parse() == Ok(std::process::id()))
     }
 
     fn random(&self) -> io::Result<&File> {

@@ -287,3 +287,24 @@ pub(crate) fn defer_accept(socket: &OwnedFd, limit: Duration) -> io::Result<()> 
     };
     if set == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
+
+/// The MAC of a network device; any socket will do.
+#[expect(unsafe_code, reason = "no safe form")]
+pub(crate) fn mac_of(socket: BorrowedFd<'_>, device: &str) -> Option<[u8; 6]> {
+    // SAFETY: a plain structure, for which zeros are fine.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    let (_zero, room) = request.ifr_name.split_last_mut()?;
+    for (to, from) in room.get_mut(..device.len())?.iter_mut().zip(device.bytes()) {
+        *to = from.cast_signed();
+    }
+    // SAFETY: the kernel writes into the structure that it is given, and on success it has written
+    // the union's address.
+    let address = unsafe {
+        if libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFHWADDR, &raw mut request) != 0 {
+            return None;
+        }
+        request.ifr_ifru.ifru_hwaddr.sa_data
+    };
+    let bytes = address.map(i8::cast_unsigned);
+    bytes.first_chunk().copied()
+}

@@ -4,8 +4,11 @@ use std::net::{IpAddr, Ipv6Addr};
 
 use rustix::io::Errno;
 
-use super::netlink::{Failure, Message, NLM_F_CREATE, NLM_F_REPLACE, Netlink, attributes, number};
+use super::netlink::{
+    Failure, Message, NLM_F_CREATE, NLM_F_REPLACE, Netlink, attributes, nested, number,
+};
 use super::plan::{Mac, Network};
+use crate::sys;
 
 const RTM_NEWLINK: u16 = 16;
 const RTM_GETLINK: u16 = 18;
@@ -24,6 +27,9 @@ const IFLA_MTU: u16 = 4;
 const IFLA_LINKINFO: u16 = 18;
 /// In the one above; what is only part of a bridge has none.
 const IFLA_INFO_KIND: u16 = 1;
+const IFLA_AF_SPEC: u16 = 26;
+const IFLA_INET6_ADDR_GEN_MODE: u16 = 8;
+const IN6_ADDR_GEN_MODE_NONE: u8 = 1;
 const IFLA_EXT_MASK: u16 = 29;
 /// Counters take the kernel the longest to gather.
 const RTEXT_FILTER_SKIP_STATS: u32 = 8;
@@ -59,8 +65,6 @@ pub(crate) struct Device {
     pub(crate) name: String,
     pub(crate) index: u32,
     mac: Option<Mac>,
-    mtu: u32,
-    is_up: bool,
     /// A bridge, a tunnel: something that the kernel has made up.
     is_virtual: bool,
 }
@@ -85,12 +89,28 @@ pub(super) struct Links {
 
 impl Links {
     pub(super) fn open() -> Result<Self, Errno> {
-        let mut netlink = Netlink::route()?;
-        let mut devices = Vec::new();
+        let mut links = Self::unlisted()?;
+        links.list()?;
+        Ok(links)
+    }
+
+    /// Without a list of the devices, for who may know them.
+    pub(super) fn unlisted() -> Result<Self, Errno> {
+        Ok(Self { netlink: Netlink::route()?, devices: Vec::new() })
+    }
+
+    pub(super) fn list(&mut self) -> Result<(), Errno> {
         let question = Message::new("list", RTM_GETLINK, 0, &[0; 16])
             .with(IFLA_EXT_MASK, &RTEXT_FILTER_SKIP_STATS.to_ne_bytes());
-        netlink.dump(&question, |body| devices.extend(read_device(body)))?;
-        Ok(Self { netlink, devices })
+        let mut devices = Vec::new();
+        self.netlink.dump(&question, |body| devices.extend(read_device(body)))?;
+        self.devices = devices;
+        Ok(())
+    }
+
+    /// Whether the device has this MAC now.
+    pub(super) fn has_mac(&self, device: &Device, mac: Mac) -> bool {
+        sys::mac_of(self.netlink.fd(), &device.name) == Some(mac.0)
     }
 
     pub(super) fn find(&self, mac: Mac) -> Option<&Device> {
@@ -111,27 +131,22 @@ impl Links {
     }
 
     /// Few messages in few system calls: a restored guest pays for each.
-    pub(super) fn make(&mut self, device: &Device, wanted: &Wanted<'_>) -> Result<(), Failure> {
-        let index = device.index;
+    pub(super) fn make(&mut self, index: u32, wanted: &Wanted<'_>) -> Result<(), Failure> {
         let failed = |what| move |errno| Failure { what, errno };
         let present = self.addresses(index).map_err(failed("list the addresses"))?;
-        let is_v6 = |ip: &IpAddr| ip.is_ipv6();
+        let wants_v6 = wanted.addresses.iter().any(|network| network.ip.is_ipv6())
+            || wanted.gateways.iter().any(IpAddr::is_ipv6);
+        let has_v6 = present.iter().any(|it| it.ip.is_ipv6() && !is_link_local(*it));
         let mut messages = Vec::new();
-        if wanted.is_restored {
-            // Neighbours go with the MAC, also where it is the same; routes of IPv4 with the last
-            // address; those of IPv6 one by one.
-            messages.push(new_mac(index, wanted.mac));
-            let has_v6 = present.iter().any(|it| it.ip.is_ipv6() && !is_link_local(*it))
-                || wanted.gateways.iter().any(is_v6);
-            if has_v6 {
-                messages.extend(self.routes(index).map_err(failed("list the routes"))?);
-            }
-        } else if device.mac != Some(wanted.mac) {
-            messages.push(new_mac(index, wanted.mac));
+        // A restored guest's was told already.
+        if !wants_v6 && !wanted.is_restored {
+            messages.push(no_link_local(index));
         }
-        let mtu = wanted.mtu.filter(|mtu| *mtu != device.mtu);
-        if mtu.is_some() || !device.is_up {
-            messages.push(up_with_mtu(index, mtu));
+        // Neighbours go with the MAC, also where it is the same; routes of IPv4 with the last
+        // address; those of IPv6 one by one.
+        messages.push(device(index, wanted));
+        if wanted.is_restored && (has_v6 || wants_v6) {
+            messages.extend(self.routes(index).map_err(failed("list the routes"))?);
         }
         let stays = |network: &Network| {
             !wanted.is_restored && (is_link_local(*network) || wanted.addresses.contains(network))
@@ -139,7 +154,7 @@ impl Links {
         let gone = present.iter().filter(|network| !stays(network));
         messages.extend(gone.map(|&network| old_address(index, network)));
         messages.extend(wanted.addresses.iter().map(|&network| new_address(index, network)));
-        if wanted.is_restored && present.iter().any(|&network| is_link_local(network)) {
+        if wanted.is_restored && wants_v6 {
             let ip = wanted.mac.link_local().into();
             messages.push(new_address(index, Network { ip, prefix: LINK_LOCAL_PREFIX }));
         }
@@ -183,20 +198,28 @@ impl Links {
 }
 
 pub(super) fn up(index: u32) -> Message {
-    up_with_mtu(index, None)
+    link_message("bring up", index, IFF_UP)
 }
 
-fn up_with_mtu(index: u32, mtu: Option<u32>) -> Message {
-    let message = link_message("bring up, or set the MTU", index, IFF_UP);
-    match mtu {
+/// The device as it shall be, up. Its MAC changes while it is up, which the drivers of virtual
+/// machines' devices allow.
+fn device(index: u32, wanted: &Wanted<'_>) -> Message {
+    let message = link_message("set the MAC or the MTU, or bring up", index, IFF_UP)
+        .with(IFLA_ADDRESS, &wanted.mac.0);
+    match wanted.mtu {
         Some(mtu) => message.with(IFLA_MTU, &mtu.to_ne_bytes()),
         None => message,
     }
 }
 
-/// While the device is up, which the drivers of virtual machines' devices allow.
-fn new_mac(index: u32, mac: Mac) -> Message {
-    link_message("set the MAC", index, 0).with(IFLA_ADDRESS, &mac.0)
+/// Where nobody speaks IPv6 the device makes no address for that by itself: a clone would have to
+/// make another.
+fn no_link_local(index: u32) -> Message {
+    let mode = nested(IFLA_INET6_ADDR_GEN_MODE, &[IN6_ADDR_GEN_MODE_NONE]);
+    // A kernel without IPv6 does not know it.
+    link_message("leave out link-local addresses", index, 0)
+        .with(IFLA_AF_SPEC, &nested(u16::from(AF_INET6), &mode))
+        .unless(Errno::AFNOSUPPORT)
 }
 
 /// Sets these flags and leaves the others.
@@ -283,14 +306,8 @@ fn is_link_local(network: Network) -> bool {
 /// One entry of the list of devices.
 fn read_device(body: &[u8]) -> Option<Device> {
     let (fixed, rest) = body.split_first_chunk::<16>()?;
-    let mut device = Device {
-        name: String::new(),
-        index: number(fixed, 4)?,
-        mac: None,
-        mtu: 0,
-        is_up: number(fixed, 8)? & IFF_UP != 0,
-        is_virtual: false,
-    };
+    let mut device =
+        Device { name: String::new(), index: number(fixed, 4)?, mac: None, is_virtual: false };
     for (kind, value) in attributes(rest) {
         match kind {
             IFLA_ADDRESS => device.mac = value.try_into().ok().map(Mac),
@@ -298,7 +315,6 @@ fn read_device(body: &[u8]) -> Option<Device> {
                 let name = value.strip_suffix(&[0]).unwrap_or(value);
                 device.name = String::from_utf8_lossy(name).into_owned();
             }
-            IFLA_MTU => device.mtu = number(value, 0)?,
             IFLA_LINKINFO => {
                 device.is_virtual = attributes(value).any(|(kind, _)| kind == IFLA_INFO_KIND);
             }

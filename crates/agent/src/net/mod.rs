@@ -10,6 +10,7 @@ use std::io;
 use std::net::Ipv6Addr;
 
 use aether_protocol::ErrorCode;
+use rustix::io::Errno;
 
 pub(crate) use link::Device;
 pub(crate) use plan::{Mac, Plan};
@@ -19,44 +20,73 @@ use link::{Links, Wanted};
 use netlink::{Failure, Netlink};
 use plan::{Network, PlannedInterface};
 
-/// Makes every planned interface what it shall be. A restored guest's lose everything that they had
-/// before: an address that stays is given up and taken again, with what hung on it. And their
-/// connections end; what could not be done of that is the text.
-pub(crate) fn apply(
-    plan: &Plan,
-    is_restored: bool,
-    link: Option<u32>,
-) -> Result<Option<String>, Fail> {
-    if plan.0.is_empty() && !is_restored {
-        return Ok(None);
-    }
-    let mut links = Links::open().map_err(Fail::sys("list the interfaces"))?;
-    for planned in &plan.0 {
-        apply_one(&mut links, planned, is_restored)?;
-    }
-    if !is_restored {
-        return Ok(None);
-    }
-    let ended = sockets::end_connections(link, links.has_virtual());
-    Ok(ended.err().map(|errno| format!("end connections: {errno}")))
+/// What a guest keeps from its last configuration: a restored one need not look for its devices, nor
+/// make the socket to change them.
+#[derive(Debug, Default)]
+pub(crate) struct KnownDevices {
+    links: Option<Links>,
+    devices: Vec<(Mac, Device)>,
 }
 
-fn apply_one(links: &mut Links, planned: &PlannedInterface, is_restored: bool) -> Result<(), Fail> {
+impl KnownDevices {
+    /// The planned devices, if each of them still has the MAC by which it was known.
+    fn find_all(&self, plan: &Plan, links: &Links) -> Option<Vec<Device>> {
+        let find = |planned: &PlannedInterface| {
+            let (_, device) = self.devices.iter().find(|(mac, _)| *mac == planned.mac)?;
+            links.has_mac(device, planned.mac).then(|| device.clone())
+        };
+        plan.0.iter().map(find).collect()
+    }
+}
+
+/// Makes every planned interface what it shall be. A restored guest's lose everything that they had
+/// before: an address that stays is given up and taken again, with what hung on it.
+pub(crate) fn apply(plan: &Plan, is_restored: bool, known: &mut KnownDevices) -> Result<(), Fail> {
+    if plan.0.is_empty() {
+        return Ok(());
+    }
+    // Taken out: what fails is begun anew the next time.
+    let mut links = match known.links.take() {
+        Some(links) => links,
+        None => Links::unlisted().map_err(Fail::sys("open netlink"))?,
+    };
+    let devices = if let Some(devices) = known.find_all(plan, &links) {
+        devices
+    } else {
+        links.list().map_err(Fail::sys("list the interfaces"))?;
+        plan.0.iter().map(|planned| listed(&links, planned)).collect::<Result<_, _>>()?
+    };
+    known.devices.clear();
+    for (planned, device) in plan.0.iter().zip(devices) {
+        let wanted = Wanted {
+            mac: planned.new_mac.unwrap_or(planned.mac),
+            addresses: &planned.addresses,
+            gateways: &planned.gateways,
+            mtu: planned.mtu,
+            is_restored,
+        };
+        links.make(device.index, &wanted).map_err(|Failure { what, errno }| {
+            Fail::sys(format!("{what} of {}", device.name))(errno)
+        })?;
+        known.devices.push((wanted.mac, device));
+    }
+    known.links = Some(links);
+    Ok(())
+}
+
+fn listed(links: &Links, planned: &PlannedInterface) -> Result<Device, Fail> {
     let found = links.find(planned.mac).or_else(|| links.find(planned.new_mac?));
-    let device = found.cloned().ok_or_else(|| {
+    found.cloned().ok_or_else(|| {
         let message = format!("no interface has the MAC {}", planned.mac);
         Fail::new(ErrorCode::InvalidArgument, message)
-    })?;
-    let wanted = Wanted {
-        mac: planned.new_mac.unwrap_or(planned.mac),
-        addresses: &planned.addresses,
-        gateways: &planned.gateways,
-        mtu: planned.mtu,
-        is_restored,
-    };
-    links
-        .make(&device, &wanted)
-        .map_err(|Failure { what, errno }| Fail::sys(format!("{what} of {}", device.name))(errno))
+    })
+}
+
+/// Ends the connections of a restored guest that go beyond it and its private link.
+pub(crate) fn end_connections(link: Option<u32>) -> Result<(), Errno> {
+    // Without devices that the kernel has made up there is no way out of another namespace.
+    let has_virtual = Links::open().map_or(true, |links| links.has_virtual());
+    sockets::end_connections(link, has_virtual)
 }
 
 /// The device with this MAC; one with hardware behind it before bridges and the like that took it.

@@ -1,7 +1,7 @@
 //! The little of netlink that a guest needs: routing, and the list of sockets.
 
 use std::net::IpAddr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 
 use rustix::buffer::spare_capacity;
 use rustix::io::Errno;
@@ -52,11 +52,7 @@ impl Message {
 
     #[must_use]
     pub(super) fn with(mut self, attribute: u16, value: &[u8]) -> Self {
-        let length = u16::try_from(value.len() + 4).unwrap_or(u16::MAX);
-        self.body.extend_from_slice(&length.to_ne_bytes());
-        self.body.extend_from_slice(&attribute.to_ne_bytes());
-        self.body.extend_from_slice(value);
-        self.body.resize(self.body.len().next_multiple_of(4), 0);
+        self.body.extend_from_slice(&nested(attribute, value));
         self
     }
 
@@ -103,6 +99,10 @@ impl Netlink {
         let (family, flags) = (AddressFamily::NETLINK, SocketFlags::CLOEXEC);
         let socket = socket_with(family, SocketType::RAW, flags, protocol)?;
         Ok(Self { socket, sequence: 0, buffer: Vec::with_capacity(RECEIVE_BYTES) })
+    }
+
+    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
     }
 
     /// Sends a message and waits for the kernel's verdict.
@@ -209,6 +209,16 @@ fn split_message(bytes: &[u8]) -> Option<(u16, u32, &[u8], &[u8])> {
     let body = bytes.get(HEADER_BYTES..length)?;
     let after = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
     Some((kind, sequence, body, after))
+}
+
+/// An attribute, such as one that goes into another.
+pub(super) fn nested(attribute: u16, value: &[u8]) -> Vec<u8> {
+    let length = u16::try_from(value.len() + 4).unwrap_or(u16::MAX);
+    let mut bytes = length.to_ne_bytes().to_vec();
+    bytes.extend_from_slice(&attribute.to_ne_bytes());
+    bytes.extend_from_slice(value);
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
+    bytes
 }
 
 /// The attributes behind a message's fixed part.
