@@ -1,7 +1,11 @@
 //! The platform as its users have it: the real program, started, used and killed from outside.
 
+pub mod bare;
+pub mod bare_firecracker;
 pub mod measure;
 pub mod platform;
+pub mod random;
 pub mod wire;
 
 pub use platform::{Platform, Setup};
+pub use random::Random;

@@ -7,11 +7,11 @@ use std::{
     os::{fd::AsFd as _, unix::net::UnixDatagram},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use aether_api::{
-    CreateVm, ExecuteRequest, ExecutionView, StreamEvent, VmView,
+    BuildTemplate, CreateVm, ExecuteRequest, ExecutionView, StreamEvent, TemplateView, VmView,
     client::{CallOptions, Client, Waited, WriteOptions},
 };
 use anyhow::{Context, Result, bail, ensure};
@@ -28,9 +28,12 @@ use crate::wire;
 /// A boot in software emulation on a busy machine; far from what is usual.
 const LONG: Duration = Duration::from_mins(4);
 
+/// Where the program has no event to wait for from outside.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
+
 /// Where the bare agent listens in the guest, and where it is.
 pub const BARE_PORT: u16 = 2000;
-const BARE_PATH: &str = "/usr/local/bin/bare-agent";
+pub const BARE_PATH: &str = "/usr/local/bin/bare-agent";
 
 /// What a platform is started with.
 #[derive(Debug, Clone)]
@@ -45,9 +48,25 @@ impl Setup {
         Self { driver: "sim", args: Vec::new() }
     }
 
+    /// VMs that ask for nothing special are restored from the default template, which all tests
+    /// share where `AETHER_TEMPLATE_DIR` is set. No pool.
     #[must_use]
     pub fn qemu() -> Self {
-        Self { driver: "qemu", args: Vec::new() }
+        Self { driver: "qemu", args: Vec::new() }.with(&["--pool", "none"])
+    }
+
+    /// With the kernel that runs where KVM is emulated, and whatever version there is.
+    #[must_use]
+    pub fn firecracker() -> Self {
+        let args = ["--image", "debian-fctest", "--allow-vulnerable-firecracker", "--pool", "none"];
+        Self { driver: "firecracker", args: Vec::new() }.with(&args)
+    }
+
+    /// `TEMPLATE=MIN[..MAX]` in place of no pool.
+    #[must_use]
+    pub fn with_pool(mut self, pool: &str) -> Self {
+        self.args.retain(|arg| arg != "--pool" && arg != "none");
+        self.with(&["--pool", pool])
     }
 
     #[must_use]
@@ -160,6 +179,42 @@ impl Platform {
 
     fn words_path(&self) -> PathBuf {
         self.dir.path().join("words")
+    }
+
+    /// Waits until VMs without a template of their own are restored: the first time the default
+    /// template is built. The program says so in a line of its own.
+    pub async fn await_default_template(&self) -> Result<()> {
+        let deadline = Instant::now() + LONG;
+        loop {
+            let words = fs::read_to_string(self.words_path())?;
+            let mut lines = words.lines().filter_map(|l| serde_json::from_str::<Value>(l).ok());
+            if let Some(word) = lines.find(|word| word["event"] == "template") {
+                ensure!(word["state"] == "ready", "the default template: {word}\n{}", self.log());
+                return Ok(());
+            }
+            ensure!(Instant::now() < deadline, "no default template: {words}\n{}", self.log());
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+    }
+
+    pub async fn build_template(&self, request: &BuildTemplate) -> Result<TemplateView> {
+        match self.client().build_template(request, &CallOptions::waiting(LONG)).await? {
+            Waited::Done(template) => Ok(template),
+            Waited::Accepted(accepted) => bail!("the build is not done in time: {accepted:?}"),
+        }
+    }
+
+    /// Waits until every pool has what it shall have. There is no event to wait for from outside.
+    pub async fn await_pools(&self) -> Result<()> {
+        let deadline = Instant::now() + LONG;
+        loop {
+            let pools = self.client().pools().await?.items;
+            if pools.iter().all(|pool| pool.ready >= pool.target && pool.target > 0) {
+                return Ok(());
+            }
+            ensure!(Instant::now() < deadline, "the pools are not full: {pools:?}\n{}", self.log());
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
     }
 
     /// Where VMs find this host, if a rule lets them.

@@ -136,3 +136,13 @@ pub fn processes_in(namespace: &str) -> Result<Vec<Pid>> {
     let processes = fs::read_dir("/proc")?.flatten().filter(is_in);
     Ok(processes.filter_map(|p| Pid::from_raw(p.file_name().to_str()?.parse().ok()?)).collect())
 }
+
+/// How many links a network namespace has.
+pub fn links_in(namespace: &str) -> Result<usize> {
+    let path = Path::new(NAMESPACES).join(namespace);
+    let listing = Command::new("nsenter")
+        .arg(format!("--net={}", path.display()))
+        .args(["ip", "-o", "link"])
+        .output()?;
+    Ok(String::from_utf8(listing.stdout)?.lines().count())
+}

@@ -7,7 +7,7 @@ use aether_api::{
     client::{CallOptions, PageQuery},
 };
 use aether_tests::{
-    Platform, Setup,
+    Platform, Random, Setup,
     platform::{can_run_guests, small_vm},
 };
 use aether_types::{ExecutionState, VmState};
@@ -96,27 +96,4 @@ async fn thirty_cycles_with_kills_leave_nothing_and_every_task_ends() -> Result<
         tasks.clear();
     }
     platform.finish()
-}
-
-/// A small generator, so that a failure can be replayed by its seed.
-struct Random(u64);
-
-impl Random {
-    fn from_environment() -> Self {
-        let seed = aether_tests::platform::env_path("AETHER_SEED")
-            .and_then(|seed| seed.to_str()?.parse().ok())
-            .unwrap_or_else(|| u64::from(std::process::id()));
-        #[expect(clippy::print_stdout, reason = "what replays a failure")]
-        {
-            println!("AETHER_SEED={seed}");
-        }
-        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
-    }
-
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % bound
-    }
 }
