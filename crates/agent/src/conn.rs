@@ -174,8 +174,12 @@ impl Conn {
 
     /// Writes what the socket takes; whether everything is gone.
     pub(crate) fn flush(&mut self) -> io::Result<bool> {
+        self.flush_with(SendFlags::empty())
+    }
+
+    fn flush_with(&mut self, flags: SendFlags) -> io::Result<bool> {
+        let flags = flags | SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
         while self.unsent() > 0 {
-            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
             match send(self.fd(), &self.out[self.sent..], flags) {
                 Ok(written) => self.sent += written,
                 Err(Errno::AGAIN) => return Ok(false),
@@ -188,7 +192,11 @@ impl Conn {
 
     /// Writes everything, however long the host takes.
     pub(crate) fn flush_all(&mut self) -> io::Result<()> {
-        while !self.flush()? {
+        self.flush_all_with(SendFlags::empty())
+    }
+
+    fn flush_all_with(&mut self, flags: SendFlags) -> io::Result<()> {
+        while !self.flush_with(flags)? {
             self.wait(PollFlags::OUT, None)?;
         }
         Ok(())
@@ -204,7 +212,9 @@ impl Conn {
     /// Closing a TCP socket with unread input resets the connection, and the reset overtakes the
     /// answer. So the agent closes its half and reads to the end of the other.
     pub(crate) fn finish(mut self) {
-        if self.flush_all().is_err() || shutdown(self.fd(), Shutdown::Write).is_err() {
+        // The end follows at once and belongs into the same packet.
+        let is_sent = self.flush_all_with(SendFlags::MORE);
+        if is_sent.is_err() || shutdown(self.fd(), Shutdown::Write).is_err() {
             return;
         }
         let deadline = Instant::now() + LINGER;

@@ -28,6 +28,10 @@ use crate::sys;
 /// pipe can have held when the command ended.
 const LATE_BYTES_MAX: u64 = 1024 * 1024;
 
+/// How long the word that a command has started waits for its first output, to go in one packet. Who
+/// sends input is told at once; for others it changes nothing but when they hear of the start.
+const START_HOLD: Duration = Duration::from_millis(50);
+
 /// The end-of-file character of a terminal in its usual mode.
 const TERMINAL_EOF: &[u8] = &[4];
 
@@ -51,6 +55,8 @@ pub(super) struct Watch<'a> {
     time_limit: Option<Instant>,
     cause: Cause,
     kill_at: Option<Instant>,
+    /// Until then nothing is sent.
+    hold_until: Option<Instant>,
     out: [Source; 2],
     input: Input,
     is_terminal: bool,
@@ -103,6 +109,7 @@ impl<'a> Watch<'a> {
             time_limit: time_limit.and_then(|limit| begun.checked_add(limit)),
             cause: Cause::Exited,
             kill_at: None,
+            hold_until: None,
             out: [source(Stream::Stdout, Some(pipes.stdout)), source(Stream::Stderr, pipes.stderr)],
             input: Input::new(pipes.stdin),
             is_terminal: pipes.is_terminal,
@@ -112,7 +119,16 @@ impl<'a> Watch<'a> {
     }
 
     pub(super) fn serve(mut self, mut place: Place<'_>, first: Attachment) {
+        let takes_input = self.is_terminal || self.input.pipe.is_some();
+        if !takes_input && matches!(self.process, Process::Running(_)) {
+            self.hold_until = Instant::now().checked_add(START_HOLD);
+        }
         self.attach(first);
+        if self.hold_until.is_some() {
+            let ready = self.wait();
+            self.hold_until = None;
+            self.react(&ready);
+        }
         loop {
             self.pump();
             while !self.is_over() {
@@ -199,7 +215,9 @@ impl<'a> Watch<'a> {
             stdin_window: self.input.restart(),
         });
         self.conn = Some(conn);
-        self.flush();
+        if self.hold_until.is_none() {
+            self.flush();
+        }
         // Frames that came right behind the request.
         self.take_messages();
     }
@@ -215,7 +233,8 @@ impl<'a> Watch<'a> {
     fn wait(&self) -> Ready {
         let mut fds = Vec::with_capacity(7);
         let mut socket_flags = PollFlags::IN;
-        if self.conn.as_ref().is_some_and(|conn| conn.unsent() > 0) {
+        let has_unsent = self.conn.as_ref().is_some_and(|conn| conn.unsent() > 0);
+        if has_unsent && self.hold_until.is_none() {
             socket_flags |= PollFlags::OUT;
         }
         let socket = add(&mut fds, self.conn.as_ref().map(Conn::fd), socket_flags);
@@ -258,7 +277,10 @@ impl<'a> Watch<'a> {
             self.out.iter().any(|source| source.pipe.is_some() && self.may_read(source))
         });
         let limit = self.time_limit.filter(|_| is_running && self.cause == Cause::Exited);
-        [limit, self.kill_at.filter(|_| is_running), drain].into_iter().flatten().min()
+        [limit, self.kill_at.filter(|_| is_running), drain, self.hold_until]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     fn drain_deadline(&self) -> Option<Instant> {
