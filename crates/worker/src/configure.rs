@@ -52,10 +52,10 @@ impl Core {
         let words = Configure {
             interfaces: vec![interface(network, None)],
             dns: Some(dns(network)),
-            ..self.identity(vm, network).await?
+            ..self.identity(vm, guest.machine, network).await?
         };
         let tokens = [&guest.token, &guest.token];
-        self.configure(guest, &tokens, words, None, clock).await
+        self.configure(guest, &tokens, words, None, Some(clock)).await
     }
 
     /// After a restore: all that a boot is told, and that the guest is another one now.
@@ -70,11 +70,11 @@ impl Core {
         let words = Configure {
             interfaces: vec![interface(network, Some(before.mac))],
             dns: Some(dns(network)),
-            ..self.identity(vm, network).await?
+            ..self.identity(vm, guest.machine, network).await?
         };
         let words = restored(words, &guest.token);
         let tokens = [before.token, &guest.token, before.token];
-        self.configure(guest, &tokens, words, None, clock).await
+        self.configure(guest, &tokens, words, None, Some(clock)).await
     }
 
     /// A spare machine of a pool: all but what only its VM has. Gives the guest's boot id.
@@ -89,6 +89,7 @@ impl Core {
         let words = Configure {
             interfaces: vec![interface(network, Some(before.mac))],
             dns: Some(dns(network)),
+            machine_id: Some(machine_id(machine)),
             ..empty()?
         };
         let words = restored(words, token);
@@ -100,18 +101,19 @@ impl Core {
         Ok(configured.boot_id)
     }
 
-    /// A spare machine that became a VM, over the connection that it came with.
+    /// A spare machine that became a VM, over a connection that it came with. What does not hang
+    /// on the VM it was told when it was made.
     pub(crate) async fn configure_claimed(
         &self,
         vm: &Vm,
         guest: &Guest,
         network: &GuestNetwork,
         connection: Option<BoxStream>,
-        clock: &mut PhaseClock,
     ) -> Result<(), Failure> {
-        let words = self.identity(vm, network).await?;
+        let identity = self.identity(vm, guest.machine, network).await?;
+        let words = Configure { machine_id: None, ..identity };
         let tokens = [&guest.token, &guest.token];
-        self.configure(guest, &tokens, words, connection, clock).await
+        self.configure(guest, &tokens, words, connection, None).await
     }
 
     /// Best effort: a guest that does not answer now has the time of its pause, and nothing else.
@@ -145,14 +147,14 @@ impl Core {
         tokens: &[&Token],
         words: Configure,
         connection: Option<BoxStream>,
-        clock: &mut PhaseClock,
+        clock: Option<&mut PhaseClock>,
     ) -> Result<(), Failure> {
         let to = Agent {
             driver: &guest.driver,
             machine: guest.machine,
             limit: self.parts.config.guest_limit,
         };
-        let asked = to.configure(tokens, &words, connection, Some(clock)).await;
+        let asked = to.configure(tokens, &words, connection, clock).await;
         let configured = asked.map_err(|error| Failure::ask(&error))?;
         for warning in &configured.warnings {
             tracing::warn!(vm.id = %guest.id, warning, "the guest is not wholly configured");
@@ -167,11 +169,16 @@ impl Core {
     }
 
     /// Who the guest is, and new randomness; the clock is added at the last moment.
-    async fn identity(&self, vm: &Vm, network: &GuestNetwork) -> Result<Configure, Failure> {
+    async fn identity(
+        &self,
+        vm: &Vm,
+        machine: MachineId,
+        network: &GuestNetwork,
+    ) -> Result<Configure, Failure> {
         let env = self.environment(vm).await?;
         Ok(Configure {
             hostname: Some(vm.name.clone()),
-            machine_id: Some(vm.id.to_string().replace('-', "")),
+            machine_id: Some(machine_id(machine)),
             env: Some(Environment {
                 vars: env.iter().map(|(name, value)| EnvVar::new(name, value)).collect(),
             }),
@@ -283,6 +290,12 @@ fn interface(network: &GuestNetwork, before: Option<&str>) -> Interface {
 
 fn dns(network: &GuestNetwork) -> Dns {
     Dns { servers: network.dns.iter().map(ToString::to_string).collect(), search: Vec::new() }
+}
+
+/// The machine's and not the VM's, which a spare machine would have to be told while its VM waits;
+/// a VM keeps its machine.
+fn machine_id(machine: MachineId) -> String {
+    machine.to_string().replace('-', "")
 }
 
 fn hosts(name: &str, network: &GuestNetwork) -> Hosts {

@@ -11,11 +11,15 @@
 
 use std::sync::Arc;
 
-use aether_drivers::{Driver, GuestNetwork, MachineSpec, MachineState, SnapshotFiles, Start};
+use aether_drivers::{
+    Driver, GuestNetwork, MachineSpec, MachineState, Phase, SnapshotFiles, Start,
+};
 use aether_protocol::Token;
 use aether_types::{
-    Fault, MachineId, Origin, SnapshotId, StartKind, StartReport, Template, TemplateId, Vm,
+    ErrorCode, Fault, MachineId, NetworkPolicy, Origin, SnapshotId, StartKind, StartReport,
+    Template, TemplateId, Vm,
 };
+use tokio::time::Instant;
 
 use crate::{
     configure::new_token,
@@ -125,6 +129,9 @@ impl Core {
 
     /// Removes the machine, so that the VM can be made again, as another one.
     pub(crate) async fn remove_machine(&self, vm: &Vm) -> Result<(), Failure> {
+        if let Some(guest) = self.guests.get(vm.id) {
+            guest.will_end(Fault::new(ErrorCode::VmStopped, "the VM was not to be kept"));
+        }
         self.guests.remove_guest(vm.id);
         let deleted = self.driver(vm)?.delete(self.machine(vm.id)).await;
         deleted.map_err(|error| Failure::driver(&error, vm.id))?;
@@ -202,18 +209,40 @@ impl Core {
         spare: Spare,
     ) -> Result<GuestNetwork, Failure> {
         let vm = starting.vm;
-        let failed = |e| Failure::driver(&e, vm.id);
+        let Spare { machine, driver, token, network, boot_id, connections } = spare;
         // Known before it is the VM's, so that whoever gives up deletes it.
-        self.guests.set_machine(vm.id, spare.machine);
-        spare.driver.claim(spare.machine, vm.id, &vm.spec.network).await.map_err(failed)?;
-        starting.clock.mark("pool");
-        spare.driver.resume(spare.machine).await.map_err(failed)?;
-        starting.clock.mark("resume");
-        let Spare { machine, driver, token, network, boot_id, connection } = spare;
+        self.guests.set_machine(vm.id, machine);
         let guest = Guest::new(vm.id, machine, driver, token);
         guest.set_boot_id(&boot_id);
-        let clock = &mut starting.clock;
-        self.configure_claimed(vm, &guest, &network, connection, clock).await?;
+        let mut connections = connections.into_iter();
+        let (first, second) = (connections.next(), connections.next());
+        // Rules that are the VM's own are there before it runs. Else only the record is to be
+        // made; until then the machine is a spare one that a next start of the worker removes.
+        let has_rules = vm.spec.network != NetworkPolicy::default();
+        let claim = async || {
+            let claimed = guest.driver.claim(machine, vm.id, &vm.spec.network).await;
+            claimed.map_err(|e| Failure::driver(&e, vm.id))
+        };
+        if has_rules {
+            claim().await?;
+        }
+        starting.clock.mark("pool");
+        let begun = Instant::now();
+        let resume = async {
+            let resumed = guest.driver.resume(machine).await;
+            resumed.map_err(|e| Failure::driver(&e, vm.id))?;
+            let took = begun.elapsed();
+            if !has_rules {
+                claim().await?;
+            }
+            Ok(took)
+        };
+        // The words are on their way before the guest runs, which hears them first of all.
+        let configure = self.configure_claimed(vm, &guest, &network, first);
+        let (took, ()) = tokio::try_join!(resume, configure)?;
+        starting.clock.take(&[Phase { name: "resume", took }]);
+        starting.clock.mark("configure");
+        guest.keep_early(second);
         self.admit(guest);
         Ok(network)
     }
@@ -375,7 +404,7 @@ impl Core {
         driver.start(id, Start::Restore(sealed.files.clone()), limit).await.map_err(failed)?;
         turn.pass().await;
         let boot_id = self.configure_spare(&driver, id, &network, &token, sealed.before()).await?;
-        Ok(Spare { machine: id, driver, token, network, boot_id, connection: None })
+        Ok(Spare { machine: id, driver, token, network, boot_id, connections: Vec::new() })
     }
 }
 

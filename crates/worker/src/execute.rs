@@ -174,7 +174,11 @@ impl Core {
     async fn hand_over(&self, execution: &Execution, guest: &Guest) -> Result<RunSession, Fault> {
         let limit = self.parts.config.guest_limit;
         let request = run_request(execution);
-        let stream = guest.connect(limit).await?.stream;
+        let stream = if request.detached {
+            guest.connect_for_run(limit).await?
+        } else {
+            guest.connect(limit).await?.stream
+        };
         match host::run(stream, &guest.token, request.clone(), limit).await {
             Ok(run) => {
                 guest.set_boot_id(run.boot_id());

@@ -3,21 +3,33 @@
 use std::{
     collections::HashMap,
     future::Future,
+    pin::Pin,
     sync::{Arc, Mutex, PoisonError},
+    task::{Context, Waker},
     time::Duration,
 };
 
 use aether_drivers::{Driver, ExitReason};
-use aether_protocol::{AGENT_PORT, Token, host::ClientError};
+use aether_protocol::{
+    AGENT_PORT, Token,
+    host::{BoxStream, ClientError},
+    limits::HANDSHAKE_LIMIT,
+};
 use aether_streams::GuestConnection;
 use aether_types::{ErrorCode, Fault, MachineId, VmId, limits};
-use tokio::sync::{Mutex as AsyncMutex, Semaphore, watch};
+use tokio::{
+    io::{AsyncRead as _, ReadBuf},
+    sync::{Mutex as AsyncMutex, Semaphore, watch},
+    time::Instant,
+};
 
 use crate::fault;
 
 /// A fresh snapshot load may accept a first connection and never answer it; so may a guest whose
 /// agent is being replaced.
 const FIRST_EXCHANGE_TRIES: u32 = 2;
+/// An agent closes a connection on which nothing was asked within its own, longer limit.
+const EARLY_AGE_MAX: Duration = Duration::from_secs(HANDSHAKE_LIMIT.as_secs() / 2);
 
 /// What ended, or is ending, a guest's life. Commands in it end with this.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -44,6 +56,8 @@ pub(crate) struct Guest {
     /// Changes when the guest boots and when its agent is replaced.
     pub(crate) boot_id: Mutex<String>,
     pub(crate) places: Semaphore,
+    /// Opened ahead for the first command, and when the guest came to know of it.
+    early: Mutex<Option<(Instant, BoxStream)>>,
 }
 
 impl Guest {
@@ -61,6 +75,7 @@ impl Guest {
             ending: watch::Sender::new(Ending::default()),
             boot_id: Mutex::default(),
             places: Semaphore::new(limits::EXECUTIONS_PER_VM_MAX),
+            early: Mutex::default(),
         })
     }
 
@@ -83,6 +98,29 @@ impl Guest {
         let found = watcher.wait_for(|ending| ending.fault().is_some()).await;
         let fault = found.ok().and_then(|ending| ending.fault());
         fault.unwrap_or_else(|| fault::from_exit(ExitReason::VmmDied))
+    }
+
+    /// Keeps a connection for the next command that can be repeated.
+    pub(crate) fn keep_early(&self, stream: Option<BoxStream>) {
+        *self.early() = stream.map(|stream| (Instant::now(), stream));
+    }
+
+    /// A connection for a command that can be repeated: the one that was opened ahead may end in
+    /// the moment in which it is used.
+    pub(crate) async fn connect_for_run(&self, limit: Duration) -> Result<BoxStream, Fault> {
+        let early = self.early().take();
+        if let Some((since, mut stream)) = early
+            && since.elapsed() < EARLY_AGE_MAX
+            && is_silent(&mut stream)
+        {
+            return Ok(stream);
+        }
+        Ok(self.connect(limit).await?.stream)
+    }
+
+    // Nothing panics while the lock is held.
+    fn early(&self) -> std::sync::MutexGuard<'_, Option<(Instant, BoxStream)>> {
+        self.early.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) async fn connect(&self, limit: Duration) -> Result<GuestConnection, Fault> {
@@ -118,6 +156,13 @@ impl Guest {
             }
         }
     }
+}
+
+/// Whether the peer has said nothing, its end included.
+fn is_silent(stream: &mut BoxStream) -> bool {
+    let mut byte = [0; 1];
+    let mut context = Context::from_waker(Waker::noop());
+    Pin::new(stream).poll_read(&mut context, &mut ReadBuf::new(&mut byte)).is_pending()
 }
 
 /// Why a question to a guest has no answer.

@@ -19,6 +19,8 @@ use crate::{
     worker::Core,
 };
 
+/// Opened ahead: one for what a claim says, one for the first command.
+const CONNECTIONS: usize = 2;
 /// Name of a guest that is no VM's yet.
 const HOSTNAME: &str = "spare";
 
@@ -65,8 +67,11 @@ impl Spares for Core {
         let guest = Agent { driver: &spare.driver, machine: id, token: &spare.token, limit };
         guest.warm().await?;
         turn.pass().await;
-        let connection = guest.connect().await?;
-        spare.connection = Some(connection);
+        let mut connections = Vec::with_capacity(CONNECTIONS);
+        for _ in 0..CONNECTIONS {
+            connections.push(guest.connect().await?);
+        }
+        spare.connections = connections;
         let failed = |error: DriverError| Failure::machine(&error, id).fault;
         spare.driver.pause(id).await.map_err(failed)?;
         // A paused machine takes no processor, so whoever claims it need not think of this.
