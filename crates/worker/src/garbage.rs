@@ -20,6 +20,8 @@ use aether_types::{
     limits,
 };
 
+use tokio::time::Instant;
+
 use crate::{
     failure::{Failure, blocking},
     worker::Core,
@@ -56,50 +58,67 @@ pub(crate) async fn keep(core: Arc<Core>, mut events: Box<dyn Subscription>) {
         if let Err(failure) = collect(&core).await {
             tracing::error!(reason = failure.fault.message, "collect the files of snapshots");
         }
-        tokio::select! {
-            () = core.draining.cancelled() => return,
-            () = tokio::time::sleep(SWEEP) => continue,
-            () = something_ended(&core, &mut events) => {}
-        }
-        tokio::select! {
-            () = core.draining.cancelled() => return,
-            () = tokio::time::sleep(SETTLE) => {}
+        if !something_ended(&core, &mut events).await {
+            return;
         }
     }
 }
 
-async fn something_ended(core: &Core, events: &mut Box<dyn Subscription>) {
+/// Completes a moment after something ended, or at the next sweep; `false`: the worker drains.
+async fn something_ended(core: &Core, events: &mut Box<dyn Subscription>) -> bool {
+    let mut until = Instant::now() + SWEEP;
+    let mut is_settling = false;
     loop {
-        match events.next().await {
-            Received::Event(Event::Vm { state, .. }) => match state {
-                VmState::Running | VmState::Failed | VmState::Deleted => return,
-                _ => {}
-            },
-            Received::Event(Event::Snapshot { state, .. }) => match state {
-                SnapshotState::Ready | SnapshotState::Failed => return,
-                SnapshotState::Deleted => {
-                    core.garbage.orphans.store(true, Ordering::Relaxed);
-                    return;
+        tokio::select! {
+            () = core.draining.cancelled() => return false,
+            () = tokio::time::sleep_until(until) => return true,
+            received = next(events) => {
+                if note(core, &received) && !is_settling {
+                    is_settling = true;
+                    until = Instant::now() + SETTLE;
                 }
-                SnapshotState::Creating => {}
-            },
-            Received::Event(Event::Template { template_id, state, .. }) => match state {
-                TemplateState::Ready | TemplateState::Failed | TemplateState::Deleted => {
-                    core.templates.forget(template_id);
-                    core.garbage.templates.store(true, Ordering::Relaxed);
-                    return;
-                }
-                TemplateState::Building => {}
-            },
-            Received::Event(_) => {}
-            Received::Missed(_) => {
-                core.templates.forget_all();
-                core.garbage.orphans.store(true, Ordering::Relaxed);
-                core.garbage.templates.store(true, Ordering::Relaxed);
-                return;
             }
-            Received::Closed => std::future::pending().await,
         }
+    }
+}
+
+/// A bus that has ended says nothing more; then the sweep alone looks.
+async fn next(events: &mut Box<dyn Subscription>) -> Received {
+    match events.next().await {
+        Received::Closed => std::future::pending().await,
+        received => received,
+    }
+}
+
+/// Whether there may be something to collect after this.
+fn note(core: &Core, received: &Received) -> bool {
+    match received {
+        Received::Event(Event::Vm { state, .. }) => {
+            matches!(state, VmState::Running | VmState::Failed | VmState::Deleted)
+        }
+        Received::Event(Event::Snapshot { state, .. }) => match state {
+            SnapshotState::Creating => false,
+            SnapshotState::Ready | SnapshotState::Failed => true,
+            SnapshotState::Deleted => {
+                core.garbage.orphans.store(true, Ordering::Relaxed);
+                true
+            }
+        },
+        Received::Event(Event::Template { template_id, state, .. }) => match state {
+            TemplateState::Building => false,
+            TemplateState::Ready | TemplateState::Failed | TemplateState::Deleted => {
+                core.templates.forget(*template_id);
+                core.garbage.templates.store(true, Ordering::Relaxed);
+                true
+            }
+        },
+        Received::Missed(_) => {
+            core.templates.forget_all();
+            core.garbage.orphans.store(true, Ordering::Relaxed);
+            core.garbage.templates.store(true, Ordering::Relaxed);
+            true
+        }
+        Received::Event(_) | Received::Closed => false,
     }
 }
 
