@@ -65,6 +65,7 @@ pub(crate) struct Device {
     pub(crate) name: String,
     pub(crate) index: u32,
     mac: Option<Mac>,
+    is_up: bool,
     /// A bridge, a tunnel: something that the kernel has made up.
     is_virtual: bool,
 }
@@ -122,8 +123,9 @@ impl Links {
         self.devices.iter().find(|device| device.name == name)
     }
 
+    /// Whether a device that the kernel has made up is in use.
     pub(super) fn has_virtual(&self) -> bool {
-        self.devices.iter().any(|device| device.is_virtual)
+        self.devices.iter().any(|device| device.is_virtual && device.is_up)
     }
 
     pub(super) fn bring_up(&mut self, device: &Device) -> Result<(), Errno> {
@@ -306,8 +308,13 @@ fn is_link_local(network: Network) -> bool {
 /// One entry of the list of devices.
 fn read_device(body: &[u8]) -> Option<Device> {
     let (fixed, rest) = body.split_first_chunk::<16>()?;
-    let mut device =
-        Device { name: String::new(), index: number(fixed, 4)?, mac: None, is_virtual: false };
+    let mut device = Device {
+        name: String::new(),
+        index: number(fixed, 4)?,
+        mac: None,
+        is_up: number(fixed, 8)? & IFF_UP != 0,
+        is_virtual: false,
+    };
     for (kind, value) in attributes(rest) {
         match kind {
             IFLA_ADDRESS => device.mac = value.try_into().ok().map(Mac),
