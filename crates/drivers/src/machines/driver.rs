@@ -6,7 +6,7 @@ use aether_protocol::host::BoxStream;
 use aether_types::{MachineId, NetworkPolicy, VmId};
 use async_trait::async_trait;
 
-use super::{Machines, Vmm, lock, wrong};
+use super::{Machines, SnapshotWish, Vmm, lock, wrong};
 use crate::{
     AfterSnapshot, Capabilities, Driver, DriverError, ExitReason, GuestNetwork, Machine,
     MachineSpec, MachineState, Phase, SnapshotDisk, SnapshotTaken, Start, stream::GuestStream,
@@ -42,7 +42,8 @@ impl<V: Vmm> Driver for Arc<Machines<V>> {
         after: AfterSnapshot,
     ) -> Result<SnapshotTaken, DriverError> {
         let (machines, into) = (Arc::clone(self), into.to_owned());
-        self.finish(async move { machines.snapshot_one(id, &into, disk, after).await }).await
+        let wish = SnapshotWish { disk, after };
+        self.finish(async move { machines.snapshot_one(id, &into, wish).await }).await
     }
 
     async fn claim(

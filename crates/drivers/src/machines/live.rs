@@ -7,15 +7,15 @@ use std::sync::{
 
 use aether_types::MachineId;
 use tokio::sync::watch;
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{Booted, Machines, Vmm, describe, lock};
 use crate::{DriverError, ExitReason, process::Process};
 
 /// A VMM that runs, or has just ended.
-pub(super) struct Live<C> {
+pub(crate) struct Live<C> {
     pub(super) process: Process,
-    pub(super) control: C,
+    pub(crate) control: C,
     /// The end is our doing.
     pub(super) is_killed: AtomicBool,
     pub(super) exit: watch::Sender<Option<ExitReason>>,
@@ -60,8 +60,10 @@ pub(super) struct Slot<C> {
     /// One operation at a time.
     pub(super) operation: tokio::sync::Mutex<()>,
     pub(super) live: Mutex<Option<Arc<Live<C>>>>,
-    /// Ends the start that is under way, if any.
+    /// Ends the start or snapshot that is under way, if any.
     pub(super) interrupt: Mutex<CancellationToken>,
+    /// What still works on the machine's files for an operation that was ended.
+    pub(super) work: TaskTracker,
 }
 
 impl<C> Default for Slot<C> {
@@ -70,6 +72,12 @@ impl<C> Default for Slot<C> {
             operation: tokio::sync::Mutex::default(),
             live: Mutex::default(),
             interrupt: Mutex::default(),
+            work: {
+                let work = TaskTracker::new();
+                // Only then its end can be waited for; more can begin all the same.
+                work.close();
+                work
+            },
         }
     }
 }

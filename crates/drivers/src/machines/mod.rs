@@ -39,7 +39,7 @@ use tokio_util::{
 use self::live::{Live, Slot, Watcher};
 pub(crate) use self::{
     driver::delegate_driver,
-    vmm::{Booted, Phases, Place, Vmm, WasBefore},
+    vmm::{Booted, Phases, Place, SnapshotWish, Vmm, WasBefore},
 };
 use crate::{
     DriverError, ExitReason, GuestNetwork, Machine, MachineSpec, MachineState,
@@ -58,7 +58,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// The driver of one kind of VMM on one host. Dropping it leaves the VMMs running.
 pub(crate) struct Machines<V: Vmm> {
     pub(crate) host: Arc<Host>,
-    vmm: Arc<V>,
+    pub(crate) vmm: Arc<V>,
     slots: Mutex<HashMap<MachineId, Arc<Slot<V::Control>>>>,
     tasks: TaskTracker,
     /// Ends the watchers with this.
@@ -128,11 +128,23 @@ impl<V: Vmm> Machines<V> {
 
     fn place(&self, record: &Record) -> Option<Place> {
         let attachment = self.host.network().attachment(record.spec.id)?;
-        Some(Place { host: Arc::clone(&self.host), record: record.clone(), attachment })
+        Some(self.place_at(record, attachment))
+    }
+
+    fn place_at(&self, record: &Record, attachment: Attachment) -> Place {
+        let work = self.slot(record.spec.id).work.clone();
+        Place { host: Arc::clone(&self.host), record: record.clone(), attachment, work }
     }
 
     fn slot(&self, id: MachineId) -> Arc<Slot<V::Control>> {
         Arc::clone(lock(&self.slots).entry(id).or_default())
+    }
+
+    /// A machine that runs, as a VMM sees it.
+    #[cfg(test)]
+    pub(crate) fn at_work(&self, id: MachineId) -> (Place, Arc<Live<V::Control>>) {
+        let place = self.place(&self.known(id).unwrap()).unwrap();
+        (place, self.slot(id).running().unwrap())
     }
 
     fn known(&self, id: MachineId) -> Result<Record, DriverError> {
@@ -246,6 +258,7 @@ impl<V: Vmm> Machines<V> {
             live.kill().await?;
         }
         host.end_processes(Owner::Machine(id)).await?;
+        self.slot(id).work.wait().await;
         host.fault.hit("delete network")?;
         host.network().detach(id).await?;
         host.fault.hit("delete files")?;
@@ -319,6 +332,9 @@ impl<V: Vmm> Machines<V> {
         let _one = slot.operation.lock().await;
         let action = if paused { "pause it" } else { "resume it" };
         let live = self.running(id, action)?;
+        if !paused {
+            self.forget_memory(id)?;
+        }
         let change = async {
             if paused {
                 self.vmm.pause(&live.control).await
@@ -334,6 +350,17 @@ impl<V: Vmm> Machines<V> {
             }),
             _ = live.ended() => Err(wrong(id, "stopped", action)),
         }
+    }
+}
+
+impl<V: Vmm> Machines<V> {
+    /// The machine's disk moves on from what a memory that was kept of it knows.
+    fn forget_memory(&self, id: MachineId) -> Result<(), DriverError> {
+        let mut record = self.known(id)?;
+        if record.memory.take().is_none() {
+            return Ok(());
+        }
+        self.host.set_record(&record)
     }
 }
 

@@ -14,8 +14,8 @@ use serde_json::json;
 use tokio::time::timeout;
 
 use super::{
-    CONTROL_LIMIT, Machines, Place, Vmm, WasBefore, background, live::Live, lock, start::LEFT_DISK,
-    vmm::no_snapshots, wrong,
+    CONTROL_LIMIT, Machines, Place, SnapshotWish, Vmm, WasBefore, background, live::Live, lock,
+    start::LEFT_DISK, vmm::no_snapshots, wrong,
 };
 use crate::{AfterSnapshot, DriverError, MachineSpec, SnapshotDisk, SnapshotTaken, host::Record};
 
@@ -28,8 +28,7 @@ impl<V: Vmm> Machines<V> {
         self: &Arc<Self>,
         id: MachineId,
         into: &Path,
-        disk: SnapshotDisk,
-        after: AfterSnapshot,
+        wish: SnapshotWish,
     ) -> Result<SnapshotTaken, DriverError> {
         self.known(id)?;
         if self.vmm.capabilities().snapshot_format.is_none() {
@@ -38,6 +37,7 @@ impl<V: Vmm> Machines<V> {
         let slot = self.slot(id);
         let interrupt = lock(&slot.interrupt).clone();
         let _one = slot.operation.lock().await;
+        slot.work.wait().await;
         let live = self.running(id, ACTION)?;
         let mut record = self.known(id)?;
         let place = self.place(&record).ok_or(DriverError::UnknownVm(id))?;
@@ -51,14 +51,14 @@ impl<V: Vmm> Machines<V> {
         record.snapshotting = Some(was);
         self.host.set_record(&record)?;
         let taken = tokio::select! {
-            taken = timeout(SNAPSHOT_LIMIT, self.take(&place, &live, into, disk)) => {
+            taken = timeout(SNAPSHOT_LIMIT, self.take(&place, &live, into, wish)) => {
                 taken.unwrap_or_else(|_| Err(no_answer("take a snapshot")))
             }
             _ = live.ended() => Err(wrong(id, "stopped", ACTION)),
             () = interrupt.cancelled() => Err(wrong(id, "being stopped", ACTION)),
         };
         let finished = match taken {
-            Ok(taken) => self.finish_snapshot(&mut record, &live, taken, (disk, after)).await,
+            Ok(taken) => self.finish_snapshot(&mut record, &live, taken, (was, wish)).await,
             Err(error) => Err(error),
         };
         if finished.is_err() {
@@ -75,10 +75,10 @@ impl<V: Vmm> Machines<V> {
         place: &Place,
         live: &Live<V::Control>,
         into: &Path,
-        disk: SnapshotDisk,
+        wish: SnapshotWish,
     ) -> Result<SnapshotTaken, DriverError> {
         self.host.fault.hit("snapshot: begun")?;
-        let taken = self.vmm.snapshot(place, &live.control, into, disk).await?;
+        let taken = self.vmm.snapshot(place, &live.control, into, wish).await?;
         self.host.fault.hit("snapshot: taken")?;
         Ok(taken)
     }
@@ -88,7 +88,7 @@ impl<V: Vmm> Machines<V> {
         record: &mut Record,
         live: &Live<V::Control>,
         mut taken: SnapshotTaken,
-        (disk, after): (SnapshotDisk, AfterSnapshot),
+        (was, SnapshotWish { disk, after }): (WasBefore, SnapshotWish),
     ) -> Result<SnapshotTaken, DriverError> {
         if after == AfterSnapshot::End {
             self.host.fault.hit("snapshot end")?;
@@ -99,7 +99,9 @@ impl<V: Vmm> Machines<V> {
         if disk == SnapshotDisk::Leave {
             let left = MachineId::new().to_string();
             taken.machine.detail[LEFT_DISK] = json!(left);
-            record.memory = (after == AfterSnapshot::End).then_some(left);
+            // One that stands still leaves its disk as the memory knows it, until it goes on.
+            let stands_still = after == AfterSnapshot::End || was == WasBefore::Paused;
+            record.memory = stands_still.then_some(left);
         }
         record.snapshotting = None;
         self.host.set_record(record)?;

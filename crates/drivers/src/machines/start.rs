@@ -25,6 +25,7 @@ impl<V: Vmm> Machines<V> {
         let slot = self.slot(id);
         let interrupt = lock(&slot.interrupt).clone();
         let _one = slot.operation.lock().await;
+        slot.work.wait().await;
         let mut record = self.known(id)?;
         if record.network.is_none() {
             return Err(wrong(id, "half made", "start it"));
@@ -77,8 +78,9 @@ impl<V: Vmm> Machines<V> {
         self.host.fault.hit("boot")?;
         // From here on the guest may write to its disk.
         (record.started, record.memory, record.snapshotting) = (true, None, None);
+        record.network = Some(attachment.guest.clone());
         self.host.set_record(record)?;
-        let place = Place { host: Arc::clone(&self.host), record: record.clone(), attachment };
+        let place = self.place_at(record, attachment);
         let booted = match how {
             Start::Boot => until.bound(self.vmm.boot(&place)).await.inspect(|_| {
                 phases.end("process");

@@ -9,9 +9,11 @@ use std::{
 use aether_protocol::host::BoxStream;
 use aether_types::{DriverKind, MachineId};
 use async_trait::async_trait;
+use tokio_util::task::TaskTracker;
 
 use crate::{
-    Capabilities, DriverError, ExitReason, Phase, SnapshotDisk, SnapshotFiles, SnapshotTaken,
+    AfterSnapshot, Capabilities, DriverError, ExitReason, Phase, SnapshotDisk, SnapshotFiles,
+    SnapshotTaken,
     host::{Host, Record},
     network::Attachment,
     process::Process,
@@ -23,12 +25,29 @@ pub(crate) struct Place {
     pub(crate) host: Arc<Host>,
     pub(crate) record: Record,
     pub(crate) attachment: Attachment,
+    /// What works on the machine's files. A start, a snapshot and a deletion wait for it.
+    pub(crate) work: TaskTracker,
 }
 
 impl Place {
     pub(crate) fn id(&self) -> MachineId {
         self.record.spec.id
     }
+
+    /// Works on the machine's files in a thread of its own, to its end, also if this is dropped.
+    pub(crate) async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, DriverError> + Send + 'static,
+    ) -> Result<T, DriverError> {
+        crate::finished(self.work.spawn_blocking(work).await)
+    }
+}
+
+/// What a snapshot is to have and to leave.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct SnapshotWish {
+    pub(crate) disk: SnapshotDisk,
+    pub(crate) after: AfterSnapshot,
 }
 
 /// A VMM that was started.
@@ -101,16 +120,17 @@ pub(crate) trait Vmm: Send + Sync + 'static {
     }
 
     /// Writes memory and devices, and the disk where told, into an empty directory. `Ok`: the
-    /// machine is what it was, running or paused. On failure, and where this is dropped, `settle`
-    /// follows.
+    /// machine is what it was, running or paused; one that is to end stands still, since its disk
+    /// must stay as it was for this memory. On failure, and where this is dropped, `settle` follows.
+    /// Work on files that may go on when this is dropped belongs into [`Place::work`].
     async fn snapshot(
         &self,
         place: &Place,
         control: &Self::Control,
         into: &Path,
-        disk: SnapshotDisk,
+        wish: SnapshotWish,
     ) -> Result<SnapshotTaken, DriverError> {
-        let _ = (place, control, into, disk);
+        let _ = (place, control, into, wish);
         Err(no_snapshots("take a snapshot"))
     }
 

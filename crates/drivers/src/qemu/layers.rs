@@ -225,10 +225,14 @@ fn copy_own(from: &Path, to: &Path) -> Result<(), DriverError> {
     copy(Path::new(&format!("/proc/self/fd/{}", opened.as_raw_fd())), to)
 }
 
-/// Layers that were merged into the top and that nothing reads any more.
-pub(super) fn remove_merged(host: &Host, id: MachineId, top: u32) -> Result<(), DriverError> {
+/// Removes layers that nothing reads any more, or that nothing was ever written to.
+pub(super) fn remove(
+    host: &Host,
+    id: MachineId,
+    is_meant: impl Fn(u32) -> bool,
+) -> Result<(), DriverError> {
     for (number, home) in of(host, id)? {
-        if number == 0 || number >= top {
+        if !is_meant(number) {
             continue;
         }
         let folder = match home {

@@ -37,12 +37,13 @@ use self::{
     layers::Home,
     memory::Memories,
     qmp::{GuestEnd, Qmp},
+    snapshot::WriteTracking,
 };
 use crate::{
     BootSource, Capabilities, Driver, DriverError, ExitReason, GuestNetwork, Machine, MachineSpec,
-    SnapshotDisk, SnapshotFiles, SnapshotTaken,
+    SnapshotFiles, SnapshotTaken,
     host::{Host, Record, blocking, file_error, remove_file},
-    machines::{Booted, Machines, Phases, Place, Vmm, WasBefore},
+    machines::{Booted, Machines, Phases, Place, SnapshotWish, Vmm, WasBefore},
     network::ReadyListener,
     process::{self, LOG_BYTES, Launch, Process},
 };
@@ -123,7 +124,8 @@ impl QemuDriver {
         };
         let format = format_of(&version, accelerator, tsc_khz);
         let memories = Memories::new(config.memory_cache_bytes);
-        let qemu = Qemu { program, version, accelerator, tsc_khz, format, memories };
+        let tracking = WriteTracking::of(accelerator, &version);
+        let qemu = Qemu { program, version, accelerator, tsc_khz, format, memories, tracking };
         Machines::open(host, qemu).await.map(Self)
     }
 }
@@ -136,6 +138,7 @@ pub(crate) struct Qemu {
     /// Of snapshots.
     format: String,
     memories: Memories,
+    tracking: WriteTracking,
 }
 
 /// All that a guest's devices, processor and clock depend on, beside what its machine was given.
@@ -270,18 +273,18 @@ impl Vmm for Qemu {
         place: &Place,
         control: &Control,
         into: &Path,
-        disk: SnapshotDisk,
+        wish: SnapshotWish,
     ) -> Result<SnapshotTaken, DriverError> {
-        self.take_snapshot(place, control, into, disk).await
+        self.take_snapshot(place, control, into, wish).await
     }
 
     async fn settle(
         &self,
-        _place: &Place,
+        place: &Place,
         control: &Control,
         was: WasBefore,
     ) -> Result<(), DriverError> {
-        snapshot::settle(&control.qmp, was).await
+        snapshot::settle(place, &control.qmp, was).await
     }
 
     async fn ready(&self, place: &Place, control: &Control) -> Result<(), DriverError> {
@@ -308,6 +311,12 @@ impl Vmm for Qemu {
         let qmp = Qmp::connect(&process::short_path(directory.as_fd(), QMP_SOCKET)).await?;
         // An end that came while no worker ran is found here.
         qmp.is_paused().await?;
+        if qmp.status().await? == "inmigrate" {
+            return Err(DriverError::Vmm {
+                action: "be adopted".to_owned(),
+                detail: "its guest was never restored".to_owned(),
+            });
+        }
         Ok(Control {
             qmp,
             log: process::log_of(process.pid()),

@@ -12,6 +12,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
@@ -44,6 +45,8 @@ pub(super) enum GuestEnd {
 /// Where a migration is, of those places that are waited for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Migration {
+    /// Begun; which pages there are to send is not known yet.
+    Setup,
     /// On its way.
     Active,
     /// The guest stands still, and its disks are still ours.
@@ -65,8 +68,15 @@ struct Shared {
     end: watch::Sender<Option<GuestEnd>>,
     migration: watch::Sender<Option<Migration>>,
     job: watch::Sender<Option<JobEnd>>,
-    /// When the guest was last stopped, and let go.
-    stopped: Mutex<Option<Instant>>,
+    stops: Mutex<Stops>,
+}
+
+/// How long the guest stood still.
+#[derive(Debug, Default)]
+struct Stops {
+    /// `None` while it runs.
+    since: Option<Instant>,
+    before: Duration,
 }
 
 /// A connection, past its greeting.
@@ -185,9 +195,14 @@ impl Qmp {
         event.ok_or_else(|| broken(io::Error::from(io::ErrorKind::ConnectionReset)))
     }
 
-    /// Since when the guest stands still; `None` while it runs.
-    pub(super) fn stopped_at(&self) -> Option<Instant> {
-        *lock(&self.shared.stopped)
+    pub(super) fn forget_stops(&self) {
+        *lock(&self.shared.stops) = Stops::default();
+    }
+
+    /// How long the guest stood still since [`Qmp::forget_stops`].
+    pub(super) fn stood_still(&self) -> Duration {
+        let stops = lock(&self.shared.stops);
+        stops.before + stops.since.map_or(Duration::ZERO, |since| since.elapsed())
     }
 
     /// Waits until the guest has ended. Pending for ever where the connection ends first: then the
@@ -200,10 +215,16 @@ impl Qmp {
         }
     }
 
+    /// QEMU's word for what the machine does.
+    pub(super) async fn status(&self) -> Result<String, DriverError> {
+        let answer = self.execute("query-status", json!({})).await?;
+        Ok(answer.get("status").and_then(Value::as_str).unwrap_or_default().to_owned())
+    }
+
     /// Whether the machine is paused. Finds an end that came while nobody listened.
     pub(super) async fn is_paused(&self) -> Result<bool, DriverError> {
-        let answer = self.execute("query-status", json!({})).await?;
-        let status = answer.get("status").and_then(Value::as_str).unwrap_or_default();
+        let status = self.status().await?;
+        let status = status.as_str();
         match status {
             "shutdown" => self.shared.note(GuestEnd::Shutdown),
             "guest-panicked" => self.shared.note(GuestEnd::Panicked),
@@ -256,6 +277,7 @@ impl Shared {
             Some("completed") => Migration::Completed,
             Some("failed" | "cancelled") => Migration::Failed,
             Some("pre-switchover") => Migration::PreSwitchover,
+            Some("setup") => Migration::Setup,
             Some(_) | None => Migration::Active,
         };
         self.migration.send_replace(Some(at));
@@ -280,8 +302,12 @@ impl Shared {
                 "SHUTDOWN" if by_guest => self.note(GuestEnd::Shutdown),
                 "MIGRATION" => self.note_migration(line),
                 "BLOCK_JOB_COMPLETED" | "BLOCK_JOB_CANCELLED" => self.note_job(line),
-                "STOP" => *lock(&self.stopped) = Some(Instant::now()),
-                "RESUME" => *lock(&self.stopped) = None,
+                "STOP" => lock(&self.stops).since = Some(Instant::now()),
+                "RESUME" => {
+                    let mut stops = lock(&self.stops);
+                    let since = stops.since.take();
+                    stops.before += since.map_or(Duration::ZERO, |since| since.elapsed());
+                }
                 _ => {}
             }
             return;

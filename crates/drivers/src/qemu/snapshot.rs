@@ -6,6 +6,9 @@
 //!   where the guest changes it     │ devices                            │ or copied
 //! ```
 //!
+//! An emulator stands still once more, for a moment, when the memory begins to be sent: see
+//! [`WriteTracking`].
+//!
 //! QEMU sends a migration stream into a socket of ours, which is taken apart while it comes
 //! ([`stream`]): no second QEMU takes part, and the guest stands still only for what changed in the
 //! last few milliseconds. A worker that dies breaks the socket; the next one lets the guest go on
@@ -30,15 +33,15 @@ use tokio::{
 
 use super::{
     Control, Qemu,
-    command_line::{DISK_ID, layer_node, node_name, number_of_node, own_file},
+    command_line::{Accelerator, DISK_ID, layer_node, node_name, number_of_node, own_file},
     layers,
     qmp::{Migration, Qmp},
     stream,
 };
 use crate::{
-    DriverError, SnapshotDisk, SnapshotMachine, SnapshotTaken,
-    host::{blocking, file_error},
-    machines::{Place, WasBefore},
+    AfterSnapshot, DriverError, SnapshotDisk, SnapshotMachine, SnapshotTaken,
+    host::file_error,
+    machines::{Place, SnapshotWish, WasBefore},
 };
 
 pub(super) const MEMORY_FILE: &str = "memory";
@@ -56,6 +59,47 @@ const MERGE_LIMIT: Duration = Duration::from_mins(10);
 const MERGE_JOB: &str = "merge";
 const FD_NAME: &str = "snapshot";
 
+/// How QEMU learns of writes to memory that it has sent already.
+///
+/// An emulator (TCG) keeps in a cache of its own which addresses it may write without saying so.
+/// QEMU must bring that cache up to date whenever it collects the pages that were written, and does
+/// not always: guests restored from what was lost were seen to crash.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum WriteTracking {
+    /// The processor says so.
+    Always,
+    /// QEMU 9.0 and later bring it up to date if they find pages that they did not know of. At
+    /// first they know of all: then the guest has to stand still, which empties the cache.
+    FromStandstill,
+    /// Earlier ones never do ("physmem: Fix migration dirty bitmap coherency with TCG memory
+    /// access" mended it). Those up to 7.2 collect only at the beginning and at the end where no
+    /// downtime is allowed them: the guest stands still both times.
+    OnePass,
+    /// Others collect in between all the same: all is sent from a guest that stands still.
+    Never,
+}
+
+impl WriteTracking {
+    pub(super) fn of(accelerator: Accelerator, version: &str) -> Self {
+        if accelerator == Accelerator::Kvm {
+            return Self::Always;
+        }
+        let major = version.split('.').next().and_then(|number| number.parse().ok()).unwrap_or(0);
+        match major {
+            9_u32.. => Self::FromStandstill,
+            6 | 7 => Self::OnePass,
+            0..=5 | 8 => Self::Never,
+        }
+    }
+
+    fn downtime_limit_ms(self) -> u64 {
+        match self {
+            Self::Always | Self::FromStandstill | Self::Never => DOWNTIME_LIMIT_MS,
+            Self::OnePass => 0,
+        }
+    }
+}
+
 fn refused(action: &str, detail: impl Into<String>) -> DriverError {
     DriverError::Vmm { action: action.to_owned(), detail: detail.into() }
 }
@@ -66,37 +110,49 @@ impl Qemu {
         place: &Place,
         control: &Control,
         into: &Path,
-        disk: SnapshotDisk,
+        wish: SnapshotWish,
     ) -> Result<SnapshotTaken, DriverError> {
         let fault = &place.host.fault;
         let qmp = &control.qmp;
-        let new_top = match disk {
+        let was_paused = qmp.is_paused().await?;
+        if was_paused {
+            leave_last_migration(qmp).await?;
+        }
+        let new_top = match wish.disk {
             SnapshotDisk::Include => Some(prepare_layer(place, qmp).await?),
             SnapshotDisk::Leave => None,
         };
         fault.hit("snapshot: layer made")?;
-        let was_paused = qmp.is_paused().await?;
         let (sending, mut receiving) = Receiving::begin(place, into)?;
         let begun = Instant::now();
-        self.send(place, qmp, sending).await?;
+        qmp.forget_stops();
+        let tracking = if was_paused { WriteTracking::Always } else { self.tracking };
+        tokio::select! {
+            sent = send(place, qmp, sending, tracking) => sent?,
+            error = receiving.failed() => return Err(error),
+        }
         fault.hit("snapshot: stands still")?;
-        let stopped = if was_paused { None } else { qmp.stopped_at() };
-        let switched = timeout(SWITCH_LIMIT, switch(qmp, new_top)).await;
+        let switched = tokio::select! {
+            switched = timeout(SWITCH_LIMIT, switch(qmp, new_top)) => switched,
+            error = receiving.failed() => return Err(error),
+        };
         switched.unwrap_or_else(|_| Err(refused("take a snapshot", "no end of the stream")))?;
         // Before that QEMU is not done with its migration, though it says so.
-        receiving.closed().await?;
+        let closed = timeout(SWITCH_LIMIT, receiving.closed()).await;
+        closed
+            .unwrap_or_else(|_| Err(refused("close the stream of a snapshot", "no end of it")))?;
         fault.hit("snapshot: sent")?;
-        if !was_paused {
+        if !was_paused && wish.after == AfterSnapshot::GoOn {
             qmp.execute("cont", json!({})).await?;
         }
-        let paused = stopped.map_or(Duration::ZERO, |at| at.elapsed());
+        let paused = if was_paused { Duration::ZERO } else { qmp.stood_still() };
         fault.hit("snapshot: goes on")?;
         receiving.join().await?;
         tracing::debug!(machine.id = %place.id(), ?paused, took = ?begun.elapsed(), "memory taken");
         let layers = match new_top {
             Some(top) => {
                 let (host, id, into) = (Arc::clone(&place.host), place.id(), into.to_owned());
-                blocking(move || layers::freeze_into(&host, id, top.number, &into)).await?
+                place.blocking(move || layers::freeze_into(&host, id, top.number, &into)).await?
             }
             None => Vec::new(),
         };
@@ -114,38 +170,58 @@ impl Qemu {
         };
         Ok(SnapshotTaken { machine, paused })
     }
+}
 
-    /// Sends all memory, and what changes meanwhile, until the guest stands still.
-    async fn send(&self, place: &Place, qmp: &Qmp, sending: OwnedFd) -> Result<(), DriverError> {
-        qmp.give(FD_NAME, sending).await?;
-        let on = |name: &str| json!({ "capability": name, "state": true });
-        let capabilities = json!({ "capabilities": [on("events"), on("pause-before-switchover")] });
-        qmp.execute("migrate-set-capabilities", capabilities).await?;
-        // As fast as it goes; QEMU reckons with what it sees.
-        let parameters =
-            json!({ "max-bandwidth": 1_u64 << 40, "downtime-limit": DOWNTIME_LIMIT_MS });
-        qmp.execute("migrate-set-parameters", parameters).await?;
-        qmp.forget_migration();
-        qmp.execute("migrate", json!({ "uri": format!("fd:{FD_NAME}") })).await?;
-        place.host.fault.hit("snapshot: sending")?;
-        let still = async {
-            match qmp.migration(|at| at != Migration::Active).await? {
-                Migration::PreSwitchover => Ok(()),
-                Migration::Completed | Migration::Failed | Migration::Active => {
-                    Err(refused("send the guest's memory", why_failed(qmp).await))
-                }
-            }
-        };
-        tokio::pin!(still);
-        let limit = CONVERGE_LIMIT + CONVERGE_LIMIT_PER_MIB * place.record.spec.memory_mb;
-        if let Ok(stands) = timeout(limit, &mut still).await {
-            return stands;
-        }
-        tracing::info!(machine.id = %place.id(), "the guest is stopped for its snapshot");
+/// Sends all memory, and what changes meanwhile, until the guest stands still.
+async fn send(
+    place: &Place,
+    qmp: &Qmp,
+    sending: OwnedFd,
+    tracking: WriteTracking,
+) -> Result<(), DriverError> {
+    qmp.give(FD_NAME, sending).await?;
+    let on = |name: &str| json!({ "capability": name, "state": true });
+    let capabilities = json!({ "capabilities": [on("events"), on("pause-before-switchover")] });
+    qmp.execute("migrate-set-capabilities", capabilities).await?;
+    // As fast as it goes; QEMU reckons with what it sees.
+    let downtime_limit = tracking.downtime_limit_ms();
+    let parameters = json!({ "max-bandwidth": 1_u64 << 40, "downtime-limit": downtime_limit });
+    qmp.execute("migrate-set-parameters", parameters).await?;
+    if tracking != WriteTracking::Always {
         qmp.execute("stop", json!({})).await?;
-        timeout(SWITCH_LIMIT + limit, still)
-            .await
-            .unwrap_or_else(|_| Err(refused("send the guest's memory", "it does not end")))
+    }
+    qmp.forget_migration();
+    qmp.execute("migrate", json!({ "uri": format!("fd:{FD_NAME}") })).await?;
+    place.host.fault.hit("snapshot: sending")?;
+    if matches!(tracking, WriteTracking::FromStandstill | WriteTracking::OnePass) {
+        let begun = timeout(SWITCH_LIMIT, qmp.migration(|at| at != Migration::Setup)).await;
+        begun.unwrap_or_else(|_| Err(refused("send the guest's memory", "it does not begin")))?;
+        match qmp.execute("cont", json!({})).await {
+            // All of a small memory is sent already: the guest stands still as it must, and goes on
+            // later.
+            Err(DriverError::Vmm { detail, .. }) if detail.contains(NOT_FINAL) => {}
+            answer => drop(answer?),
+        }
+    }
+    let still = stands_still(qmp);
+    tokio::pin!(still);
+    let limit = CONVERGE_LIMIT + CONVERGE_LIMIT_PER_MIB * place.record.spec.memory_mb;
+    if let Ok(stands) = timeout(limit, &mut still).await {
+        return stands;
+    }
+    tracing::info!(machine.id = %place.id(), "the guest is stopped for its snapshot");
+    qmp.execute("stop", json!({})).await?;
+    timeout(SWITCH_LIMIT + limit, still)
+        .await
+        .unwrap_or_else(|_| Err(refused("send the guest's memory", "it does not end")))
+}
+
+async fn stands_still(qmp: &Qmp) -> Result<(), DriverError> {
+    match qmp.migration(|at| !matches!(at, Migration::Setup | Migration::Active)).await? {
+        Migration::PreSwitchover => Ok(()),
+        Migration::Completed | Migration::Failed | Migration::Setup | Migration::Active => {
+            Err(refused("send the guest's memory", why_failed(qmp).await))
+        }
     }
 }
 
@@ -159,17 +235,28 @@ struct NewTop {
 async fn prepare_layer(place: &Place, qmp: &Qmp) -> Result<NewTop, DriverError> {
     let (host, id) = (Arc::clone(&place.host), place.id());
     let below = top_layer(qmp).await?;
-    let there = blocking(move || layers::of(&host, id)).await?;
+    let there = place.blocking(move || layers::of(&host, id)).await?;
     if there.len() >= layers::LAYERS_MAX {
         merge(place, qmp, below).await?;
     }
     // A number that no file has: an earlier attempt may have left one that QEMU has open.
     let number = there.last_key_value().map_or(below, |(highest, _)| below.max(*highest)) + 1;
     let (host, record) = (Arc::clone(&place.host), place.record.clone());
-    blocking(move || layers::make_top(&host, &record, number)).await?;
+    place.blocking(move || layers::make_top(&host, &record, number)).await?;
     let node = layer_node(number, &own_file(number), Some(Value::Null));
     qmp.execute("blockdev-add", node).await?;
     Ok(NewTop { below, number })
+}
+
+/// QEMU migrates a paused guest once only: it must have run in between. So it does, for as long as
+/// it takes to read the second of two commands that were sent together.
+async fn leave_last_migration(qmp: &Qmp) -> Result<(), DriverError> {
+    if qmp.status().await? == "postmigrate" {
+        let (went_on, stopped) =
+            tokio::join!(qmp.execute("cont", json!({})), qmp.execute("stop", json!({})));
+        went_on.and(stopped)?;
+    }
+    Ok(())
 }
 
 /// The layer that QEMU writes.
@@ -199,20 +286,26 @@ async fn merge(place: &Place, qmp: &Qmp, top: u32) -> Result<(), DriverError> {
         .unwrap_or_else(|_| Err(refused("merge the disk's layers", "no end of it")))?
         .map_err(|detail| refused("merge the disk's layers", detail))?;
     let (host, id) = (Arc::clone(&place.host), place.id());
-    let there = blocking({
-        let host = Arc::clone(&host);
-        move || layers::of(&host, id)
-    })
-    .await?;
-    for number in there.into_keys().rev().filter(|number| *number > 0 && *number < top) {
-        // One that QEMU does not know, or that has no name of its own, is of no harm.
-        if let Err(error) =
-            qmp.execute("blockdev-del", json!({ "node-name": node_name(number) })).await
-        {
-            tracing::debug!(%error, "a merged layer stays open");
+    forget_layers(place, qmp, |number| number > 0 && number < top).await?;
+    place.blocking(move || layers::remove(&host, id, |n| n > 0 && n < top)).await
+}
+
+/// Lets QEMU close layers that nothing reads or writes any more.
+async fn forget_layers(
+    place: &Place,
+    qmp: &Qmp,
+    is_meant: impl Fn(u32) -> bool,
+) -> Result<(), DriverError> {
+    let (host, id) = (Arc::clone(&place.host), place.id());
+    let there = place.blocking(move || layers::of(&host, id)).await?;
+    for number in there.into_keys().rev().filter(|number| is_meant(*number)) {
+        let node = json!({ "node-name": node_name(number) });
+        // One that QEMU does not know is of no harm.
+        if let Err(error) = qmp.execute("blockdev-del", node).await {
+            tracing::debug!(%error, "a layer that is not used stays open");
         }
     }
-    blocking(move || layers::remove_merged(&host, id, top)).await
+    Ok(())
 }
 
 /// From the guest's stop to the end of the stream.
@@ -225,7 +318,7 @@ async fn switch(qmp: &Qmp, new_top: Option<NewTop>) -> Result<(), DriverError> {
     let is_end = |at| matches!(at, Migration::Completed | Migration::Failed);
     match qmp.migration(is_end).await? {
         Migration::Completed => Ok(()),
-        Migration::Failed | Migration::Active | Migration::PreSwitchover => {
+        Migration::Failed | Migration::Setup | Migration::Active | Migration::PreSwitchover => {
             Err(refused("send the guest's devices", why_failed(qmp).await))
         }
     }
@@ -238,7 +331,7 @@ async fn why_failed(qmp: &Qmp) -> String {
 }
 
 /// Ends a migration that nobody receives any more and lets the guest be what it was.
-pub(super) async fn settle(qmp: &Qmp, was: WasBefore) -> Result<(), DriverError> {
+pub(super) async fn settle(place: &Place, qmp: &Qmp, was: WasBefore) -> Result<(), DriverError> {
     qmp.forget_migration();
     let events = json!({ "capability": "events", "state": true });
     // Refused while one is under way, which has its events already.
@@ -249,9 +342,16 @@ pub(super) async fn settle(qmp: &Qmp, was: WasBefore) -> Result<(), DriverError>
     if !matches!(status, "none" | "completed" | "failed" | "cancelled") {
         qmp.migration(|at| matches!(at, Migration::Completed | Migration::Failed)).await?;
     }
-    if was == WasBefore::Paused {
-        return Ok(());
+    if was == WasBefore::Running {
+        go_on(qmp).await?;
     }
+    let top = top_layer(qmp).await?;
+    forget_layers(place, qmp, |number| number > top).await?;
+    let (host, id) = (Arc::clone(&place.host), place.id());
+    place.blocking(move || layers::remove(&host, id, |number| number > top)).await
+}
+
+async fn go_on(qmp: &Qmp) -> Result<(), DriverError> {
     loop {
         match qmp.execute("cont", json!({})).await {
             // It has ended its migration and is not done with it, which no event says. Whoever
@@ -271,7 +371,8 @@ const NOT_FINAL_PAUSE: Duration = Duration::from_millis(5);
 /// The other end of QEMU's stream. Dropped, it breaks it.
 struct Receiving {
     breaker: UnixStream,
-    closed: oneshot::Receiver<()>,
+    /// `None` once it is known.
+    closed: Option<oneshot::Receiver<()>>,
     taking: tokio::task::JoinHandle<Result<(), DriverError>>,
 }
 
@@ -289,18 +390,28 @@ impl Receiving {
         let memory_bytes = u64::from(place.record.spec.memory_mb) << 20;
         let into = into.to_owned();
         let (closing, closed) = oneshot::channel();
-        let taking =
-            tokio::task::spawn_blocking(move || receive(ours, memory_bytes, &into, closing));
-        Ok((theirs.into(), Self { breaker, closed, taking }))
+        let taking = place.work.spawn_blocking(move || receive(ours, memory_bytes, &into, closing));
+        Ok((theirs.into(), Self { breaker, closed: Some(closed), taking }))
     }
 
-    /// Waits until QEMU has closed the stream.
+    /// Waits until QEMU has closed the stream. Safe to drop and call again, unless it failed.
     async fn closed(&mut self) -> Result<(), DriverError> {
-        if let Ok(closed) = timeout(SWITCH_LIMIT, &mut self.closed).await {
-            // Where it was not read to its end, the reason is what counts.
-            return if closed.is_ok() { Ok(()) } else { self.join().await };
+        if let Some(closed) = &mut self.closed {
+            let was_read = closed.await.is_ok();
+            self.closed = None;
+            if !was_read {
+                return self.join().await;
+            }
         }
-        Err(refused("close the stream of a snapshot", "no answer in time"))
+        Ok(())
+    }
+
+    /// Waits until the stream cannot be taken any more; for ever where it was taken whole.
+    async fn failed(&mut self) -> DriverError {
+        match self.closed().await {
+            Ok(()) => std::future::pending().await,
+            Err(error) => error,
+        }
     }
 
     async fn join(&mut self) -> Result<(), DriverError> {
@@ -328,4 +439,19 @@ fn receive(
     let (path, file) = create(STATE_FILE)?;
     std::os::unix::fs::FileExt::write_all_at(&file, &state, 0)
         .map_err(|e| file_error("write", &path, e))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_qemu_that_does_not_see_writes_is_known() {
+        let of = |version| WriteTracking::of(Accelerator::Tcg, version);
+        assert_eq!(of("7.2.22"), WriteTracking::OnePass);
+        assert_eq!(of("8.2.2"), WriteTracking::Never);
+        assert_eq!(of("10.0.8"), WriteTracking::FromStandstill);
+        assert_eq!(of("unknown"), WriteTracking::Never);
+        assert_eq!(WriteTracking::of(Accelerator::Kvm, "8.2.2"), WriteTracking::Always);
+    }
 }

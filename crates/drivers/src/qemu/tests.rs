@@ -16,11 +16,13 @@ use aether_types::{MachineId, NetworkPolicy};
 
 use super::*;
 use crate::{
-    AfterSnapshot, HostConfig, KernelFlavour, MachineState, SnapshotFiles, Start,
+    AfterSnapshot, HostConfig, KernelFlavour, MachineState, SnapshotDisk, SnapshotFiles, Start,
     fault::FaultPoints,
 };
 
 const LIMIT: Duration = Duration::from_mins(1);
+/// Makes the guest write memory and disk all the time.
+const BUSY: &str = "(while echo x >>/root/log; do sync; done) >/dev/null 2>&1 &";
 
 struct Rig {
     folder: tempfile::TempDir,
@@ -114,6 +116,15 @@ impl Rig {
         let taken =
             driver.snapshot(guest.id, &directory, SnapshotDisk::Include, after).await.unwrap();
         (SnapshotFiles { directory, machine: taken.machine }, taken.paused)
+    }
+
+    /// Keeps the memory and ends the VM, or keeps it for a VM that goes on.
+    async fn suspend(&self, guest: &Guest, name: &str) -> SnapshotFiles {
+        let directory = self.folder.path().join(name);
+        std::fs::create_dir(&directory).unwrap();
+        let (disk, after) = (SnapshotDisk::Leave, AfterSnapshot::End);
+        let taken = self.driver().snapshot(guest.id, &directory, disk, after).await.unwrap();
+        SnapshotFiles { directory, machine: taken.machine }
     }
 
     async fn sh(&self, guest: &Guest, script: &str) -> String {
@@ -267,6 +278,95 @@ async fn real_guest_goes_on_where_a_snapshot_fails_at_any_step() {
     let (last, _) = rig.snapshot(&source, "last").await;
     let clone = rig.clone_of(&last, &source).await;
     assert_eq!(rig.sh(&clone, "echo runs").await, "runs");
+    rig.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn real_guest_that_is_paused_can_be_snapshot_again_and_again() {
+    let Some(mut rig) = Rig::open().await else { return };
+    let source = rig.boot().await;
+    rig.sh(&source, "echo before >/root/file; sync; echo memory >/dev/shm/file").await;
+    rig.driver().pause(source.id).await.unwrap();
+    let mut last = None;
+    for round in 0..3 {
+        let (files, paused) = rig.snapshot(&source, &format!("paused-{round}")).await;
+        assert_eq!(paused, Duration::ZERO);
+        last = Some(files);
+        rig.reopen().await;
+    }
+    let state = rig.driver().inspect(source.id).await.unwrap().unwrap().state;
+    assert_eq!(state, MachineState::Paused);
+    let clone = rig.clone_of(&last.unwrap(), &source).await;
+    let read = "cat /root/file /dev/shm/file | tr '\\n' ' '";
+    assert_eq!(rig.sh(&clone, read).await, "before memory");
+    rig.driver().resume(source.id).await.unwrap();
+    rig.sh(&source, "echo after >/root/file; sync").await;
+    assert_eq!(rig.sh(&source, read).await, "after memory");
+    rig.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn real_guest_goes_on_on_its_own_disk_and_only_from_its_last_memory() {
+    let Some(mut rig) = Rig::open().await else { return };
+    let source = rig.boot().await;
+    // What it writes after its memory was taken would be lost to it.
+    rig.sh(&source, BUSY).await;
+    let mut older = None;
+    for round in 0..3 {
+        let memory = rig.suspend(&source, &format!("memory-{round}")).await;
+        if round == 1 {
+            rig.reopen().await;
+        }
+        if let Some(older) = older.replace(memory.clone()) {
+            let again = rig.driver().start(source.id, Start::Restore(older), LIMIT).await;
+            assert!(matches!(again, Err(DriverError::WrongState { .. })), "{again:?}");
+        }
+        rig.driver().start(source.id, Start::Restore(memory), LIMIT).await.unwrap();
+        rig.sh(&source, "true").await;
+    }
+    // A file system that found itself changed says so.
+    let errors = "dmesg | grep -ci 'ext4.*error'; e=$(tail -c 2 /root/log); echo $e";
+    assert_eq!(rig.sh(&source, errors).await, "0\nx");
+    rig.close().await;
+}
+
+/// Pages of the guest's memory in which a snapshot differs from what QEMU has.
+async fn torn_pages(rig: &Rig, guest: &Guest, directory: &Path) -> Vec<usize> {
+    /// Firmware, which is not in the guest's own memory.
+    const FIRMWARE: std::ops::Range<usize> = 0xa0..0x100;
+    let machines = &rig.driver().0;
+    let (place, live) = machines.at_work(guest.id);
+    let qmp = &live.control.qmp;
+    let wish = SnapshotWish { disk: SnapshotDisk::Leave, after: AfterSnapshot::End };
+    machines.vmm.take_snapshot(&place, &live.control, directory, wish).await.unwrap();
+    let dump = json!({ "val": 0, "size": 128_u64 << 20, "filename": "dump" });
+    qmp.execute("pmemsave", dump).await.unwrap();
+    let has = std::fs::read(place.host.directory(guest.id).join("dump")).unwrap();
+    let taken = std::fs::read(directory.join(snapshot::MEMORY_FILE)).unwrap();
+    assert_eq!(has.len(), taken.len());
+    snapshot::settle(&place, qmp, WasBefore::Running).await.unwrap();
+    let pages = has.chunks(4096).zip(taken.chunks(4096)).enumerate();
+    let torn = pages.filter(|(page, (has, taken))| !FIRMWARE.contains(page) && has != taken);
+    torn.map(|(page, _)| page).collect()
+}
+
+/// A page that is not of the moment at which the guest was stopped makes it crash sooner or later.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn real_guest_memory_is_of_one_moment_while_it_changes() {
+    let Some(rig) = Rig::open().await else { return };
+    let source = rig.boot().await;
+    rig.sh(&source, BUSY).await;
+    let (files, _) = rig.snapshot(&source, "first").await;
+    for round in 0..6 {
+        // A guest that was just restored was seen to lose most.
+        let clone = rig.clone_of(&files, &source).await;
+        for again in 0..2 {
+            let directory = rig.folder.path().join(format!("torn-{round}-{again}"));
+            std::fs::create_dir(&directory).unwrap();
+            assert_eq!(torn_pages(&rig, &clone, &directory).await, Vec::<usize>::new());
+        }
+        rig.driver().delete(clone.id).await.unwrap();
+    }
     rig.close().await;
 }
 
