@@ -88,7 +88,16 @@ impl Session {
         path: &'static str,
         body: &impl Serialize,
     ) -> Result<(), DriverError> {
-        self.request(Method::PUT, path, Some(&to_json(body)?)).await.map(drop)
+        self.put_within(REQUEST_LIMIT, path, body).await
+    }
+
+    pub(super) async fn put_within(
+        &mut self,
+        limit: Duration,
+        path: &'static str,
+        body: &impl Serialize,
+    ) -> Result<(), DriverError> {
+        self.request(limit, Method::PUT, path, Some(&to_json(body)?)).await.map(drop)
     }
 
     pub(super) async fn set_state(&mut self, state: State) -> Result<(), DriverError> {
@@ -97,25 +106,26 @@ impl Session {
             State::Running | State::NotStarted => "Resumed",
         };
         let body = to_json(&serde_json::json!({ "state": word }))?;
-        self.request(Method::PATCH, "/vm", Some(&body)).await.map(drop)
+        self.request(REQUEST_LIMIT, Method::PATCH, "/vm", Some(&body)).await.map(drop)
     }
 
     pub(super) async fn state(&mut self) -> Result<State, DriverError> {
-        let answer = self.request(Method::GET, "/", None).await?;
+        let answer = self.request(REQUEST_LIMIT, Method::GET, "/", None).await?;
         let instance: Instance = serde_json::from_slice(&answer).map_err(|e| broken(e.into()))?;
         Ok(instance.state)
     }
 
     async fn request(
         &mut self,
+        limit: Duration,
         method: Method,
         path: &'static str,
         body: Option<&Bytes>,
     ) -> Result<Bytes, DriverError> {
         let action = format!("{method} {path}");
-        let answer = tokio::time::timeout(REQUEST_LIMIT, self.exchange(method, path, body)).await;
+        let answer = tokio::time::timeout(limit, self.exchange(method, path, body)).await;
         answer.unwrap_or_else(|_| {
-            let detail = format!("no answer within {} s", REQUEST_LIMIT.as_secs());
+            let detail = format!("no answer within {} s", limit.as_secs());
             Err(DriverError::Vmm { action, detail })
         })
     }

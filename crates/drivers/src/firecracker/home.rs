@@ -1,7 +1,9 @@
 //! Where a VMM lives: the VM's directory, or a jail in it.
 //!
 //! ```text
-//! DATA/vms/ID/                               disk.img; without a jailer also the sockets
+//! DATA/vms/ID/                               disk.img; without a jailer also the sockets and
+//!                                            names for an image's and a snapshot's files
+//! DATA/vms/ID/scratch/                       behind `snap` in the VMM's home
 //! DATA/vms/ID/jail/firecracker/ID/root/      with one: what the VMM sees as /, made for each start
 //! ```
 //!
@@ -22,7 +24,12 @@ use rustix::{
 };
 use tokio::io::unix::AsyncFd;
 
-use super::{API_SOCKET, api::Session, machine::Files, vsock};
+use super::{
+    API_SOCKET,
+    api::Session,
+    machine::{Files, MEMORY_NAME, ROOTFS_NAME, STATE_NAME},
+    scratch, snapshot, vsock,
+};
 use crate::{
     BootSource, DriverError,
     host::{DISK_FILE, Host, Record, file_error, make_folder, remove_file, remove_tree, unmount},
@@ -58,43 +65,80 @@ impl Home {
         Self::open(root.unwrap_or_else(|| host.directory(id)))
     }
 
-    /// Puts a VM's files into its jail, as names in its root.
-    pub(super) fn furnish(&self, host: &Host, record: &Record) -> Result<Files, DriverError> {
+    /// Puts the disks of a VM into its VMM's home. A snapshot has their names in it.
+    pub(super) fn furnish(&self, host: &Host, record: &Record) -> Result<(), DriverError> {
         let id = record.spec.id;
-        let BootSource { kernel, initrd, rootfs, kernel_flavour: _ } = &record.spec.boot;
-        let disk = host.disk(id);
-        for (source, name) in
-            [(kernel, "kernel"), (initrd, "initrd"), (rootfs, "rootfs"), (&disk, DISK_FILE)]
-        {
-            self.bring(host, id, source, name)?;
+        self.bring(host, id, &record.spec.boot.rootfs, ROOTFS_NAME)?;
+        if self.path != host.directory(id) {
+            self.bring(host, id, &host.disk(id), DISK_FILE)?;
         }
-        let name = |name: &str| name.to_owned();
-        Ok(Files {
-            kernel: name("kernel"),
-            initrd: name("initrd"),
-            rootfs: name("rootfs"),
-            disk: name(DISK_FILE),
-        })
+        scratch::make(host, record, self)
     }
 
-    /// Another name for the file, or where the file system has none, a mount over an empty one.
-    fn bring(&self, host: &Host, id: MachineId, from: &Path, name: &str) -> Result<(), DriverError> {
+    /// Puts what a guest boots into a jail.
+    pub(super) fn bring_kernel(&self, host: &Host, record: &Record) -> Result<Files, DriverError> {
+        let BootSource { kernel, initrd, .. } = &record.spec.boot;
+        for (source, name) in [(kernel, "kernel"), (initrd, "initrd")] {
+            self.bring(host, record.spec.id, source, name)?;
+        }
+        Ok(Files { kernel: "kernel".to_owned(), initrd: "initrd".to_owned() })
+    }
+
+    /// Puts a snapshot into a VMM's home, while it loads it.
+    pub(super) fn bring_snapshot(
+        &self,
+        host: &Host,
+        id: MachineId,
+        directory: &Path,
+    ) -> Result<(), DriverError> {
+        for name in [MEMORY_NAME, STATE_NAME] {
+            self.bring(host, id, &directory.join(name), name)?;
+        }
+        Ok(())
+    }
+
+    /// The VMM has loaded it, and keeps the memory by a mapping.
+    pub(super) fn remove_snapshot(&self, host: &Host, id: MachineId) -> Result<(), DriverError> {
+        for name in [MEMORY_NAME, STATE_NAME] {
+            let path = self.path.join(name);
+            let mount = Resource::Mount { path: path.clone() };
+            if host.journal.resources(id).contains(&mount) {
+                unmount(&path)?;
+                host.journal.forget(id, &mount)?;
+            }
+            remove_file(&path)?;
+        }
+        Ok(())
+    }
+
+    /// Another name for the file, or where the file system has none, a mount over an empty one. A
+    /// worker that may not mount has VMMs that see what it sees.
+    fn bring(
+        &self,
+        host: &Host,
+        id: MachineId,
+        from: &Path,
+        name: &str,
+    ) -> Result<(), DriverError> {
         let from = fs::canonicalize(from).map_err(|e| file_error("find", from, e))?;
         let path = self.path.join(name);
         if fs::hard_link(&from, &path).is_ok() {
             return Ok(());
+        }
+        if !rustix::process::geteuid().is_root() {
+            return std::os::unix::fs::symlink(&from, &path)
+                .map_err(|e| file_error("make a link at", &path, e));
         }
         host.journal.intend(id, &Resource::Mount { path: path.clone() })?;
         fs::write(&path, b"").map_err(|e| file_error("make", &path, e))?;
         mount_bind(&from, &path)
             // The disk is always in the same file system, so what is mounted is only read.
             .and_then(|()| mount_remount(&path, MountFlags::BIND | MountFlags::RDONLY, c""))
-            .map_err(|e| file_error("mount an image's file at", &path, e.into()))
+            .map_err(|e| file_error("mount a file at", &path, e.into()))
     }
 }
 
-/// Without a jail: the image's files by inherited descriptors, as the VM's user may not be able to
-/// reach their folders.
+/// Without a jail: what a guest boots, by inherited descriptors.
 pub(super) fn inherited(boot: &BootSource) -> Result<(Vec<OwnedFd>, Files), DriverError> {
     let open = |path: &Path| {
         let fd = process::open_for(path)?;
@@ -103,14 +147,7 @@ pub(super) fn inherited(boot: &BootSource) -> Result<(Vec<OwnedFd>, Files), Driv
     };
     let (kernel, kernel_name) = open(&boot.kernel)?;
     let (initrd, initrd_name) = open(&boot.initrd)?;
-    let (rootfs, rootfs_name) = open(&boot.rootfs)?;
-    let files = Files {
-        kernel: kernel_name,
-        initrd: initrd_name,
-        rootfs: rootfs_name,
-        disk: DISK_FILE.to_owned(),
-    };
-    Ok((vec![kernel, initrd, rootfs], files))
+    Ok((vec![kernel, initrd], Files { kernel: kernel_name, initrd: initrd_name }))
 }
 
 /// Makes the root of a new jail.
@@ -125,18 +162,19 @@ pub(super) fn make_jail(host: &Host, id: MachineId, root: PathBuf) -> Result<Hom
 pub(super) fn clean(host: &Host, id: MachineId) -> Result<(), DriverError> {
     let (directory, jail) = (host.directory(id), jail_base(host, id));
     for resource in host.journal.resources(id) {
-        if let Resource::Mount { path } = &resource
-            && path.starts_with(&jail)
-        {
+        if let Resource::Mount { path } = &resource {
             unmount(path)?;
             host.journal.forget(id, &resource)?;
         }
     }
-    remove_tree(&jail)?;
-    for name in [API_SOCKET, vsock::SOCKET, &vsock::ready_socket()] {
+    for folder in [jail, scratch::behind(host, id), directory.join(scratch::FOLDER)] {
+        remove_tree(&folder)?;
+    }
+    let ready = vsock::ready_socket();
+    for name in [API_SOCKET, vsock::SOCKET, &ready, ROOTFS_NAME, MEMORY_NAME, STATE_NAME] {
         remove_file(&directory.join(name))?;
     }
-    Ok(())
+    snapshot::forget_base(&directory)
 }
 
 /// Sees the API's socket appear in a directory.

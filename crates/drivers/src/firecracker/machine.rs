@@ -2,8 +2,15 @@
 
 use serde_json::{Value, json};
 
-use crate::{DriverError, GuestNetwork, KernelFlavour, MachineSpec};
+use crate::{DriverError, GuestNetwork, KernelFlavour, MachineSpec, host::DISK_FILE};
 
+/// A snapshot names its devices and their files: changing one of these names is another layout
+/// ([`super::format`]).
+const INTERFACE_ID: &str = "net";
+pub(super) const ROOTFS_NAME: &str = "rootfs";
+/// In a VMM's home, while it loads them.
+pub(super) const MEMORY_NAME: &str = "memory";
+pub(super) const STATE_NAME: &str = "state";
 /// The guest's vsock address; each VMM has its own.
 const GUEST_CID: u32 = 3;
 
@@ -29,13 +36,11 @@ impl RateLimit {
     }
 }
 
-/// Paths as the VMM sees them.
-#[derive(Debug, Clone)]
+/// What a guest boots, by paths as the VMM sees them.
+#[derive(Debug, Clone, Default)]
 pub(super) struct Files {
     pub(super) kernel: String,
     pub(super) initrd: String,
-    pub(super) rootfs: String,
-    pub(super) disk: String,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -76,7 +81,8 @@ fn cpu_config() -> Value {
     ] })
 }
 
-/// For a processor and a kernel, and nothing else.
+/// For a processor and a kernel, and nothing else. Pages that the guest changes are told apart, so
+/// that a snapshot need not write the others.
 pub(super) fn bare(
     flavour: KernelFlavour,
     vcpus: u32,
@@ -87,9 +93,24 @@ pub(super) fn bare(
     if flavour == KernelFlavour::FirecrackerTest {
         requests.push(("/cpu-config", cpu_config()));
     }
-    requests.push(("/machine-config", json!({ "vcpu_count": vcpus, "mem_size_mib": memory_mb })));
+    let machine = json!({
+        "vcpu_count": vcpus, "mem_size_mib": memory_mb, "track_dirty_pages": true,
+    });
+    requests.push(("/machine-config", machine));
     requests.push(("/boot-source", boot_source.clone()));
     requests
+}
+
+/// Makes a VMM that has nothing yet go on with a snapshot. The guest runs at once: it has no network
+/// until it is told its own addresses.
+pub(super) fn load(tap: &str) -> Value {
+    json!({
+        "snapshot_path": STATE_NAME,
+        "mem_backend": { "backend_type": "File", "backend_path": MEMORY_NAME },
+        "enable_diff_snapshots": true,
+        "resume_vm": true,
+        "network_overrides": [{ "iface_id": INTERFACE_ID, "host_dev_name": tap }],
+    })
 }
 
 /// Every request that describes a VM, in their order. The token is in a request's body and so on
@@ -116,17 +137,17 @@ pub(super) fn requests(
     });
     // The guest finds its disks by their order.
     let rootfs = json!({
-        "drive_id": "rootfs", "path_on_host": files.rootfs,
+        "drive_id": "rootfs", "path_on_host": ROOTFS_NAME,
         "is_root_device": false, "is_read_only": true,
     });
     let mut disk = json!({
-        "drive_id": "disk", "path_on_host": files.disk,
+        "drive_id": "disk", "path_on_host": DISK_FILE,
         "is_root_device": false, "is_read_only": false,
         // What the guest has synced is on the host's disk.
         "cache_type": "Writeback",
     });
     let mut network = json!({
-        "iface_id": "net", "host_dev_name": tap, "guest_mac": guest.mac,
+        "iface_id": INTERFACE_ID, "host_dev_name": tap, "guest_mac": guest.mac,
     });
     if let Some(limit) = options.disk_limit {
         disk["rate_limiter"] = limit.limiter();
@@ -162,12 +183,7 @@ mod tests {
             dns: Vec::new(),
             mtu: 1400,
         };
-        let files = Files {
-            kernel: "kernel".into(),
-            initrd: "initrd".into(),
-            rootfs: "rootfs".into(),
-            disk: "disk.img".into(),
-        };
+        let files = Files { kernel: "kernel".into(), initrd: "initrd".into() };
         requests(&spec, &guest, "aeu8", &files, options).unwrap()
     }
 

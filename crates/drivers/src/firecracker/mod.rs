@@ -9,25 +9,34 @@
 //! be told.
 
 mod api;
+mod format;
 mod home;
 mod machine;
+mod memory;
 mod probe;
+mod scratch;
+mod snapshot;
 mod version;
 mod vsock;
 
 use std::{
+    collections::HashMap,
     fs::File,
     os::{fd::AsFd as _, unix::fs::MetadataExt as _},
-    path::PathBuf,
-    sync::Arc,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
-use aether_protocol::{AGENT_PORT, host::BoxStream};
+use aether_protocol::host::BoxStream;
 use aether_types::{DriverKind, MachineId};
 use async_trait::async_trait;
 use serde_json::json;
 use tokio::net::UnixListener;
+use tokio_util::sync::CancellationToken;
 
 pub use self::machine::RateLimit;
 use self::{
@@ -37,10 +46,12 @@ use self::{
 };
 use crate::{
     BootSource, Capabilities, Driver, DriverError, ExitReason, GuestNetwork, Machine, MachineSpec,
-    host::{Host, Record, file_error},
-    machines::{Booted, Machines, Place, Vmm},
+    SnapshotFiles, SnapshotTaken,
+    host::{Host, Record, file_error, remove_file},
+    machines::{Booted, Machines, Phases, Place, SnapshotWish, Vmm, WasBefore},
     process::{self, Ended, Launch, Process},
     qemu::shows_panic,
+    stream::GuestStream,
 };
 
 const API_SOCKET: &str = "api.sock";
@@ -49,8 +60,6 @@ const LOG_BYTES: u64 = 256 * 1024;
 const LINES_SHOWN: usize = 12;
 /// For a VMM that hung up to be gone.
 const END_LIMIT: Duration = Duration::from_secs(5);
-/// One attempt to reach the agent.
-const ASK_LIMIT: Duration = Duration::from_secs(2);
 /// What Firecracker says last of all, where its end was not an accident.
 const EXITED_WELL: &str = "Firecracker exiting successfully. exit_code=0";
 
@@ -116,6 +125,7 @@ impl FirecrackerDriver {
                 )));
             }
         }
+        let snapshot_format = format::here(version);
         let version = judge(version, config.allow_vulnerable)?;
         match &jailer {
             Some(_) if !rustix::process::geteuid().is_root() => {
@@ -132,7 +142,9 @@ impl FirecrackerDriver {
             network_limit: config.network_limit,
             serial_console: config.serial_console,
         };
-        Machines::open(host, Firecracker { program, jailer, version, options }).await.map(Self)
+        let streams = Mutex::default();
+        let vmm = Firecracker { program, jailer, version, snapshot_format, options, streams };
+        Machines::open(host, vmm).await.map(Self)
     }
 }
 
@@ -170,14 +182,38 @@ pub(crate) struct Firecracker {
     program: PathBuf,
     jailer: Option<PathBuf>,
     version: String,
+    snapshot_format: Option<String>,
     options: machine::Options,
+    /// Breaks the streams to a guest that was made to forget them.
+    streams: Mutex<HashMap<MachineId, CancellationToken>>,
 }
 
 pub(crate) struct Control {
     home: Home,
+    /// The VM's directory.
+    directory: PathBuf,
     /// `None`: an earlier worker's, and unreadable.
     log: Option<File>,
+    /// `None`: the guest went on from a snapshot, or has been ready before.
     ready: tokio::sync::Mutex<Option<UnixListener>>,
+    /// The guest has yet to forget the connections of before a snapshot.
+    is_channel_lost: AtomicBool,
+}
+
+/// What a VMM is started for.
+#[derive(Clone, Copy)]
+enum Purpose<'a> {
+    Boot,
+    /// The folder of the snapshot.
+    Restore(&'a Path),
+}
+
+impl Control {
+    fn new(place: &Place, home: Home, log: Option<File>, ready: Option<UnixListener>) -> Self {
+        let directory = place.host.directory(place.id());
+        let (ready, is_channel_lost) = (tokio::sync::Mutex::new(ready), AtomicBool::new(false));
+        Self { home, directory, log, ready, is_channel_lost }
+    }
 }
 
 impl Firecracker {
@@ -195,26 +231,33 @@ impl Firecracker {
         &self,
         place: &Place,
         log: &File,
+        purpose: Purpose<'_>,
     ) -> Result<(Home, Launch, machine::Files), DriverError> {
         let (host, id, record) = (&place.host, place.id(), &place.record);
         let path = self.new_home_path(host, id);
         let own = ["--api-sock", API_SOCKET, "--level", "Warn"].map(str::to_owned);
-        let (home, program, args, fds, files, identity) = match &self.jailer {
-            None => {
-                let (fds, files) = home::inherited(&record.spec.boot)?;
-                let args = ["--id".to_owned(), id.to_string()].into_iter().chain(own).collect();
-                let identity = host.identity(record.uid);
-                (Home::open(path)?, self.program.clone(), args, fds, files, identity)
-            }
-            Some(jailer) => {
-                let home = home::make_jail(host, id, path)?;
-                let files = home.furnish(host, record)?;
-                let args = self.jailer_arguments(host, record, own);
-                (home, jailer.clone(), args, Vec::new(), files, None)
+        let home = match &self.jailer {
+            None => Home::open(path)?,
+            Some(_) => home::make_jail(host, id, path)?,
+        };
+        home.furnish(host, record)?;
+        let (fds, files) = match (purpose, &self.jailer) {
+            (Purpose::Boot, None) => home::inherited(&record.spec.boot)?,
+            (Purpose::Boot, Some(_)) => (Vec::new(), home.bring_kernel(host, record)?),
+            (Purpose::Restore(directory), _) => {
+                home.bring_snapshot(host, id, directory)?;
+                (Vec::new(), machine::Files::default())
             }
         };
+        let (program, args, identity) = match &self.jailer {
+            None => {
+                let args = ["--id".to_owned(), id.to_string()].into_iter().chain(own).collect();
+                (&self.program, args, host.identity(record.uid))
+            }
+            Some(jailer) => (jailer, self.jailer_arguments(host, record, own), None),
+        };
         let launch = Launch {
-            program,
+            program: program.clone(),
             args: args.into_iter().map(Into::into).collect(),
             fds,
             directory: home.directory.try_clone().map_err(|e| file_error("open", &home.path, e))?,
@@ -264,6 +307,41 @@ impl Firecracker {
         session.put("/actions", &json!({ "action_type": "InstanceStart" })).await
     }
 
+    /// Waits for the API of a VMM that was started and tells it what to do: its first words where it
+    /// ends instead.
+    async fn instruct<F: Future<Output = Result<(), DriverError>> + Send>(
+        home: &Home,
+        process: &Process,
+        log: &File,
+        appearance: &Appearance,
+        instruct: impl FnOnce(Session) -> F,
+    ) -> Result<(), DriverError> {
+        let instructed = tokio::select! {
+            session = appearance.session(home) => match session {
+                Ok(session) => instruct(session).await,
+                Err(error) => Err(error),
+            },
+            _ = process.ended() => return Err(ended_early(log)),
+        };
+        match instructed {
+            Ok(()) => Ok(()),
+            Err(error @ (DriverError::Vmm { .. } | DriverError::Injected(_))) => Err(error),
+            // It may have ended and not be reaped yet: then its words are the better reason.
+            Err(error) => match tokio::time::timeout(END_LIMIT, process.ended()).await {
+                Ok(_) => Err(ended_early(log)),
+                Err(_) => Err(error),
+            },
+        }
+    }
+
+    /// The guest knows nothing any more of the streams that there are to it.
+    fn break_streams(&self, id: MachineId) {
+        let streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
+        if let Some(streams) = streams {
+            streams.cancel();
+        }
+    }
+
     async fn session(control: &Control) -> Result<Session, DriverError> {
         Session::open(control.home.directory.as_fd(), API_SOCKET).await
     }
@@ -291,62 +369,105 @@ impl Vmm for Firecracker {
                 }
             },
             version: self.version.clone(),
-            snapshot_format: None,
+            snapshot_format: self.snapshot_format.clone(),
         }
+    }
+
+    fn make_disk(&self, host: &Host, record: &Record) -> Result<(), DriverError> {
+        let Some(from) = &record.spec.disk_from else { return host.make_disk(record) };
+        let path = host.disk(record.spec.id);
+        // Of an earlier attempt: it may be half a disk.
+        remove_file(&path)?;
+        snapshot::copy_disk(&from.directory.join(snapshot::DISK_NAME), &path)?;
+        host.give(&path, record)
     }
 
     async fn boot(&self, place: &Place) -> Result<Booted<Control>, DriverError> {
         let host = &place.host;
         let log = process::bounded_log(LOG_BYTES)?;
         host.fault.hit("make home")?;
-        let (home, launch, files) = self.launch(place, &log)?;
+        let (home, launch, files) = self.launch(place, &log, Purpose::Boot)?;
+        snapshot::begin_at_zero(host, place.id())?;
         let ready = vsock::listen_ready(home.directory.as_fd())?;
         host.give(&home.path.join(vsock::ready_socket()), &place.record)?;
         host.fault.hit("make home: made")?;
         let appearance = Appearance::of(&home)?;
         let process = host.spawn(&place.record.spec, launch, "firecracker").await?;
         host.fault.hit("start process: running")?;
-        let described = tokio::select! {
-            session = appearance.session(&home) => match session {
-                Ok(mut session) => self.describe(place, &mut session, &files).await,
-                Err(error) => Err(error),
-            },
-            _ = process.ended() => return Err(ended_early(&log)),
-        };
-        match described {
-            Ok(()) => {}
-            Err(error @ DriverError::Vmm { .. }) => return Err(error),
-            // It may have ended and not be reaped yet: then its words are the better reason.
-            Err(error) => match tokio::time::timeout(END_LIMIT, process.ended()).await {
-                Ok(_) => return Err(ended_early(&log)),
-                Err(_) => return Err(error),
-            },
+        Self::instruct(&home, &process, &log, &appearance, |mut session| async move {
+            self.describe(place, &mut session, &files).await
+        })
+        .await?;
+        Ok(Booted { process, control: Control::new(place, home, Some(log), Some(ready)) })
+    }
+
+    async fn restore(
+        &self,
+        place: &Place,
+        from: &SnapshotFiles,
+        phases: &mut Phases,
+    ) -> Result<Booted<Control>, DriverError> {
+        let (host, id) = (&place.host, place.id());
+        snapshot::check_memory(&from.directory, place.record.spec.memory_mb)?;
+        let log = process::bounded_log(LOG_BYTES)?;
+        host.fault.hit("make home")?;
+        let (home, launch, _) = self.launch(place, &log, Purpose::Restore(&from.directory))?;
+        snapshot::begin_at(host, id, &from.directory.join(machine::MEMORY_NAME));
+        host.fault.hit("make home: made")?;
+        let appearance = Appearance::of(&home)?;
+        let process = host.spawn(&place.record.spec, launch, "firecracker").await?;
+        host.fault.hit("start process: running")?;
+        phases.end("process");
+        Self::instruct(&home, &process, &log, &appearance, |mut session| async move {
+            session.put("/logger", &json!({ "level": "Info" })).await?;
+            host.fault.hit("load")?;
+            session.put("/snapshot/load", &machine::load(&place.attachment.tap)).await?;
+            host.fault.hit("load: loaded")
+        })
+        .await?;
+        home.remove_snapshot(host, id)?;
+        phases.end("load");
+        Ok(Booted { process, control: Control::new(place, home, Some(log), None) })
+    }
+
+    async fn snapshot(
+        &self,
+        place: &Place,
+        control: &Control,
+        into: &Path,
+        wish: SnapshotWish,
+    ) -> Result<SnapshotTaken, DriverError> {
+        self.take_snapshot(place, control, into, wish).await
+    }
+
+    async fn settle(
+        &self,
+        place: &Place,
+        control: &Control,
+        was: WasBefore,
+    ) -> Result<(), DriverError> {
+        self.break_streams(place.id());
+        control.is_channel_lost.store(true, Ordering::Release);
+        if was == WasBefore::Running {
+            self.resume(control).await?;
         }
-        let ready = tokio::sync::Mutex::new(Some(ready));
-        Ok(Booted { process, control: Control { home, log: Some(log), ready } })
+        scratch::empty(&control.home)
     }
 
     async fn ready(&self, place: &Place, control: &Control) -> Result<(), DriverError> {
-        if let Some(listener) = control.ready.lock().await.take() {
-            let hint = vsock::wait_ready(&listener).await?;
-            tracing::debug!(vm.id = %place.id(), bytes = hint.len(), "a guest says that it is ready");
-        }
+        let Some(listener) = control.ready.lock().await.take() else {
+            return vsock::outlast_reset(&control.home.directory).await;
+        };
+        let hint = vsock::wait_ready(&listener).await?;
+        tracing::debug!(vm.id = %place.id(), bytes = hint.len(), "a guest says that it is ready");
         // It is a hint: what counts is a connection.
-        loop {
-            match self.connect(place, AGENT_PORT, ASK_LIMIT).await {
-                Ok(_) => return Ok(()),
-                Err(DriverError::ConnectTimeout { .. } | DriverError::ConnectRefused { .. }) => {
-                    tokio::time::sleep(Duration::from_millis(20)).await;
-                }
-                Err(error) => return Err(error),
-            }
-        }
+        vsock::reach_agent(&control.home.directory).await.map(drop)
     }
 
     async fn adopt(&self, place: &Place, process: &Process) -> Result<Control, DriverError> {
         let home = Home::of_running(&place.host, place.id())?;
         let log = process::log_of(process.pid());
-        let control = Control { home, log, ready: tokio::sync::Mutex::new(None) };
+        let control = Control::new(place, home, log, None);
         match Self::session(&control).await?.state().await? {
             State::Running | State::Paused => Ok(control),
             State::NotStarted => Err(DriverError::Vmm {
@@ -358,6 +479,9 @@ impl Vmm for Firecracker {
 
     async fn watch(&self, control: &Control, process: &Process) -> ExitReason {
         let ended = process.ended().await;
+        if let Err(error) = snapshot::forget_base(&control.directory) {
+            tracing::warn!(%error, "cannot give back the room of a memory");
+        }
         let log = control.log.as_ref().map(process::read_log).unwrap_or_default();
         exit_reason(ended, &log)
     }
@@ -372,7 +496,9 @@ impl Vmm for Firecracker {
     }
 
     async fn resume(&self, control: &Control) -> Result<(), DriverError> {
-        Self::session(control).await?.set_state(State::Running).await
+        Self::session(control).await?.set_state(State::Running).await?;
+        control.regain_channel(true).await;
+        Ok(())
     }
 
     async fn is_paused(&self, control: &Control) -> Result<bool, DriverError> {
@@ -386,10 +512,16 @@ impl Vmm for Firecracker {
         limit: Duration,
     ) -> Result<BoxStream, DriverError> {
         let home = Home::of_running(&place.host, place.id())?;
-        Ok(Box::new(vsock::connect(&home.directory, port, limit).await?))
+        let broken = {
+            let mut streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner);
+            streams.entry(place.id()).or_default().clone()
+        };
+        let stream = vsock::connect(&home.directory, port, limit).await?;
+        Ok(Box::new(GuestStream::new(Box::new(stream), broken)))
     }
 
     fn clean(&self, host: &Host, record: &Record) -> Result<(), DriverError> {
+        self.break_streams(record.spec.id);
         home::clean(host, record.spec.id)
     }
 }

@@ -42,6 +42,10 @@ const KNOWN: &[Vulnerability] = &[
 ];
 
 impl Version {
+    pub(super) const fn new(major: u32, minor: u32, patch: u32) -> Self {
+        Self(major, minor, patch)
+    }
+
     /// The numbers after `prefix` on the first line of `--version`.
     pub(super) fn parse(text: &str, prefix: &str) -> Option<Self> {
         let rest = text.lines().next()?.strip_prefix(prefix)?;

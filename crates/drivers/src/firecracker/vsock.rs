@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use aether_protocol::READY_PORT;
+use aether_protocol::{AGENT_PORT, READY_PORT};
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _},
     net::{UnixListener, UnixStream},
@@ -19,6 +19,13 @@ use super::api::connect_in;
 use crate::{DriverError, host::file_error, process};
 
 pub(super) const SOCKET: &str = "vsock.sock";
+/// One attempt to reach the agent.
+const ASK_LIMIT: Duration = Duration::from_secs(2);
+/// Between attempts, where nobody listens yet.
+const ASK_INTERVAL: Duration = Duration::from_millis(20);
+/// For a connection to end that is told nonsense.
+const END_LIMIT: Duration = Duration::from_secs(2);
+const NONSENSE_INTERVAL: Duration = Duration::from_millis(5);
 /// `OK 4294967295` and a line feed.
 const ANSWER_BYTES_MAX: usize = 16;
 /// The hint is a few bytes; more is cut.
@@ -62,6 +69,47 @@ pub(super) async fn connect(
             Err(DriverError::Io { action: format!("connect to port {port} of the guest"), source })
         }
         Err(_) => Err(DriverError::ConnectTimeout { port, limit_ms: limit.as_millis() }),
+    }
+}
+
+/// Connects until the agent accepts. The caller bounds it.
+pub(super) async fn reach_agent(directory: &OwnedFd) -> Result<UnixStream, DriverError> {
+    loop {
+        match connect(directory, AGENT_PORT, ASK_LIMIT).await {
+            Err(DriverError::ConnectTimeout { .. } | DriverError::ConnectRefused { .. }) => {
+                tokio::time::sleep(ASK_INTERVAL).await;
+            }
+            reached => return reached,
+        }
+    }
+}
+
+/// After a snapshot and after a restore the guest's kernel resets all its connections, when it comes
+/// to it: also one that was accepted before, and of which the host then hears no more. So one is
+/// made for that fate. It is over when the agent has hung up on the nonsense that it is told, or
+/// the kernel has on what it does not know any more. The caller bounds it.
+pub(super) async fn outlast_reset(directory: &OwnedFd) -> Result<(), DriverError> {
+    loop {
+        let stream = reach_agent(directory).await?;
+        if tokio::time::timeout(END_LIMIT, tell_nonsense(stream)).await.is_ok() {
+            return Ok(());
+        }
+    }
+}
+
+async fn tell_nonsense(mut stream: UnixStream) {
+    // Longer than a frame can be.
+    let mut nonsense = [0xff; 4].as_slice();
+    let mut answer = [0; 64];
+    loop {
+        if stream.write_all(nonsense).await.is_err() {
+            return;
+        }
+        // A byte of it for the case that it was lost.
+        nonsense = &[0xff];
+        if tokio::time::timeout(NONSENSE_INTERVAL, stream.read(&mut answer)).await.is_ok() {
+            return;
+        }
     }
 }
 
