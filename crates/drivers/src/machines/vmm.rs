@@ -166,6 +166,11 @@ pub(crate) trait Vmm: Send + Sync + 'static {
     async fn resume(&self, control: &Self::Control) -> Result<(), DriverError>;
     async fn is_paused(&self, control: &Self::Control) -> Result<bool, DriverError>;
 
+    /// A connection to the port that was made to see that the guest is ready and is still unused.
+    fn take_connection(&self, _control: &Self::Control, _port: u32) -> Option<BoxStream> {
+        None
+    }
+
     async fn connect(
         &self,
         place: &Place,

@@ -53,6 +53,8 @@ const QMP_SOCKET: &str = "qmp.sock";
 const QUIT_LIMIT: Duration = Duration::from_secs(5);
 /// A hint may be lost: then the guest is asked this often.
 const ASK_INTERVAL: Duration = Duration::from_secs(2);
+/// The agent waits no longer than [`aether_protocol::limits::HANDSHAKE_LIMIT`] for a token.
+const FIRST_LIMIT: Duration = Duration::from_secs(3);
 const CONSOLE_LINES_SHOWN: usize = 12;
 
 /// What runs the instructions of guests.
@@ -175,6 +177,9 @@ pub(crate) struct Control {
     /// The guest's console, as it was at the guest's end.
     console: Mutex<String>,
     ready: tokio::sync::Mutex<Ready>,
+    /// The connection that showed that a restored guest is there, and when. To make another would
+    /// cost the guest as much again.
+    first: Mutex<Option<(BoxStream, Instant)>>,
 }
 
 /// How a guest is known to be ready.
@@ -201,6 +206,7 @@ impl Started {
             log: Some(self.log),
             console: Mutex::default(),
             ready: tokio::sync::Mutex::new(ready),
+            first: Mutex::default(),
         };
         Booted { process: self.process, control }
     }
@@ -291,7 +297,11 @@ impl Vmm for Qemu {
         let ready = std::mem::replace(&mut *control.ready.lock().await, Ready::Seen);
         match ready {
             Ready::Hint(mut listener) => self.hinted(place, &mut listener).await?,
-            Ready::Restored => return self.ready_restored(place).await,
+            Ready::Restored => {
+                let stream = self.ready_restored(place).await?;
+                *lock(&control.first) = Some((stream, Instant::now()));
+                return Ok(());
+            }
             Ready::Seen => {}
         }
         // The hint may be forged or of an earlier moment: what counts is a connection.
@@ -322,6 +332,7 @@ impl Vmm for Qemu {
             log: process::log_of(process.pid()),
             console: Mutex::default(),
             ready: tokio::sync::Mutex::new(Ready::Seen),
+            first: Mutex::default(),
         })
     }
 
@@ -372,6 +383,11 @@ impl Vmm for Qemu {
 
     async fn is_paused(&self, control: &Control) -> Result<bool, DriverError> {
         control.qmp.is_paused().await
+    }
+
+    fn take_connection(&self, control: &Control, port: u32) -> Option<BoxStream> {
+        let (stream, since) = lock(&control.first).take_if(|_| port == AGENT_PORT)?;
+        (since.elapsed() < FIRST_LIMIT).then_some(stream)
     }
 
     async fn connect(

@@ -2,16 +2,19 @@
 //! becomes its own, and only the state of its devices is loaded.
 
 use std::{
+    future::poll_fn,
     io::Write as _,
     os::fd::{AsRawFd as _, OwnedFd},
     path::Path,
+    pin::Pin,
     sync::Arc,
+    task::Poll,
     time::Duration,
 };
 
-use aether_protocol::AGENT_PORT;
+use aether_protocol::{AGENT_PORT, host::BoxStream};
 use serde_json::json;
-use tokio::{task::JoinSet, time::sleep};
+use tokio::{net::TcpStream, time::sleep};
 
 use super::{
     Control, Qemu, Ready,
@@ -83,39 +86,51 @@ impl Qemu {
     }
 
     /// Connects to a restored guest, which gives no hint; then what only a start needs can go.
-    pub(super) async fn ready_restored(&self, place: &Place) -> Result<(), DriverError> {
-        reach(place).await?;
-        layers::forget_state(&place.host, place.id())
+    pub(super) async fn ready_restored(&self, place: &Place) -> Result<BoxStream, DriverError> {
+        let stream = reach(place).await?;
+        layers::forget_state(&place.host, place.id())?;
+        Ok(Box::new(stream))
     }
 }
 
+type Attempt = Pin<Box<dyn Future<Output = Result<TcpStream, DriverError>> + Send>>;
+
 /// Connects by one of several attempts that overlap. The start bounds it.
-async fn reach(place: &Place) -> Result<(), DriverError> {
-    let mut attempts = JoinSet::new();
+async fn reach(place: &Place) -> Result<TcpStream, DriverError> {
+    // Not tasks of their own: what is left of them must be gone when this is.
+    let mut attempts: Vec<Attempt> = Vec::new();
     let mut gap = ATTEMPT_GAP;
     loop {
         if attempts.len() < ATTEMPTS_MAX {
             let (host, id) = (Arc::clone(&place.host), place.id());
-            attempts.spawn(async move {
-                host.network().dial(id, AGENT_PORT, ATTEMPT_LIMIT).await.map(drop)
-            });
+            attempts.push(Box::pin(async move {
+                host.network().dial(id, AGENT_PORT, ATTEMPT_LIMIT).await
+            }));
         }
-        let next = sleep(gap);
-        tokio::pin!(next);
-        loop {
-            tokio::select! {
-                Some(attempt) = attempts.join_next() => match crate::finished(attempt) {
-                    Ok(()) => return Ok(()),
-                    Err(
-                        DriverError::ConnectTimeout { .. } | DriverError::ConnectRefused { .. },
-                    ) => {}
-                    Err(error) => return Err(error),
-                },
-                () = &mut next => break,
-            }
+        tokio::select! {
+            connected = first_of(&mut attempts) => return connected,
+            () = sleep(gap) => {}
         }
         gap = (gap * 2).min(ATTEMPT_GAP_MAX);
     }
+}
+
+/// The first attempt that connects, or that fails for another reason than the guest's.
+async fn first_of(attempts: &mut Vec<Attempt>) -> Result<TcpStream, DriverError> {
+    poll_fn(|cx| {
+        let mut at = 0;
+        while let Some(attempt) = attempts.get_mut(at) {
+            match attempt.as_mut().poll(cx) {
+                Poll::Pending => at += 1,
+                Poll::Ready(Err(
+                    DriverError::ConnectTimeout { .. } | DriverError::ConnectRefused { .. },
+                )) => drop(attempts.swap_remove(at)),
+                Poll::Ready(answer) => return Poll::Ready(answer),
+            }
+        }
+        Poll::Pending
+    })
+    .await
 }
 
 /// The devices' state, for QEMU to read to its end. Not as the file itself: later QEMUs want a
