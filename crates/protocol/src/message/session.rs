@@ -157,7 +157,8 @@ pub struct Welcome {
     #[prost(string, tag = "2")]
     pub agent_version: String,
     /// Opaque; it changes when the guest boots again and when its agent is replaced, and so tells
-    /// that runs known from before are gone. Clones of one snapshot share it.
+    /// that runs known from before are gone. Clones of one snapshot share it until they are
+    /// configured as restored.
     #[prost(string, tag = "3")]
     pub boot_id: String,
 }
