@@ -21,6 +21,8 @@ use crate::{
 
 /// Opened ahead: one for what a claim says, one for the first command.
 const CONNECTIONS: usize = 2;
+/// Run ahead: from the third on, a command costs what it costs for good.
+const COMMANDS: usize = 3;
 /// Name of a guest that is no VM's yet.
 const HOSTNAME: &str = "spare";
 
@@ -65,7 +67,7 @@ impl Spares for Core {
         let mut spare = self.restore_spare(template, id, turn).await.map_err(|f| f.fault)?;
         turn.pass().await;
         let guest = Agent { driver: &spare.driver, machine: id, token: &spare.token, limit };
-        guest.warm().await?;
+        guest.warm(turn).await?;
         turn.pass().await;
         let mut connections = Vec::with_capacity(CONNECTIONS);
         for _ in 0..CONNECTIONS {
@@ -112,10 +114,17 @@ impl Agent<'_> {
 
     /// Has the guest do once what it does when it becomes a VM and runs its first command. What
     /// the VMM translates, and the guest reads from its disk, is there when somebody waits.
-    async fn warm(&self) -> Result<(), Fault> {
+    async fn warm(&self, turn: &Turn) -> Result<(), Fault> {
         let (words, stream) = (self.words()?, self.connect().await?);
         host::configure(stream, self.token, words, self.limit).await.map_err(of_guest)?;
-        let run_id = format!("warm-{}", self.machine);
+        for round in 0..COMMANDS {
+            turn.pass().await;
+            self.run_one(format!("warm-{}-{round}", self.machine)).await?;
+        }
+        Ok(())
+    }
+
+    async fn run_one(&self, run_id: String) -> Result<(), Fault> {
         let run = Run {
             run_id: run_id.clone(),
             command: "sh".into(),
