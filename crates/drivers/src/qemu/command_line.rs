@@ -12,7 +12,7 @@ use crate::{DriverError, GuestNetwork, KernelFlavour, MachineSpec};
 
 /// What of a machine a snapshot depends on beside what [`super::Qemu`] names: to be counted up
 /// whenever a device, its place or its options change.
-pub(super) const LAYOUT: u32 = 1;
+pub(super) const LAYOUT: u32 = 2;
 
 /// The guest's end of the private link.
 pub(super) const CHANNEL_GUEST_MAC: &str = "02:ae:00:00:00:02";
@@ -111,6 +111,10 @@ pub(super) fn config(kernel_options: &str, token: &str) -> Result<String, Driver
     Ok(format!("[machine]\n{line}"))
 }
 
+/// A restored guest need not tell anyone where it is now: the host knows its addresses, and the
+/// words would be the first thing that it has to say.
+const QUIET: &str = "guest_announce=off";
+
 /// Everything after the program's name.
 pub(super) fn arguments(
     spec: &MachineSpec,
@@ -197,9 +201,12 @@ pub(super) fn arguments(
     let GuestNetwork { mac, mtu, .. } = guest;
     // Without the MTU large downloads hang where the host's is small. A link that has a status comes
     // up up to a second after it was configured.
-    add("-device", format!("virtio-net-device,netdev=net,mac={mac},host_mtu={mtu},status=off"));
+    add(
+        "-device",
+        format!("virtio-net-device,netdev=net,mac={mac},host_mtu={mtu},status=off,{QUIET}"),
+    );
     add("-netdev", format!("tap,id=channel,fd={channel}"));
-    add("-device", format!("virtio-net-device,netdev=channel,mac={CHANNEL_GUEST_MAC}"));
+    add("-device", format!("virtio-net-device,netdev=channel,mac={CHANNEL_GUEST_MAC},{QUIET}"));
     add("-object", "rng-random,id=random,filename=/dev/urandom".into());
     add("-device", "virtio-rng-device,rng=random".into());
     args.into_iter().map(OsString::from).collect()
@@ -334,9 +341,9 @@ mod tests {
              {\"discard\":\"unmap\",\"driver\":\"raw\",\"file\":{\"discard\":\"unmap\",\"driver\":\
              \"file\",\"filename\":\"disk.img\"},\"node-name\":\"layer0\"} -device \
              virtio-blk-device,drive=layer0,id=disk -netdev tap,id=net,fd=25 -device \
-             virtio-net-device,netdev=net,mac=02:ae:01:00:00:05,host_mtu=1400,status=off -netdev \
+             virtio-net-device,netdev=net,mac=02:ae:01:00:00:05,host_mtu=1400,status=off,guest_announce=off -netdev \
              tap,id=channel,fd=26 -device \
-             virtio-net-device,netdev=channel,mac=02:ae:00:00:00:02 -object \
+             virtio-net-device,netdev=channel,mac=02:ae:00:00:00:02,guest_announce=off -object \
              rng-random,id=random,filename=/dev/urandom -device virtio-rng-device,rng=random"
         );
     }
