@@ -47,6 +47,8 @@ use std::{
 };
 
 use aether_types::{MachineId, NetworkPolicy};
+use rustix::io::Errno;
+use tokio::time::{Instant, sleep};
 
 pub use self::{
     channel::{READY_PORT, ReadyListener},
@@ -64,6 +66,11 @@ use crate::{
     fault::FaultPoints,
     journal::{Journal, Owner, Resource},
 };
+
+/// From fork to exec, on a busy host.
+const TAP_BUSY_LIMIT: Duration = Duration::from_secs(2);
+/// Nothing says when such a copy is closed.
+const TAP_BUSY_PAUSE: Duration = Duration::from_millis(1);
 
 /// How the network is to be.
 #[derive(Debug, Clone, Default)]
@@ -199,12 +206,17 @@ impl Network {
     /// a VMM runs as. One VMM at a time; a TAP that was not made is not made by this.
     pub async fn open_tap(&self, name: &str) -> Result<OwnedFd, DriverError> {
         let live = self.current().ok_or_else(closed)?;
-        let name = name.to_owned();
-        let opened = live.sockets.run(move || match link::open_made_tap(&name) {
-            Ok(file) => Ok(file.into()),
-            Err(errno) => Err(instance::failed(&format!("open the TAP {name}"), errno)),
-        });
-        opened.await
+        let deadline = Instant::now() + TAP_BUSY_LIMIT;
+        loop {
+            let wanted = name.to_owned();
+            match live.sockets.run(move || Ok(link::open_made_tap(&wanted))).await? {
+                Ok(file) => return Ok(file.into()),
+                // Another program that is being started has a copy of the descriptor that the TAP
+                // was made with, until it runs; or the VMM before has not quite ended.
+                Err(Errno::BUSY) if Instant::now() < deadline => sleep(TAP_BUSY_PAUSE).await,
+                Err(errno) => return Err(instance::failed(&format!("open the TAP {name}"), errno)),
+            }
+        }
     }
 
     /// A connection to a port of the guest's agent over the private link.

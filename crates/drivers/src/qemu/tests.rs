@@ -42,8 +42,12 @@ impl Rig {
             println!("skipped: only root makes networks");
             return None;
         }
-        let images = ImageStore::open(image_folder()?).map(Arc::new).ok()?;
-        let set = images.resolve(TEST_KERNEL_IMAGE).ok()?;
+        let images = image_folder().and_then(|folder| ImageStore::open(folder).ok());
+        let set = images.as_ref().and_then(|images| images.resolve(TEST_KERNEL_IMAGE).ok());
+        let (Some(images), Some(set)) = (images.map(Arc::new), set) else {
+            println!("skipped: no images: ./dev test builds them and sets AETHER_IMAGE_DIR");
+            return None;
+        };
         let boot = BootSource {
             kernel: set.kernel,
             initrd: set.initrd,
