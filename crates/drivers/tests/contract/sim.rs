@@ -3,12 +3,13 @@
 use std::{sync::Arc, time::Duration};
 
 use aether_drivers::{
-    Driver, DriverError, ExitReason, Start,
+    AfterSnapshot, Driver, DriverError, ExitReason, MachineSpec, SnapshotDisk, SnapshotFiles,
+    Start,
     sim::{ManualClock, SimClock, SimConfig, SimDriver, SimHost, SimLatency},
 };
 use aether_protocol::{
-    AGENT_PORT, Attach, Cause, Configure, EnvVar, Environment, ErrorCode, ExitStatus, Run, Token,
-    WriteFile, host,
+    AGENT_PORT, Attach, Cause, Configure, EnvVar, Environment, ErrorCode, ExitStatus, Run,
+    RunState, RunSummary, Token, WriteFile, host,
 };
 use bytes::Bytes;
 
@@ -75,7 +76,7 @@ async fn snapshot_claims() {
 
 #[tokio::test]
 async fn snapshot_faults() {
-    snapshots::faults(rig().await).await;
+    snapshots::faults(rig().await, |_| true).await;
 }
 
 #[tokio::test]
@@ -252,6 +253,109 @@ async fn configuration_reaches_commands() {
     };
     let (out, _) = run_on(one.connect().await, &one.vm, run, SOON).await;
     assert_eq!(out, b"hi you\nweb-1\n");
+}
+
+/// A clone on another host, from the files alone.
+#[tokio::test]
+async fn programs_go_on_in_a_clone_and_do_nothing_twice() {
+    let one = one(SimConfig::default()).await;
+    let run = |id: &str, script: &str, detached: bool| Run {
+        run_id: id.to_owned(),
+        detached,
+        command: "sh".to_owned(),
+        args: vec!["-c".to_owned(), script.to_owned()],
+        ..Run::default()
+    };
+    let script = "echo a >>/root/log; sh -c 'echo b >>/root/log; sleep 0.3; echo c'; echo d $X";
+    let env = Environment { vars: vec![EnvVar::new("X", "x")] };
+    let configure = Configure { env: Some(env), ..Configure::default() };
+    host::configure(one.connect().await, &one.vm.token, configure, SOON).await.unwrap();
+    drop(one.run(run("script", script, true)).await);
+    let attached = one.run(run("attached", "sleep infinity", false)).await;
+    let folder = tempfile::tempdir().unwrap();
+    while run_on(one.connect().await, &one.vm, command("cat /root/log"), SOON).await.0 != b"a\nb\n"
+    {
+    }
+    let taken = one
+        .driver
+        .snapshot(one.vm.id, folder.path(), SnapshotDisk::Include, AfterSnapshot::End)
+        .await
+        .unwrap();
+    drop(attached);
+
+    let driver = SimDriver::new(SimHost::new(SimConfig::default()));
+    let files = SnapshotFiles { directory: folder.path().to_owned(), machine: taken.machine };
+    let spec = MachineSpec { disk_from: Some(files.clone()), ..rig().await.spec() };
+    let vm = Vm { id: spec.id, token: Token::from_hex(&spec.token).unwrap() };
+    driver.create(spec).await.unwrap();
+    driver.start(vm.id, Start::Restore(files), SOON).await.unwrap();
+    let connect = async || driver.connect(vm.id, AGENT_PORT, SOON).await.unwrap();
+    // The clone has the token and the boot id of the other until it is told its own.
+    let before = host::ping(connect().await, &one.vm.token, SOON).await.unwrap();
+    let configure = Configure {
+        new_token: Some(Bytes::copy_from_slice(vm.token.as_bytes())),
+        restored: true,
+        entropy: Bytes::from(vec![7; 32]),
+        ..Configure::default()
+    };
+    let mut open = host::attach(
+        connect().await,
+        &one.vm.token,
+        Attach { run_id: "script".to_owned(), ..Attach::default() },
+        SOON,
+    )
+    .await
+    .unwrap();
+    let configured =
+        host::configure(connect().await, &one.vm.token, configure, SOON).await.unwrap();
+    assert_ne!(configured.boot_id, before.boot_id);
+    while let Ok(event) = open.next().await {
+        assert!(!matches!(event, host::RunEvent::Exited(_)), "the connection has survived");
+    }
+    let attach = |id: &str| Attach { run_id: id.to_owned(), ..Attach::default() };
+    let mut session =
+        host::attach(connect().await, &vm.token, attach("script"), SOON).await.unwrap();
+    let mut out = Vec::new();
+    while let host::RunEvent::Output { data, .. } = session.next().await.unwrap() {
+        out.extend_from_slice(&data);
+    }
+    assert_eq!(out, b"c\nd x\n");
+    let (log, _) = run_on(connect().await, &vm, command("cat /root/log"), SOON).await;
+    assert_eq!(log, b"a\nb\n");
+    // What was bound to a connection has ended with it; what later runs get is forgotten.
+    let runs = host::list_runs(connect().await, &vm.token, SOON).await.unwrap().runs;
+    let runs_on = |run: &RunSummary| run.state() == RunState::Running;
+    assert!(!runs.iter().any(|run| run.run_id == "attached" && runs_on(run)), "{runs:?}");
+    let (out, _) = run_on(connect().await, &vm, command("env"), SOON).await;
+    assert!(!String::from_utf8(out).unwrap().contains("X=x"));
+}
+
+#[tokio::test]
+async fn a_snapshot_takes_its_time_with_the_guest_standing_still() {
+    let clock = ManualClock::default();
+    let latency = SimLatency { snapshot: Duration::from_secs(3), ..SimLatency::default() };
+    let config =
+        SimConfig { clock: SimClock::Manual(clock.clone()), latency, ..SimConfig::default() };
+    let one = one(config).await;
+    one.driver.set_background(one.vm.id, true).await.unwrap();
+    assert!(one.host.is_background(one.vm.id));
+    let folder = tempfile::tempdir().unwrap();
+    let (driver, id, into) = (one.driver.clone(), one.vm.id, folder.path().to_owned());
+    let taking = tokio::spawn(async move {
+        driver.snapshot(id, &into, SnapshotDisk::Leave, AfterSnapshot::GoOn).await
+    });
+    while !taking.is_finished() {
+        clock.advance(Duration::from_secs(3));
+        tokio::task::yield_now().await;
+    }
+    let taken = taking.await.unwrap().unwrap();
+    assert!(taken.paused >= Duration::from_secs(3), "{taken:?}");
+    // The guest's own time stood still.
+    let pong = host::ping(one.connect().await, &one.vm.token, SOON).await.unwrap();
+    assert!(
+        u128::from(pong.uptime_ms)
+            <= (SimClock::Manual(clock).now().saturating_sub(taken.paused)).as_millis()
+    );
 }
 
 #[tokio::test]
