@@ -3,19 +3,23 @@
 //! By the scheduler and not by a cgroup, which many hosts do not let the worker make. Only with
 //! `CAP_SYS_NICE`: without it what was lowered could not be raised again.
 
-use std::{fs, io};
+use std::{fs, io, sync::OnceLock};
 
 /// Bit of the capability in the masks of `/proc/self/status`.
 const CAP_SYS_NICE: u32 = 23;
 /// Threads may begin while they are walked through; those inherit from threads that were changed.
 const ROUNDS_MAX: usize = 8;
 
-/// Whether this process may lower and raise what other users' processes get.
+/// Whether this process may lower and raise what other users' processes get. Asked once: the
+/// kernel writes the whole file for it, and a claim must not wait for that.
 pub(crate) fn is_permitted() -> bool {
-    let Ok(status) = fs::read_to_string("/proc/self/status") else { return false };
-    let mask = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
-    let mask = mask.and_then(|text| u64::from_str_radix(text.trim(), 16).ok());
-    mask.is_some_and(|mask| mask & (1 << CAP_SYS_NICE) != 0)
+    static PERMITTED: OnceLock<bool> = OnceLock::new();
+    *PERMITTED.get_or_init(|| {
+        let Ok(status) = fs::read_to_string("/proc/self/status") else { return false };
+        let mask = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+        let mask = mask.and_then(|text| u64::from_str_radix(text.trim(), 16).ok());
+        mask.is_some_and(|mask| mask & (1 << CAP_SYS_NICE) != 0)
+    })
 }
 
 /// Changes every thread of a process; threads and programs that it begins later inherit it. Does

@@ -427,6 +427,26 @@ async fn measure_real_guest_restore_and_pause() {
         rig.driver().delete(guest.id).await.unwrap();
         phases.entry("delete").or_default().push(begun.elapsed());
     }
+    let mut clones = Vec::new();
+    for _ in 0..6 {
+        let clone = rig.clone_of(&from, &source).await;
+        let begun = Instant::now();
+        rig.driver().set_background(clone.id, true).await.unwrap();
+        rig.driver().pause(clone.id).await.unwrap();
+        phases.entry("pause, low").or_default().push(begun.elapsed());
+        clones.push(clone);
+    }
+    for clone in &clones {
+        let pid = rig.driver().inspect(clone.id).await.unwrap().unwrap().pid.unwrap();
+        println!("PSS of one of six, idle: {} KiB", pss_kib(pid));
+        let (vm, policy) = (aether_types::VmId::new(), NetworkPolicy::default());
+        let begun = Instant::now();
+        rig.driver().claim(clone.id, vm, &policy).await.unwrap();
+        phases.entry("claim").or_default().push(begun.elapsed());
+        let begun = Instant::now();
+        rig.driver().resume(clone.id).await.unwrap();
+        phases.entry("resume").or_default().push(begun.elapsed());
+    }
     for (name, times) in phases {
         let worst = times.iter().max().copied().unwrap_or_default();
         println!("{name:>14}: {:?}, worst {worst:?}", median(times));
