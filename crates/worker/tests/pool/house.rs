@@ -12,7 +12,7 @@ use aether_store::{Capacity, NewTask, NewVm};
 use aether_streams::PoolStatus;
 use aether_types::{
     DriverKind, MachineId, NetworkPolicy, Origin, Priority, Task, TaskId, TaskKind, TaskState,
-    Template, TemplateSpec, TemplateState, Vm, VmId, VmSpec,
+    Template, TemplateSpec, TemplateState, Vm, VmId, VmSpec, VmState,
 };
 use aether_worker::{PoolConfig, ShutdownMode};
 use tokio::time::timeout;
@@ -94,6 +94,8 @@ impl House {
             }
         }
         assert_eq!(template.state, TemplateState::Ready, "{:?}", template.reason);
+        // Nothing of the build goes on beside what a test looks at.
+        rig.in_state(template.builder_id, VmState::Deleted).await;
         template
     }
 
