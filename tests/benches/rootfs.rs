@@ -49,7 +49,7 @@ fn main() -> Result<()> {
             disk.bytes_max = disk.bytes_max.max(bytes);
         }
     }
-    let reports = [fresh, overlay, copy].map(|disk| disk.report());
+    let reports = [fresh, overlay, copy].map(Disk::report);
     reports.into_iter().collect()
 }
 
