@@ -4,8 +4,8 @@
 mod local;
 
 use aether_types::{
-    ExecutionId, SnapshotId, SnapshotState, TaskId, TaskState, TemplateId, TemplateState, Timestamp,
-    VmId, VmState, WorkerId,
+    ExecutionId, SnapshotId, SnapshotState, TaskId, TaskState, TemplateId, TemplateState,
+    Timestamp, VmId, VmState, WorkerId,
 };
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
