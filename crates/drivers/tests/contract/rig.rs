@@ -43,7 +43,7 @@ pub(crate) struct Rig {
     real: Option<Real>,
     sim: Option<Arc<SimHost>>,
     /// Of a simulated host, which has no folder else.
-    own_snapshots: tempfile::TempDir,
+    own_snapshots: Option<tempfile::TempDir>,
 }
 
 /// What a driver on this host needs.
@@ -129,12 +129,13 @@ impl Rig {
 
     async fn try_open(kind: Kind, given: Option<PathBuf>) -> Result<Self, String> {
         let fault = FaultPoints::recording();
-        let own_snapshots = tempfile::tempdir().map_err(|e| e.to_string())?;
+        let own_snapshots = None;
         let mut rig = Self { kind, fault, driver: None, real: None, sim: None, own_snapshots };
         let image = match kind {
             Kind::Sim => {
                 let config = SimConfig { fault: rig.fault.clone(), ..SimConfig::default() };
                 rig.sim = Some(SimHost::new(config));
+                rig.own_snapshots = Some(tempfile::tempdir().map_err(|e| e.to_string())?);
                 rig.reopen().await;
                 return Ok(rig);
             }
@@ -158,7 +159,11 @@ impl Rig {
         rig.real = Some(Real { folder, images, boot });
         match rig.connect_driver().await {
             Ok(driver) => rig.driver = Some(driver),
-            Err(DriverError::Unavailable(reason)) => return Err(reason),
+            Err(DriverError::Unavailable(reason)) => {
+                // Nothing was made.
+                rig.real = None;
+                return Err(reason);
+            }
             Err(error) => panic!("open {kind:?}: {error:?}"),
         }
         Ok(rig)
@@ -230,8 +235,9 @@ impl Rig {
 
     /// Where snapshots are kept.
     pub(crate) fn snapshots(&self) -> PathBuf {
-        let own = self.own_snapshots.path();
-        self.real.as_ref().map_or(own, |real| real.folder.path()).join("snapshots")
+        let real = self.real.as_ref().map(|real| real.folder.path());
+        let own = self.own_snapshots.as_ref().map(tempfile::TempDir::path);
+        real.or(own).expect("a folder").join("snapshots")
     }
 
     /// How long a boot may take on a busy host.
@@ -362,13 +368,15 @@ impl Rig {
                 assert_eq!(leftovers(Some(&instance)), Vec::<String>::new());
             }
         }
+        self.real = None;
     }
 }
 
 /// A test that fails leaves nothing either, so that the next one finds a clean host.
 impl Drop for Rig {
     fn drop(&mut self) {
-        let (Some(_), Some(real)) = (self.driver.take(), self.real.take()) else { return };
+        self.driver = None;
+        let Some(real) = self.real.take() else { return };
         let cleaning = std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             runtime.block_on(clean(&real))
