@@ -27,6 +27,9 @@ use aether_types::{
 use aether_worker::{ImageSource, ShutdownMode, Worker, WorkerConfig, WorkerParts};
 use tempfile::TempDir;
 
+/// Far longer than anything here takes.
+const LIMIT: Duration = Duration::from_secs(25);
+
 pub(crate) struct Rig {
     pub(crate) host: Arc<SimHost>,
     pub(crate) parts: WorkerParts,
@@ -144,6 +147,10 @@ impl Rig {
     /// The worker stops where it stands; the host goes on.
     pub(crate) async fn crash(&mut self) {
         self.worker.take().unwrap().abandon().await;
+        // A commit that was on its way is carried out by the store's own thread, which a process
+        // that dies takes with it. This comes after it.
+        let none = self.store().cancel_task(TaskId::new()).await;
+        assert!(none.is_err());
     }
 
     pub(crate) async fn shut_down(&mut self, mode: ShutdownMode) {
@@ -332,29 +339,48 @@ impl Rig {
 
     /// The task at its end.
     pub(crate) async fn ended(&self, id: TaskId) -> Task {
-        let mut events = self.listen();
-        loop {
-            let task = self.store().task(id).await.unwrap().unwrap();
-            if task.state.is_end() {
-                return task;
+        let ended = async {
+            let mut events = self.listen();
+            loop {
+                let task = self.store().task(id).await.unwrap().unwrap();
+                if task.state.is_end() {
+                    return task;
+                }
+                while !matches!(events.next().await,
+                    Received::Event(Event::Task { task_id, .. }) if task_id == id)
+                {}
             }
-            while !matches!(events.next().await,
-                Received::Event(Event::Task { task_id, .. }) if task_id == id)
-            {}
+        };
+        match tokio::time::timeout(LIMIT, ended).await {
+            Ok(task) => task,
+            Err(_) => self.stuck(format!("{:?}", self.store().task(id).await)).await,
         }
     }
 
     pub(crate) async fn in_state(&self, id: VmId, state: VmState) -> Vm {
-        let mut events = self.listen();
-        loop {
-            let vm = self.store().vm(id).await.unwrap().unwrap();
-            if vm.state == state {
-                return vm;
+        let there = async {
+            let mut events = self.listen();
+            loop {
+                let vm = self.store().vm(id).await.unwrap().unwrap();
+                if vm.state == state {
+                    return vm;
+                }
+                while !matches!(events.next().await,
+                    Received::Event(Event::Vm { vm_id, .. }) if vm_id == id)
+                {}
             }
-            while !matches!(events.next().await,
-                Received::Event(Event::Vm { vm_id, .. }) if vm_id == id)
-            {}
+        };
+        match tokio::time::timeout(LIMIT, there).await {
+            Ok(vm) => vm,
+            Err(_) => self.stuck(format!("{:?}", self.store().vm(id).await)).await,
         }
+    }
+
+    async fn stuck(&self, what: String) -> ! {
+        let open = self.store().open_tasks().await;
+        let depth = self.parts.queue.depth().await;
+        let held = self.host.leftovers();
+        panic!("never came: {what}; open {open:?}; queue {depth:?}; held {held:?}");
     }
 
     pub(crate) async fn execution_begun(&self, execution: &Execution) {
