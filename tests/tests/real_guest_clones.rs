@@ -142,7 +142,8 @@ async fn a_fork_goes_on_with_memory_and_disk_and_the_source_never_notices() -> R
     // A process that counts, and a connection that stays open.
     let script = format!(
         "exec 3<>/dev/tcp/{}/{}; echo up; n=0; while read -r -t 0.05 x <&3 || true; do \
-         n=$((n + 1)); echo $n > /root/count; [ -n \"$x\" ] && echo \"got $x\" >> /root/got; x=; done",
+         n=$((n + 1)); echo $n > /root/count; \
+         [ -n \"$x\" ] && {{ all=$all$x; echo \"got $all\" > /root/got; }}; x=; done",
         address.ip(),
         address.port()
     );

@@ -116,12 +116,14 @@ impl DataDir {
                 let mut holder = String::new();
                 // Only for the message.
                 let _ = lock.read_to_string(&mut holder);
-                return Err(Failure::new(
-                    "data_dir_in_use",
-                    Exit::Conflict,
-                    format!("{} is in use by process {}", path.display(), holder.trim()),
-                )
-                .hint("stop that one, or choose another --data-dir"));
+                if !is_gone(holder.trim()) || !wait_for_lock(&lock) {
+                    return Err(Failure::new(
+                        "data_dir_in_use",
+                        Exit::Conflict,
+                        format!("{} is in use by process {}", path.display(), holder.trim()),
+                    )
+                    .hint("stop that one, or choose another --data-dir"));
+                }
             }
             Err(error) => return Err(Failure::file("lock", &lock_path, &error.into())),
         }
@@ -130,6 +132,28 @@ impl DataDir {
             .map_err(|e| Failure::file("write", &lock_path, &e))?;
         Ok(LockedDataDir { dir: self, _lock: lock })
     }
+}
+
+/// For the end of what a killed process was just starting.
+const LOCK_LIMIT: std::time::Duration = std::time::Duration::from_secs(5);
+
+/// Its holder was killed; what it was just starting has a copy of the lock until it sees that.
+fn is_gone(holder: &str) -> bool {
+    !holder.is_empty() && !Path::new("/proc").join(holder).exists()
+}
+
+/// Waits in a thread, since only a wait without a bound is told that a lock is free.
+fn wait_for_lock(lock: &File) -> bool {
+    let Ok(lock) = lock.try_clone() else { return false };
+    let (locked, is_locked) = std::sync::mpsc::sync_channel(1);
+    std::thread::spawn(move || {
+        let result = rustix::fs::flock(&lock, FlockOperation::LockExclusive);
+        if locked.send(result.is_ok()).is_err() {
+            // Too late: nobody wants it any more.
+            let _ = rustix::fs::flock(&lock, FlockOperation::Unlock);
+        }
+    });
+    is_locked.recv_timeout(LOCK_LIMIT).unwrap_or(false)
 }
 
 /// A data directory that is this process's alone, until it is dropped.

@@ -1,8 +1,10 @@
 //! Accepting connections, and the first exchange of each.
 
 use std::convert::Infallible;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::fs::FileExt as _;
 use std::os::unix::net::UnixListener;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock, mpsc};
@@ -12,7 +14,7 @@ use std::time::Instant;
 use aether_protocol::limits::{CONNECTIONS_MAX, HANDSHAKE_LIMIT};
 use aether_protocol::{
     Done, ErrorCode, Failed, FromGuest, Pong, Refused, RequestBody, RequestError, Runs,
-    ToGuestBody, Token, Welcome, check_request, handshake,
+    TOKEN_BYTES, ToGuestBody, Token, Welcome, check_request, handshake,
 };
 use rustix::io::Errno;
 use rustix::net::{SocketFlags, accept_with};
@@ -22,7 +24,7 @@ use crate::connections::{Connections, Socket};
 use crate::error::Fail;
 use crate::guest::{Guest, uptime_ms};
 use crate::registry::{Attached, Attachment, Registry, unknown_run};
-use crate::{configure, files, power, run, sys};
+use crate::{configure, files, kmsg, power, run, sys};
 
 /// Stack of a connection's thread. Only what is touched costs memory.
 const STACK_BYTES: usize = 256 * 1024;
@@ -37,11 +39,20 @@ const WAITING_MAX: usize = 8;
 #[derive(Debug)]
 pub struct Agent {
     identity: RwLock<Identity>,
+    /// Where the next agent of this guest finds the token, should this one end.
+    legacy: Option<File>,
     connections: Arc<Connections>,
     /// Index of the private link's device, where that is the channel.
     link: OnceLock<u32>,
     pub(crate) guest: Guest,
     pub(crate) registry: Registry,
+}
+
+/// The token that an earlier agent was given.
+fn left(legacy: Option<&File>) -> Option<Token> {
+    let mut bytes = [0; TOKEN_BYTES];
+    legacy?.read_exact_at(&mut bytes, 0).ok()?;
+    Some(Token::from_bytes(bytes))
 }
 
 /// What changes when the guest becomes another VM.
@@ -53,11 +64,21 @@ struct Identity {
 
 impl Agent {
     pub fn new(token: Token, boot_id: String) -> Arc<Self> {
+        Self::with_legacy(token, boot_id, None)
+    }
+
+    /// `legacy` is what an earlier agent of the guest left, if there was one, and is kept up to
+    /// date.
+    pub(crate) fn with_legacy(token: Token, boot_id: String, legacy: Option<File>) -> Arc<Self> {
         sys::use_one_arena();
         sys::stop_ignoring_signals();
         sys::keep_descriptors_private();
         Arc::new(Self {
-            identity: RwLock::new(Identity { token, boot_id }),
+            identity: RwLock::new(Identity {
+                token: left(legacy.as_ref()).unwrap_or(token),
+                boot_id,
+            }),
+            legacy,
             connections: Arc::default(),
             link: OnceLock::new(),
             guest: Guest::default(),
@@ -82,6 +103,10 @@ impl Agent {
     }
 
     pub(crate) fn set_token(&self, token: Token) {
+        if let Some(Err(error)) = self.legacy.as_ref().map(|l| l.write_all_at(token.as_bytes(), 0))
+        {
+            kmsg!("keep the token: {error}");
+        }
         self.identity.write().unwrap_or_else(PoisonError::into_inner).token = token;
     }
 

@@ -7,11 +7,13 @@ mod modules;
 mod mounts;
 
 use std::convert::Infallible;
+use std::fs::File;
 use std::io;
 use std::process::exit;
 use std::time::{Duration, Instant};
 
 use command_line::CommandLine;
+use rustix::fs::{MemfdFlags, memfd_create};
 
 use crate::log::{self, Level};
 use crate::server::{self, Agent};
@@ -58,13 +60,14 @@ fn bring_up() -> io::Result<CommandLine> {
 /// Keeps an agent alive and collects every process that has lost its parent.
 fn supervise(command_line: &CommandLine) -> ! {
     sys::set_all_signals_blocked(true);
+    let legacy = legacy();
     let mut instance = 0_u32;
     let mut short_lives = 0;
     loop {
         instance = instance.saturating_add(1);
         let begun = Instant::now();
         match sys::fork() {
-            Ok(0) => run_agent(command_line, instance),
+            Ok(0) => run_agent(command_line, legacy.as_ref(), instance),
             Ok(agent) => {
                 collect_until(agent);
                 // Its runs have nobody left; nothing else is alive in this guest.
@@ -80,6 +83,18 @@ fn supervise(command_line: &CommandLine) -> ! {
     }
 }
 
+/// A file in memory that every agent of this guest has from here: a token that was given replaces
+/// that of the command line for those that come after, too.
+fn legacy() -> Option<File> {
+    match memfd_create("token", MemfdFlags::CLOEXEC) {
+        Ok(file) => Some(file.into()),
+        Err(error) => {
+            kmsg!("make a file for the token: {error}");
+            None
+        }
+    }
+}
+
 fn collect_until(agent: i32) {
     while let Some((pid, status)) = sys::wait_any() {
         if pid == agent {
@@ -90,16 +105,21 @@ fn collect_until(agent: i32) {
 }
 
 #[expect(clippy::exit, reason = "the main of the forked agent")]
-fn run_agent(command_line: &CommandLine, instance: u32) -> ! {
+fn run_agent(command_line: &CommandLine, legacy: Option<&File>, instance: u32) -> ! {
     sys::set_all_signals_blocked(false);
-    let Err(error) = serve(command_line, instance);
+    let Err(error) = serve(command_line, legacy, instance);
     kmsg!("serve: {error}");
     exit(1)
 }
 
-fn serve(command_line: &CommandLine, instance: u32) -> io::Result<Infallible> {
+fn serve(
+    command_line: &CommandLine,
+    legacy: Option<&File>,
+    instance: u32,
+) -> io::Result<Infallible> {
     let boot_id = format!("{}.{instance}", guest::kernel_boot_id());
-    let agent = Agent::new(command_line.token.clone(), boot_id.clone());
+    let legacy = legacy.map(File::try_clone).transpose()?;
+    let agent = Agent::with_legacy(command_line.token.clone(), boot_id.clone(), legacy);
     let listener = channel::listen(&command_line.channel)?;
     // A hint only: the host asks again by itself where it is lost.
     if let Err(error) = channel::say_ready(&command_line.channel, &boot_id) {
