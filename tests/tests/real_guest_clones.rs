@@ -167,8 +167,10 @@ async fn a_fork_goes_on_with_memory_and_disk_and_the_source_never_notices() -> R
     ensure!(forked.vms.iter().all(|vm| started(vm) == Some(StartKind::Restore)), "{forked:?}");
 
     // Both count on, each for itself.
-    let advances = "a=$(cat /root/count); for i in $(seq 200); do b=$(cat /root/count); \
-         [ \"$b\" -gt \"$a\" ] && exit 0; read -r -t 0.05 < <(:) || true; done; exit 1";
+    // The file is empty for a moment whenever it is written.
+    let advances = "a=; while [ -z \"$a\" ]; do a=$(cat /root/count); done; \
+         for i in $(seq 200); do b=$(cat /root/count); \
+         [ -n \"$b\" ] && [ \"$b\" -gt \"$a\" ] && exit 0; read -r -t 0.05 < <(:) || true; done; exit 1";
     for name in ["source", "c-1", "c-2"] {
         sh(&platform, name, advances).await.with_context(|| format!("{name} counts no more"))?;
         ensure!(sh(&platform, name, "cat /root/file").await? == "before\n");
