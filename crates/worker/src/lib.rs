@@ -125,7 +125,7 @@ impl Default for WorkerConfig {
         let memory_mb = host_memory_mb();
         Self {
             boots_at_once: processors.max(2) * 2,
-            restores_at_once: processors.max(2) * 2,
+            restores_at_once: processors.max(2),
             tasks_at_once: 4096,
             lease: Duration::from_secs(15),
             start_limit: Duration::from_mins(2),
