@@ -112,6 +112,13 @@ start_platform() {
   say "the platform is ready at $(ready .url)"
   say "driver: $(ready '.drivers[0] | "\(.kind) \(.version): \(.isolation)"')"
   INSTANCE="$(ready '.network_instance // empty')"
+  # Before that VMs boot, which is slower.
+  until grep -q '"event":"template"' "$WORK/up.out"; do
+    kill -0 "$UP_PID" 2>/dev/null || fail "the platform ended before its template was built"
+    ((SECONDS < limit)) || fail "the default template was not built within $READY_LIMIT_S s"
+    sleep 0.1
+  done
+  say "the default template is $(jq -r 'select(.event == "template") | .state' "$WORK/up.out")"
   [[ -n "$HOST_ADDRESS" && -n "$INSTANCE" ]] || fail "this driver has no network; the demo needs real VMs"
 }
 
