@@ -59,6 +59,8 @@ impl From<ErrorCode> for Exit {
             | ErrorCode::ImageNotFound
             | ErrorCode::SnapshotNotFound
             | ErrorCode::TemplateNotFound
+            | ErrorCode::ToolNotFound
+            | ErrorCode::ToolVersionNotFound
             | ErrorCode::FileNotFound
             | ErrorCode::RouteNotFound => Self::NotFound,
             ErrorCode::NameTaken
@@ -77,6 +79,7 @@ impl From<ErrorCode> for Exit {
             ErrorCode::MethodNotAllowed
             | ErrorCode::SnapshotDamaged
             | ErrorCode::TemplateBuildFailed
+            | ErrorCode::ToolBuildFailed
             | ErrorCode::VmStartFailed
             | ErrorCode::VmStartTimeout
             | ErrorCode::GuestPanic

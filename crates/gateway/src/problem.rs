@@ -234,6 +234,7 @@ fn status(code: ErrorCode) -> StatusCode {
         | ErrorCode::ExecutionNotFound
         | ErrorCode::SnapshotNotFound
         | ErrorCode::TemplateNotFound
+        | ErrorCode::ToolNotFound
         | ErrorCode::FileNotFound => StatusCode::NOT_FOUND,
         ErrorCode::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
         ErrorCode::FilePermissionDenied => StatusCode::FORBIDDEN,
@@ -243,6 +244,8 @@ fn status(code: ErrorCode) -> StatusCode {
         | ErrorCode::DriverUnavailable
         | ErrorCode::SnapshotIncompatible
         | ErrorCode::TemplateBuildFailed
+        | ErrorCode::ToolVersionNotFound
+        | ErrorCode::ToolBuildFailed
         | ErrorCode::GuestRefused => StatusCode::UNPROCESSABLE_ENTITY,
         ErrorCode::NameTaken
         | ErrorCode::VmStateConflict
@@ -291,6 +294,9 @@ fn title(code: ErrorCode) -> &'static str {
         ErrorCode::SnapshotDamaged => "The snapshot is damaged",
         ErrorCode::SnapshotIncompatible => "The snapshot does not fit this host",
         ErrorCode::TemplateBuildFailed => "The template could not be built",
+        ErrorCode::ToolNotFound => "There is no such tool",
+        ErrorCode::ToolVersionNotFound => "The tool has no such version",
+        ErrorCode::ToolBuildFailed => "The tool could not be built",
         ErrorCode::NameTaken => "The name is taken",
         ErrorCode::VmStateConflict => "The VM's state does not allow this",
         ErrorCode::TaskEnded => "The task has ended",

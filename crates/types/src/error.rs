@@ -45,6 +45,12 @@ codes! {
     SnapshotIncompatible = "snapshot_incompatible",
     /// A step of the template, or its ready check, failed or took too long.
     TemplateBuildFailed = "template_build_failed",
+    /// The catalogue has no tool of this name; the text has the closest ones.
+    ToolNotFound = "tool_not_found",
+    /// The tool has no version that fits; the text has the closest ones.
+    ToolVersionNotFound = "tool_version_not_found",
+    /// A tool could not be fetched, installed or run; the text has the installer's last lines.
+    ToolBuildFailed = "tool_build_failed",
     /// A live VM has this name.
     NameTaken = "name_taken",
     /// The VM's state does not allow the request.

@@ -13,6 +13,7 @@ pub mod start;
 pub mod task;
 pub mod template;
 pub mod time;
+pub mod tool;
 pub mod vm;
 
 pub use error::{ErrorCode, Fault};
@@ -29,4 +30,5 @@ pub use template::{
     TemplateStep,
 };
 pub use time::Timestamp;
+pub use tool::{ToolRequest, VmTool};
 pub use vm::{DriverKind, Origin, StateChange, Vm, VmEvent, VmSpec, VmState};

@@ -87,3 +87,12 @@ pub const TEMPLATE_READY_TIMEOUT_S_DEFAULT: u64 = 60;
 pub const TEMPLATE_BUILD_TIMEOUT_S: u64 = 2 * 3600;
 /// Kept of what the steps of a build say: the end.
 pub const TEMPLATE_LOG_BYTES: usize = 64 * 1024;
+
+/// Layers of one VM: tools asked for and the defaults together.
+pub const TOOLS_MAX: usize = 32;
+pub const TOOL_NAME_BYTES_MAX: usize = 63;
+pub const TOOL_VERSION_BYTES_MAX: usize = 64;
+/// From the first byte fetched to the layer's digest.
+pub const TOOL_BUILD_TIMEOUT_S: u64 = 20 * 60;
+/// Kept of what an installer says: the end.
+pub const TOOL_LOG_BYTES: usize = 64 * 1024;
