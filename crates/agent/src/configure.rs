@@ -30,7 +30,7 @@ pub(crate) fn configure(
     check(request)?;
     let interfaces = net::Plan::of(&request.interfaces)?;
     let guest = &agent.guest;
-    let mut devices = guest.devices.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut known = guest.known.lock().unwrap_or_else(PoisonError::into_inner);
     if own.is_ended() {
         let message = "the guest was restored by another connection meanwhile";
         return Err(Fail::new(ErrorCode::Unauthorized, message));
@@ -45,10 +45,12 @@ pub(crate) fn configure(
         set_clock(unix_time_ns)?;
     }
     let mut warnings = Vec::new();
-    net::apply(&interfaces, request.restored, &mut devices)?;
+    let state = guest.begin_configuration(|| agent.registry.active() == 0 && guest.is_alone());
+    let how = net::How { is_restored: request.restored, is_known: state.is_as_configured };
+    net::apply(&interfaces, how, &mut known.devices)?;
     // Nobody but a process can hold a connection.
     if request.restored
-        && !guest.is_alone()
+        && !state.is_alone
         && let Err(errno) = net::end_connections(agent.link())
     {
         warnings.push(format!("end connections: {errno}"));
@@ -59,7 +61,11 @@ pub(crate) fn configure(
         None if request.restored => guest.set_env(Vec::new()),
         None => {}
     }
-    name(request, &mut warnings)?;
+    name(request, |path, text| {
+        if let Err(error) = known.texts.write(path, text, state.is_as_configured) {
+            warnings.push(format!("write {path}: {error}"));
+        }
+    })?;
     if let Some(token) = request.new_token.as_deref().and_then(Token::from_slice) {
         agent.set_token(token);
     }
@@ -67,16 +73,11 @@ pub(crate) fn configure(
         let boot_id = guest.new_boot_id().map_err(Fail::io("read random bytes"))?;
         agent.become_another(boot_id, own);
     }
-    Ok(Configured { warnings, boot_id: agent.boot_id() })
+    Ok(Configured { warnings, boot_id: agent.boot_id(), kept_open: true })
 }
 
 /// Names and addresses in the kernel and in `/etc`.
-fn name(request: &Configure, warnings: &mut Vec<String>) -> Result<(), Fail> {
-    let mut write = |path: &str, text: &str| {
-        if let Err(error) = etc::write_text(path, text) {
-            warnings.push(format!("write {path}: {error}"));
-        }
-    };
+fn name(request: &Configure, mut write: impl FnMut(&str, &str)) -> Result<(), Fail> {
     if let Some(machine_id) = &request.machine_id {
         write("/etc/machine-id", &format!("{machine_id}\n"));
     }

@@ -115,4 +115,8 @@ pub struct Configured {
     /// restored guest.
     #[prost(string, tag = "2")]
     pub boot_id: String,
+    /// The connection takes another hello and request, like one that was just made: a restored
+    /// guest is spared the end of this one and the beginning of the next.
+    #[prost(bool, tag = "3")]
+    pub kept_open: bool,
 }
