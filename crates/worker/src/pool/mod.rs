@@ -64,8 +64,9 @@ pub(crate) struct Spare {
     pub(crate) network: GuestNetwork,
     /// Of its guest, since it was restored.
     pub(crate) boot_id: String,
-    /// To its agent, opened before the pause: what is said first after it needs none.
-    pub(crate) connections: Vec<BoxStream>,
+    /// To its agent, opened before the pause: what a claim says, and the first command, need no
+    /// other.
+    pub(crate) connection: Option<BoxStream>,
 }
 
 // The token must not reach a log.

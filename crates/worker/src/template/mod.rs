@@ -16,7 +16,7 @@ mod steps;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
-use aether_drivers::{AfterSnapshot, SnapshotDisk};
+use aether_drivers::{AfterSnapshot, GuestNetwork, SnapshotDisk};
 use aether_store::{
     AttemptEnd, NewSnapshot, NewTask, NewTemplate, NewVm, SnapshotFacts, StoreError,
 };
@@ -25,7 +25,7 @@ use aether_types::{
     TemplateSpec, TemplateState, Vm, VmId, VmSpec, limits,
     template::{DEFAULT_TAG, DEFAULT_TEMPLATE},
 };
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use self::steps::{Steps, build_failed, no_guest};
 pub(crate) use self::{cache::TemplateCache, lock::Builds};
@@ -33,11 +33,16 @@ use crate::{
     attempt::{Attempt, done},
     failure::{Failure, blocking, internal},
     fault,
+    guest::Guest,
     phases::PhaseClock,
     reconcile,
     snapshot::Take,
     worker::Core,
 };
+
+/// What a kernel puts off after its boot, and what the last command leaves, is mostly done by then.
+const REST_AFTER_STEPS: Duration = Duration::from_secs(1);
+const REST_BEFORE_SNAPSHOT: Duration = Duration::from_millis(200);
 
 /// An image and a size, and nothing on top: its VMs may as well boot the image.
 pub(crate) fn is_plain(spec: &TemplateSpec) -> bool {
@@ -89,9 +94,10 @@ impl Core {
         template: &Template,
         digest: &str,
     ) -> Result<SnapshotFacts, Failure> {
-        self.create(vm, PhaseClock::since(attempt.task.created_at)).await?;
+        let started = self.create(vm, PhaseClock::since(attempt.task.created_at)).await?;
         let guest = self.guests.get(vm.id).ok_or_else(no_guest)?;
         Steps::new(self, attempt, Arc::clone(&guest), template).run().await?;
+        self.bring_to_rest(&guest, &started.network).await?;
         guest.will_end(Fault::new(aether_types::ErrorCode::VmStopped, "the template is built"));
         let take = Take {
             store: &self.parts.templates,
@@ -100,6 +106,16 @@ impl Core {
             after: AfterSnapshot::End,
         };
         self.take(vm, take).await
+    }
+
+    /// Lets the guest come to rest, and takes its addresses from it: what is left to be done is done
+    /// once, and not in every clone. A clone that has none to give up is configured in less.
+    async fn bring_to_rest(&self, guest: &Guest, network: &GuestNetwork) -> Result<(), Failure> {
+        // Nothing tells when a kernel has no more to do.
+        sleep(REST_AFTER_STEPS).await;
+        self.take_addresses(guest, network).await?;
+        sleep(REST_BEFORE_SNAPSHOT).await;
+        Ok(())
     }
 
     async fn template_of(&self, vm: &Vm) -> Result<Arc<Template>, Failure> {

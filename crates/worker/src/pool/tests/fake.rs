@@ -111,7 +111,7 @@ impl Spares for Fake {
                 mtu: 1400,
             },
             boot_id: id.to_string(),
-            connections: Vec::new(),
+            connection: None,
         })
     }
 
