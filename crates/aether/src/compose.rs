@@ -106,7 +106,7 @@ impl Platform {
             images: Arc::clone(&machines.images),
             snapshots: kept,
             templates,
-            config: worker_config(&capacity, &snapshots),
+            config: worker_config(&capacity, &snapshots, backend.driver),
         })
         .await
         .map_err(|e| Failure::internal("start the worker", &e))?;
@@ -216,8 +216,14 @@ async fn open_snapshots(root: PathBuf) -> Result<Arc<SnapshotStore>, Failure> {
         .map_err(|error: SnapshotError| Failure::new(error.code(), Exit::Failure, chain(&error)))
 }
 
-fn worker_config(capacity: &Capacity, snapshots: &Snapshots) -> WorkerConfig {
+fn worker_config(
+    capacity: &Capacity,
+    snapshots: &Snapshots,
+    driver: DriverChoice,
+) -> WorkerConfig {
     let config = WorkerConfig::default();
+    // A simulated guest has nothing that it puts off.
+    let is_real = driver != DriverChoice::Sim;
     WorkerConfig {
         retention: Retention {
             snapshots_per_vm_max: snapshots.snapshot_keep,
@@ -226,6 +232,7 @@ fn worker_config(capacity: &Capacity, snapshots: &Snapshots) -> WorkerConfig {
         },
         templates_are_shared: snapshots.template_dir.is_some(),
         pools: pools(config.pools, &capacity.pool),
+        template_rest: if is_real { config.template_rest } else { Duration::ZERO },
         ..config
     }
 }

@@ -40,9 +40,8 @@ use crate::{
     worker::Core,
 };
 
-/// What a kernel puts off after its boot, and what the last command leaves, is mostly done by then.
-const REST_AFTER_STEPS: Duration = Duration::from_secs(1);
-const REST_BEFORE_SNAPSHOT: Duration = Duration::from_millis(200);
+/// Addresses leave less to be done than a boot and commands.
+const LAST_REST_PART: u32 = 5;
 
 /// An image and a size, and nothing on top: its VMs may as well boot the image.
 pub(crate) fn is_plain(spec: &TemplateSpec) -> bool {
@@ -112,9 +111,10 @@ impl Core {
     /// once, and not in every clone. A clone that has none to give up is configured in less.
     async fn bring_to_rest(&self, guest: &Guest, network: &GuestNetwork) -> Result<(), Failure> {
         // Nothing tells when a kernel has no more to do.
-        sleep(REST_AFTER_STEPS).await;
+        let rest = self.parts.config.template_rest;
+        sleep(rest).await;
         self.take_addresses(guest, network).await?;
-        sleep(REST_BEFORE_SNAPSHOT).await;
+        sleep(rest / LAST_REST_PART).await;
         Ok(())
     }
 
