@@ -216,11 +216,7 @@ async fn open_snapshots(root: PathBuf) -> Result<Arc<SnapshotStore>, Failure> {
         .map_err(|error: SnapshotError| Failure::new(error.code(), Exit::Failure, chain(&error)))
 }
 
-fn worker_config(
-    capacity: &Capacity,
-    snapshots: &Snapshots,
-    driver: DriverChoice,
-) -> WorkerConfig {
+fn worker_config(capacity: &Capacity, snapshots: &Snapshots, driver: DriverChoice) -> WorkerConfig {
     let config = WorkerConfig::default();
     // A simulated guest has nothing that it puts off.
     let is_real = driver != DriverChoice::Sim;

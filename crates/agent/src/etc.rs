@@ -61,7 +61,7 @@ struct Kept {
 
 impl Default for Texts {
     fn default() -> Self {
-        Self::new("/run/aether/etc".into())
+        Self::new("/run/aether-etc".into())
     }
 }
 

@@ -30,7 +30,7 @@ use crate::{DEFAULT_IMAGE, Digest, ImageError, TEST_KERNEL_IMAGE};
 pub(crate) use stage::forget as forget_stages;
 
 /// Part of every key: raised when a recipe changes, so that what the old one made is not reused.
-const RECIPE: u32 = 3;
+const RECIPE: u32 = 4;
 
 /// Where packages come from, as in a `sources.list`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
