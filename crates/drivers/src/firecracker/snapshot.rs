@@ -222,6 +222,7 @@ impl Firecracker {
             memory_mb: spec.memory_mb,
             disk_mb: spec.disk_mb,
             boot: spec.boot.clone(),
+            layers: spec.layers.clone(),
             mac: place.attachment.guest.mac.clone(),
             detail: json!({}),
         };

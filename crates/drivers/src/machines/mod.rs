@@ -19,6 +19,7 @@
 
 pub(crate) mod background;
 mod driver;
+mod layers;
 mod live;
 mod snapshot;
 mod start;

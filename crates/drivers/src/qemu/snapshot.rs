@@ -165,6 +165,7 @@ impl Qemu {
             memory_mb: spec.memory_mb,
             disk_mb: spec.disk_mb,
             boot: spec.boot.clone(),
+            layers: spec.layers.clone(),
             mac: place.attachment.guest.mac.clone(),
             detail: layers::detail(&layers),
         };
