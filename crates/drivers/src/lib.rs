@@ -16,12 +16,14 @@ pub mod fault;
 pub mod firecracker;
 mod host;
 pub mod journal;
+mod links;
 mod machines;
 pub mod network;
 mod process;
 pub mod qemu;
 pub mod sim;
 mod stream;
+mod tools;
 
 use std::{
     fmt,
@@ -37,6 +39,7 @@ use async_trait::async_trait;
 pub use cgroup::{CgroupMode, CgroupStatus};
 pub use error::DriverError;
 pub use host::{Host, HostConfig, UID_BASE_DEFAULT, UID_COUNT};
+pub use tools::layer_places;
 
 /// Everything a driver needs to make a VM. Also what it keeps, so that a VM can be started again
 /// after a restart of the worker.
@@ -139,7 +142,18 @@ impl SnapshotMachine {
         ] {
             same(what, &theirs.display(), &ours.display())?;
         }
-        Ok(())
+        if tools::begin_with(&spec.layers, &self.layers) {
+            return Ok(());
+        }
+        let names = |layers: &[LayerFile]| {
+            layers.iter().map(|layer| layer.name.as_str()).collect::<Vec<_>>().join(", ")
+        };
+        // Equal names may be of other builds.
+        Err(DriverError::Incompatible {
+            what: "list of tools",
+            snapshot: names(&self.layers),
+            machine: names(&spec.layers),
+        })
     }
 
     /// Whether a machine of this kind and specification can have its disk.
@@ -341,7 +355,8 @@ pub trait Driver: Send + Sync + 'static {
     ) -> Result<(), DriverError>;
 
     /// Puts further tools over those that a machine has, durably, whether it runs, is paused or was
-    /// never started; the guest is told by whoever calls. A repetition is harmless.
+    /// never started; the guest is told by whoever calls. `layers` are all that it shall have, and
+    /// begin with those that it has. A repetition is harmless.
     async fn add_layers(&self, id: MachineId, layers: &[LayerFile]) -> Result<(), DriverError> {
         let _ = (id, layers);
         Err(DriverError::Unavailable("this driver cannot add tools to a machine".to_owned()))

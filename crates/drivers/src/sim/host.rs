@@ -507,7 +507,7 @@ impl SimMachine {
             memory_mb: spec.memory_mb,
             disk_mb: spec.disk_mb,
             boot: spec.boot.clone(),
-            layers: spec.layers.clone(),
+            layers: crate::tools::in_snapshot(&spec.layers),
             mac: self.network.mac.clone(),
             detail: serde_json::json!({ LEFT_DISK: left_disk }),
         }
