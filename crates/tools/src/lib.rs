@@ -5,6 +5,7 @@ mod catalogue;
 mod config;
 mod error;
 mod tools;
+mod version;
 
 pub use build::{
     BuildArtefact, BuildError, BuildJob, Builder, LAYOUT_FAILED, LogSink, SIZE_PREFIX,
