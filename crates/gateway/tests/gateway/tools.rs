@@ -283,9 +283,9 @@ async fn progress(rig: &Rig, task: &TaskView, generation: i64) -> TaskView {
 #[tokio::test]
 async fn who_waits_for_a_tool_sees_how_far_it_is() {
     let rig = Rig::new().await;
-    let create = asking(&["rust"], &[], &[]);
+    let create = asking(&["rust@slow"], &[], &[]);
     let creation = rig.client.create_vm(&create, &CallOptions::default()).await.unwrap();
-    let build = BuildTools { tools: owned(&["rust", "go@1"]) };
+    let build = BuildTools { tools: owned(&["rust@slow", "go@1"]) };
     for id in [
         creation.task_id().unwrap(),
         match rig.client.build_tools(&build, &CallOptions::default()).await.unwrap() {
@@ -314,7 +314,7 @@ async fn who_waits_for_a_tool_sees_how_far_it_is() {
     assert_eq!((listed[0].kind, listed[0].vm_id), (TaskKind::ToolBuild, None));
     assert!(listed[0].progress.as_ref().unwrap().log.is_empty(), "lists are brief");
     let got: Vec<_> = listed[0].tools.iter().map(|tool| tool.got.as_deref().unwrap()).collect();
-    assert_eq!(got, ["1.9", "latest.9"]);
+    assert_eq!(got, ["1.9", "slow.9"]);
 }
 
 #[tokio::test]

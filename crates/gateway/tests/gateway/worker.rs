@@ -154,7 +154,7 @@ impl ScriptedWorker {
         self.end(task, lease, end).await;
     }
 
-    /// Each tool gets the version that was asked for. `rust` says something, waits for a permit of
+    /// Each tool gets the version that was asked for. `slow` says something, waits for a permit of
     /// the gate, and says more; `go@0` fails.
     async fn get_tools(
         &self,
@@ -163,7 +163,7 @@ impl ScriptedWorker {
         wanted: &[ToolRequest],
     ) -> Result<Vec<VmTool>, Fault> {
         for tool in wanted {
-            if tool.name == "rust" {
+            if tool.version == "slow" {
                 self.say(task, lease, "rust 1.90.0: install", "one\n").await;
                 self.noticed.send_replace("gate".into());
                 self.gate.acquire().await.unwrap().forget();
