@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   claims ──► attempt ──► create (pool, restore, boot), lifecycle, snapshot, template
-//!     │           └──────► execute ──► pump (guest ⇄ session)
+//!     │           ├──────► execute ──► pump (guest ⇄ session)
+//!     │           └──────► tool_build: layers of tools, for VMs and ahead of them
 //!     │
 //!   reconcile: at the start and whenever a lease, a time to live or a VMM ends
 //!   garbage:   the files of snapshots that nothing needs any more
@@ -35,6 +36,7 @@ mod reconcile;
 mod sealed;
 mod snapshot;
 mod template;
+mod tool_build;
 mod worker;
 
 use std::{fmt, path::Path, sync::Arc, time::Duration};
@@ -45,6 +47,7 @@ use aether_images::SnapshotStore;
 use aether_queue::{Queue, QueueError};
 use aether_store::{Store, StoreError};
 use aether_streams::Sessions;
+use aether_tools::Tools;
 use aether_types::{Fault, WorkerId};
 
 pub use garbage::Retention;
@@ -80,6 +83,8 @@ pub struct WorkerParts {
     pub snapshots: Arc<SnapshotStore>,
     /// By template digest.
     pub templates: Arc<SnapshotStore>,
+    /// Where layers of tools come from.
+    pub tools: Tools,
     pub config: WorkerConfig,
 }
 

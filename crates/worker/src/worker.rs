@@ -91,14 +91,14 @@ impl Attempts {
 
     pub(crate) fn is_of(&self, task: &Task) {
         if let Some(in_hand) = self.lock().get_mut(&task.id) {
-            in_hand.vm = Some(task.vm_id);
+            in_hand.vm = task.vm_id;
         }
     }
 
     /// All others of the task's VM.
     pub(crate) fn cancel_others(&self, task: &Task) {
         for (id, in_hand) in self.lock().iter() {
-            if *id != task.id && in_hand.vm == Some(task.vm_id) {
+            if *id != task.id && in_hand.vm.is_some() && in_hand.vm == task.vm_id {
                 in_hand.cancelled.cancel();
             }
         }

@@ -178,6 +178,7 @@ impl Core {
             timeout_s: None,
             network: spec.network.clone(),
             origin: Origin::Builder(id),
+            tools: spec.tools.clone(),
         };
         let task = NewTask {
             id: TaskId::new(),
