@@ -12,6 +12,7 @@ use rustix::io::Errno;
 use rustix::process::{WaitId, WaitIdOptions, waitid};
 
 use crate::etc::Texts;
+use crate::layers::Mounted;
 use crate::net::KnownDevices;
 use crate::sys;
 
@@ -24,6 +25,8 @@ pub(crate) struct Guest {
     /// No command has run since the guest was configured, while nothing else was alive in it: its
     /// network is what it was made then.
     is_as_configured: AtomicBool,
+    /// Changed under the lock of what is known only.
+    pub(crate) layers: Mutex<Mounted>,
     /// The kernel's random generator. It stays open, so that a restored guest need not open it.
     random: OnceLock<File>,
     /// The kernel's list of the children of PID 1, open for the same reason.
