@@ -167,10 +167,8 @@ impl Tools {
         for request in requests {
             self.0.catalogue.find(&request.name)?;
         }
-        let mut resolved = Vec::new();
-        for request in requests {
-            resolved.push(self.0.resolve(request, base, progress).await?);
-        }
+        let resolved = requests.iter().map(|request| self.0.resolve(request, base, progress));
+        let resolved = futures::future::try_join_all(resolved).await?;
         let layers = resolved.iter().map(|known| self.0.layer(known, base, builder, progress));
         let layers = futures::future::try_join_all(layers).await?;
         if let Some(budget) = self.0.config.budget_bytes {
