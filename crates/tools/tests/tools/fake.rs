@@ -278,6 +278,12 @@ impl Rig {
         // The session's own lock.
         assert_eq!(self.files("tmp"), 1, "something is left under tmp");
     }
+
+    /// The same, when the tools have been closed.
+    pub(crate) fn assert_only_after(&self, layers: usize) {
+        assert_eq!((self.files("layers"), self.files("records")), (layers, layers));
+        assert_eq!(self.files("tmp"), 0, "something is left under tmp");
+    }
 }
 
 fn count(folder: &Path) -> usize {
@@ -288,4 +294,12 @@ fn count(folder: &Path) -> usize {
             if path.is_dir() { count(&path) } else { 1 }
         })
         .sum()
+}
+
+pub(crate) fn sha256(content: &[u8]) -> String {
+    let digest = sha2::Sha256::digest(content);
+    digest.iter().fold(String::new(), |mut hex, byte| {
+        write!(hex, "{byte:02x}").unwrap();
+        hex
+    })
 }

@@ -1,6 +1,6 @@
 //! What sources deliver becomes the builder's artefacts.
 
-use crate::fake::Rig;
+use crate::fake::{Rig, sha256};
 
 #[tokio::test]
 async fn wheel_of_an_index_is_taken() {
@@ -12,11 +12,7 @@ async fn wheel_of_an_index_is_taken() {
             r#"{{"filename":"{name}","url":"../../f/{name}","hashes":{{"sha256":"{hex}"}},"size":5}}"#
         )
     };
-    let good = {
-        use sha2::Digest;
-        let digest = sha2::Sha256::digest(b"wheel");
-        digest.iter().map(|byte| format!("{byte:02x}")).collect::<String>()
-    };
+    let good = sha256(b"wheel");
     let files = [
         file("snake_tool-1.0-py3-none-manylinux2014_x86_64.whl", &good),
         file("snake_tool-1.0-py3-none-musllinux_1_2_x86_64.whl", hex),
@@ -48,11 +44,7 @@ async fn archive_is_taken_with_the_digest_of_its_checksum_file() {
     );
     rig.registry.put("/list", "text/html", "box-1.0.tar.gz box-1.2.tar.gz box-old.tar.gz");
     rig.registry.put("/box-1.2.tar.gz", "", "archive");
-    let digest = {
-        use sha2::Digest;
-        let digest = sha2::Sha256::digest(b"archive");
-        digest.iter().map(|byte| format!("{byte:02x}")).collect::<String>()
-    };
+    let digest = sha256(b"archive");
     rig.registry.put("/1.2/SHA256SUMS", "", format!("{digest}  box-1.2.tar.gz\n"));
     let tools = rig.tools();
     assert_eq!(rig.ensure(&tools, "box").await.unwrap().got, "1.2");
