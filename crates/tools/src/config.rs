@@ -20,6 +20,8 @@ pub struct ToolsConfig {
     /// An offline mirror: nothing is fetched from anywhere else.
     pub mirror: Option<PathBuf>,
     pub endpoints: Endpoints,
+    /// Whose Debian packages are listed where no image is at hand.
+    pub suite: String,
     /// What layers and artefacts may take together; see [`crate::Tools::prune`]. `None`: no bound.
     pub budget_bytes: Option<u64>,
     pub refresh_after: Duration,
@@ -36,6 +38,7 @@ impl ToolsConfig {
             catalogue: None,
             mirror: None,
             endpoints: Endpoints::default(),
+            suite: "bookworm".to_owned(),
             budget_bytes: None,
             refresh_after: REFRESH_AFTER,
             build_time_limit: Duration::from_secs(limits::TOOL_BUILD_TIMEOUT_S),

@@ -45,11 +45,6 @@ pub enum ToolError {
 
     #[error("{action} {}: the disk is full; free some room (`aether tools prune`)", path.display())]
     NoSpace { action: &'static str, path: PathBuf },
-
-    #[error(
-        "layer {digest} of {tool} is damaged and was removed: {} had another content", path.display()
-    )]
-    DamagedLayer { tool: String, digest: String, path: PathBuf },
 }
 
 impl ToolError {
@@ -65,9 +60,7 @@ impl ToolError {
             | Self::Build { .. }
             | Self::BuilderUnavailable { .. } => ErrorCode::ToolBuildFailed,
             Self::NoSpace { .. } => ErrorCode::NoSpace,
-            Self::Recipe { .. } | Self::Io { .. } | Self::DamagedLayer { .. } => {
-                ErrorCode::Internal
-            }
+            Self::Recipe { .. } | Self::Io { .. } => ErrorCode::Internal,
         }
     }
 

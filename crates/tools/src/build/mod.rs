@@ -1,12 +1,21 @@
 //! What a builder is given, and what it answers. The builder itself is a machine, and so the
 //! worker's business: this crate knows none.
 
+mod flight;
+mod output;
+mod run;
+mod script;
+
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+
+pub(crate) use flight::Flights;
+pub(crate) use run::Build;
+pub(crate) use script::{FORMAT, script};
 
 /// Runs an installer where it can do no harm: no network, nothing of the host's, and nothing left
 /// when it is over.
