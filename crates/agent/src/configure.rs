@@ -8,7 +8,7 @@ use rustix::time::{ClockId, Timespec, clock_settime};
 
 use crate::connections::Socket;
 use crate::error::Fail;
-use crate::server::Agent;
+use crate::server::{Agent, Place};
 use crate::{etc, net};
 
 /// Shortest text that credits the whole of the kernel's generator.
@@ -35,17 +35,19 @@ pub(crate) fn configure(
         let message = "the guest was restored by another connection meanwhile";
         return Err(Fail::new(ErrorCode::Unauthorized, message));
     }
-    // First of all: a clone must not make one key with its siblings' state.
-    if !request.entropy.is_empty() {
-        let seeded = guest.reseed(&request.entropy);
-        seeded.map_err(Fail::io("reseed the random generator"))?;
-    }
-    // Wakes who waits for a time of the day that has come.
-    if let Some(unix_time_ns) = request.unix_time_ns {
-        set_clock(unix_time_ns)?;
-    }
     let mut warnings = Vec::new();
-    net::apply(&interfaces, request.restored, &mut devices)?;
+    if agent.place == Place::Machine {
+        // First of all: a clone must not make one key with its siblings' state.
+        if !request.entropy.is_empty() {
+            let seeded = guest.reseed(&request.entropy);
+            seeded.map_err(Fail::io("reseed the random generator"))?;
+        }
+        // Wakes who waits for a time of the day that has come.
+        if let Some(unix_time_ns) = request.unix_time_ns {
+            set_clock(unix_time_ns)?;
+        }
+        net::apply(&interfaces, request.restored, &mut devices)?;
+    }
     // Nobody but a process can hold a connection.
     if request.restored
         && !guest.is_alone()
@@ -59,7 +61,7 @@ pub(crate) fn configure(
         None if request.restored => guest.set_env(Vec::new()),
         None => {}
     }
-    name(request, &mut warnings)?;
+    name(agent.place, request, &mut warnings)?;
     if let Some(token) = request.new_token.as_deref().and_then(Token::from_slice) {
         agent.set_token(token);
     }
@@ -71,7 +73,7 @@ pub(crate) fn configure(
 }
 
 /// Names and addresses in the kernel and in `/etc`.
-fn name(request: &Configure, warnings: &mut Vec<String>) -> Result<(), Fail> {
+fn name(place: Place, request: &Configure, warnings: &mut Vec<String>) -> Result<(), Fail> {
     let mut write = |path: &str, text: &str| {
         if let Err(error) = etc::write_text(path, text) {
             warnings.push(format!("write {path}: {error}"));
@@ -81,8 +83,11 @@ fn name(request: &Configure, warnings: &mut Vec<String>) -> Result<(), Fail> {
         write("/etc/machine-id", &format!("{machine_id}\n"));
     }
     if let Some(hostname) = &request.hostname {
-        let set = rustix::system::sethostname(hostname.as_bytes());
-        set.map_err(Fail::sys("set the host name"))?;
+        // A container's was given to it as it was made.
+        if place == Place::Machine {
+            let set = rustix::system::sethostname(hostname.as_bytes());
+            set.map_err(Fail::sys("set the host name"))?;
+        }
         write("/etc/hostname", &format!("{hostname}\n"));
     }
     if request.hostname.is_some() || request.hosts.is_some() {
