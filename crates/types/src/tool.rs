@@ -101,7 +101,8 @@ mod tests {
 
     #[test]
     fn what_is_no_request_is_refused() {
-        for text in ["", "@1", "Go", "1go", "go@", "go@ 1", "go@1;rm", "go@$(x)", "a/b", "go@../x"] {
+        for text in ["", "@1", "Go", "1go", "go@", "go@ 1", "go@1;rm", "go@$(x)", "a/b", "go@../x"]
+        {
             assert!(ToolRequest::from_str(text).is_err(), "{text:?}");
         }
         assert!(ToolRequest::new(&"a".repeat(64), None).is_err());

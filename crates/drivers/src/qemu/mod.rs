@@ -43,7 +43,7 @@ use crate::{
     BootSource, Capabilities, Driver, DriverError, ExitReason, GuestNetwork, Machine, MachineSpec,
     SnapshotFiles, SnapshotTaken,
     host::{Host, Record, blocking, file_error, remove_file},
-    machines::{Booted, Machines, Phases, Place, SnapshotWish, Vmm, WasBefore},
+    machines::{Booted, Links, Machines, Phases, Place, SnapshotWish, Vmm, WasBefore},
     network::ReadyListener,
     process::{self, LOG_BYTES, Launch, Process},
 };
@@ -217,7 +217,7 @@ impl Vmm for Qemu {
     type Control = Control;
 
     const KIND: DriverKind = DriverKind::Qemu;
-    const CHANNEL_LINK: bool = true;
+    const LINKS: Links = Links::TapAndChannel;
 
     fn capabilities(&self) -> Capabilities {
         Capabilities {

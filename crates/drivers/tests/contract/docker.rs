@@ -1,0 +1,217 @@
+//! The contract on containers, under an engine of the test's own: its socket, its data and its
+//! programs go with the test.
+
+use std::{
+    io::{Read as _, Write as _},
+    os::unix::net::{UnixDatagram, UnixStream},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::OnceLock,
+    time::Duration,
+};
+
+use aether_drivers::docker::DockerConfig;
+use tempfile::TempDir;
+
+use crate::{
+    rig::{Kind, Rig, setting},
+    suite,
+};
+
+/// From its start to its first word.
+const START_LIMIT: Duration = Duration::from_mins(1);
+/// In a rig's folder: the socket of its engine, for the processes of a test.
+const SOCKET_FILE: &str = "engine";
+
+/// The engine of this test process.
+static SOCKET: OnceLock<PathBuf> = OnceLock::new();
+
+/// A Docker engine, ended and removed with this.
+struct Engine {
+    process: Child,
+    folder: TempDir,
+}
+
+impl Engine {
+    /// Else why there is none.
+    fn start() -> Result<Self, String> {
+        let program = std::env::split_paths(&setting("PATH").unwrap_or_default())
+            .chain(["/usr/sbin".into(), "/usr/bin".into()])
+            .map(|folder| folder.join("dockerd"))
+            .find(|program| program.is_file())
+            .ok_or("no dockerd: ./dev test installs docker.io")?;
+        if !rustix::process::geteuid().is_root() {
+            return Err("only root runs an engine".to_owned());
+        }
+        let failed = |e: std::io::Error| format!("start dockerd: {e}");
+        // Short, for the sockets in it.
+        let folder = tempfile::Builder::new().prefix("aed").tempdir_in("/tmp").map_err(failed)?;
+        let path = |name: &str| folder.path().join(name);
+        let ready = UnixDatagram::bind(path("ready")).map_err(failed)?;
+        ready.set_read_timeout(Some(START_LIMIT)).map_err(failed)?;
+        let log = std::fs::File::create(path("log")).map_err(failed)?;
+        // It ends with the test also where that is killed.
+        let process = Command::new("setpriv")
+            .args(["--pdeathsig", "TERM", "--"])
+            .arg(program)
+            .args(["--bridge=none", "--iptables=false", "--ip6tables=false"])
+            .arg(format!("--host=unix://{}", path("sock").display()))
+            .arg(format!("--data-root={}", path("data").display()))
+            .arg(format!("--exec-root={}", path("exec").display()))
+            .arg(format!("--pidfile={}", path("pid").display()))
+            .env("NOTIFY_SOCKET", path("ready"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .map_err(failed)?;
+        let engine = Self { process, folder };
+        let mut word = [0; 64];
+        let heard = ready.recv(&mut word).is_ok_and(|n| word[..n].starts_with(b"READY=1"));
+        if heard {
+            return Ok(engine);
+        }
+        let log = std::fs::read_to_string(engine.folder.path().join("log")).unwrap_or_default();
+        let words = log.lines().rev().take(3).collect::<Vec<_>>().join("; ");
+        Err(format!("dockerd does not run here: {words}"))
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.folder.path().join("sock")
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        let pid = rustix::process::Pid::from_child(&self.process);
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+        let _ = self.process.wait();
+        // What it mounted is not ours to leave.
+        let mounts = std::fs::read_to_string("/proc/mounts").unwrap_or_default();
+        let own = self.folder.path().to_str().unwrap_or_default();
+        for mount in mounts.lines().rev().filter_map(|line| line.split(' ').nth(1)) {
+            if mount.starts_with(own) {
+                let _ = rustix::mount::unmount(mount, rustix::mount::UnmountFlags::DETACH);
+            }
+        }
+    }
+}
+
+/// What a rig in this folder drives.
+pub(crate) fn config(folder: &Path) -> Result<DockerConfig, String> {
+    let file = folder.join(SOCKET_FILE);
+    let socket = match SOCKET.get() {
+        Some(socket) => {
+            std::fs::write(&file, socket.to_str().unwrap()).map_err(|e| e.to_string())?;
+            socket.clone()
+        }
+        None => std::fs::read_to_string(&file).map_err(|e| format!("no engine: {e}"))?.into(),
+    };
+    Ok(DockerConfig { socket })
+}
+
+/// Every container of the rig's engine.
+pub(crate) fn containers(folder: &Path) -> Vec<String> {
+    let ask = || -> std::io::Result<String> {
+        let socket = config(folder).map_err(std::io::Error::other)?.socket;
+        let mut stream = UnixStream::connect(socket)?;
+        stream.write_all(b"GET /containers/json?all=1 HTTP/1.0\r\nHost: engine\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        Ok(answer)
+    };
+    let answer = ask().expect("the engine answers");
+    let body = answer.split_once("\r\n\r\n").expect("an answer with a body").1;
+    let listed: Vec<serde_json::Value> = serde_json::from_str(body.trim()).expect(body);
+    listed.iter().map(|container| format!("container {}", container["Names"])).collect()
+}
+
+/// One engine and one import for all of it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn real_guest_docker_holds_the_contract() {
+    let engine = match Engine::start() {
+        Ok(engine) => engine,
+        Err(reason) => {
+            println!("skipped: Docker: {reason}");
+            return;
+        }
+    };
+    SOCKET.set(engine.socket()).unwrap();
+    let rig = async || Rig::open(Kind::Docker).await;
+    let Some(first) = rig().await else { return };
+    println!("{:?}", first.driver().capabilities());
+    suite::lifecycle(first).await;
+    suite::delete_from_every_state(rig().await.unwrap()).await;
+    suite::exit_reasons(rig().await.unwrap()).await;
+    suite::adoption(rig().await.unwrap()).await;
+    suite::start_is_bounded(rig().await.unwrap()).await;
+    suite::channel(rig().await.unwrap(), 64, 64).await;
+    is_confined(rig().await.unwrap()).await;
+    a_link_is_not_followed(rig().await.unwrap()).await;
+}
+
+/// Each step fails once, and each kills the worker once.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn real_guest_docker_leaves_nothing_when_a_step_fails() {
+    let Ok(engine) = Engine::start() else { return };
+    SOCKET.set(engine.socket()).unwrap();
+    let Some(rig) = Rig::open(Kind::Docker).await else { return };
+    suite::faults(rig).await;
+    let rig = Rig::open(Kind::Docker).await.unwrap();
+    suite::crashes(rig, "docker::crashing_worker").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn crashing_worker() {
+    suite::crashing_worker(Kind::Docker).await;
+}
+
+/// What a container has not: capabilities, privileges, the host's devices, the token, a way out that
+/// the policy does not name.
+async fn is_confined(rig: Rig) {
+    let vm = rig.boot().await;
+    let text = async |script: &str| String::from_utf8(rig.sh(&vm, script).await.0).unwrap();
+    let status = text("cat /proc/self/status").await;
+    let field = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        line.trim().to_owned()
+    };
+    assert_eq!((field("NoNewPrivs:"), field("Seccomp:")), ("1".to_owned(), "2".to_owned()));
+    // CHOWN, DAC_OVERRIDE, FOWNER, FSETID, KILL, SETGID, SETUID, NET_BIND_SERVICE, SYS_CHROOT.
+    assert_eq!(u64::from_str_radix(&field("CapBnd:"), 16).unwrap(), 0x0004_04fb);
+    assert_eq!(text("ls /run/aether").await, "agent.sock\nready.sock\n");
+    assert_eq!(
+        text("setpriv --reuid 1000 ls /run/aether 2>&1 || echo closed").await.lines().last(),
+        Some("closed")
+    );
+    assert_eq!(text("mount -t tmpfs x /mnt 2>/dev/null || echo closed").await, "closed\n");
+    assert_eq!(text("ls /dev/vd* /dev/sd* /dev/kmsg 2>/dev/null").await, "");
+    let links = text("ls /sys/class/net").await;
+    assert!(links.contains("eth0"), "{links}");
+    let address = rig.driver().inspect(vm.id).await.unwrap().unwrap().network.unwrap();
+    let (ip, prefix) = address.addresses[0];
+    let own = text("ip -4 -o addr show eth0; ip route").await;
+    assert!(own.contains(&format!("{ip}/{prefix}")), "{own}");
+    assert!(own.contains(&format!("default via {}", address.gateways[0])), "{own}");
+    // The host's own side of the link is closed, as for every VM.
+    let closed = format!(
+        "timeout 3 bash -c 'exec 3<>/dev/tcp/{}/80' 2>/dev/null || echo closed",
+        address.gateways[0]
+    );
+    assert_eq!(text(&closed).await, "closed\n");
+    rig.driver().delete(vm.id).await.unwrap();
+    rig.close().await;
+}
+
+/// A socket that the container puts in the place of the agent's is not followed.
+async fn a_link_is_not_followed(rig: Rig) {
+    let vm = rig.boot().await;
+    rig.sh_last(&vm, "rm /run/aether/agent.sock; ln -s /run/docker.sock /run/aether/agent.sock")
+        .await;
+    let driver = rig.driver();
+    let limit = Duration::from_secs(5);
+    let error = driver.connect(vm.id, aether_protocol::AGENT_PORT, limit).await.map(drop);
+    assert!(error.is_err(), "a link was followed");
+    driver.delete(vm.id).await.unwrap();
+    rig.close().await;
+}
