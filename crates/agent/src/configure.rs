@@ -62,6 +62,7 @@ pub(crate) fn configure(
         None => {}
     }
     name(agent.place, request, &mut warnings)?;
+    let layers = apply_layers(agent, request)?;
     if let Some(token) = request.new_token.as_deref().and_then(Token::from_slice) {
         agent.set_token(token);
     }
@@ -69,7 +70,20 @@ pub(crate) fn configure(
         let boot_id = guest.new_boot_id().map_err(Fail::io("read random bytes"))?;
         agent.become_another(boot_id, own);
     }
-    Ok(Configured { warnings, boot_id: agent.boot_id() })
+    Ok(Configured { warnings, boot_id: agent.boot_id(), layers })
+}
+
+/// How many layers the guest has then. A container's were put on its `/usr` before it began.
+fn apply_layers(agent: &Agent, request: &Configure) -> Result<u32, Fail> {
+    let count = match agent.place {
+        Place::Container => request.layers.len(),
+        Place::Machine => {
+            let mut layers = agent.guest.layers.lock().unwrap_or_else(PoisonError::into_inner);
+            layers.apply(&request.layers)?;
+            layers.count()
+        }
+    };
+    Ok(u32::try_from(count).unwrap_or(u32::MAX))
 }
 
 /// Names and addresses in the kernel and in `/etc`.

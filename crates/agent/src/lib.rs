@@ -37,6 +37,7 @@ mod error;
 mod etc;
 mod files;
 mod guest;
+mod layers;
 mod net;
 mod power;
 mod registry;

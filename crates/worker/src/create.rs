@@ -343,6 +343,8 @@ impl Core {
             network: vm.spec.network.clone(),
             token: new_token()?.to_hex(),
             disk_from: disk_from.cloned(),
+            layers: Vec::new(),
+            output_mb: None,
         })
     }
 
@@ -421,5 +423,7 @@ fn spec_of(sealed: &Sealed, id: MachineId, vm: Option<&Vm>) -> Result<MachineSpe
         network: vm.map(|vm| vm.spec.network.clone()).unwrap_or_default(),
         token: new_token()?.to_hex(),
         disk_from: Some(sealed.files.clone()),
+        layers: sealed.files.layers(),
+        output_mb: None,
     })
 }

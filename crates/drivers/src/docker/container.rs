@@ -4,7 +4,7 @@ use std::{collections::HashMap, path::Path};
 
 use bollard::models::{ContainerCreateBody, HostConfig, HostConfigLogConfig, Mount, MountType};
 
-use super::{LABEL_OWNER, channel, owner_of};
+use super::{LABEL_OWNER, channel, owner_of, tools};
 use crate::host::{Host, Record};
 
 /// Inside the container: on a file system in memory, so that nothing of ours is in the image.
@@ -42,6 +42,13 @@ pub(super) fn body(host: &Host, record: &Record, image: &str, disk: Disk) -> Con
     let bounded = HashMap::from([("size".to_owned(), format!("{}M", spec.disk_mb))]);
     let memory_bytes = i64::from(spec.memory_mb) << 20;
     let log = [("max-size", "64k"), ("max-file", "1")];
+    let mut mounts = vec![
+        bind(&channel::folder(&folder), CHANNEL, Access::Write),
+        bind(&agent_file(&folder), AGENT, Access::Read),
+    ];
+    if !spec.layers.is_empty() {
+        mounts.push(bind(&tools::merged(&folder), "/usr", Access::Write));
+    }
     let host_config = HostConfig {
         memory: Some(memory_bytes),
         // Memory and swap together: no swap.
@@ -64,10 +71,7 @@ pub(super) fn body(host: &Host, record: &Record, image: &str, disk: Disk) -> Con
             "/run".to_owned(),
             "rw,nosuid,nodev,exec,mode=0755,size=64m".to_owned(),
         )])),
-        mounts: Some(vec![
-            bind(&channel::folder(&folder), CHANNEL, Access::Write),
-            bind(&agent_file(&folder), AGENT, Access::Read),
-        ]),
+        mounts: Some(mounts),
         ..HostConfig::default()
     };
     ContainerCreateBody {

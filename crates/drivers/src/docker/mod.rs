@@ -20,13 +20,16 @@
 //! - What a container writes is followed nowhere: the folder that is shared with it is made anew for
 //!   each start, and its socket is opened without following links.
 //!
-//! What this deliberately does not do: snapshots, user namespaces of the engine (refused), a bound
-//! on the disk where the engine's storage has none.
+//! - Tools are mounted by the host, read-only, and written to in the VM's own folder.
+//!
+//! What this deliberately does not do: snapshots and builders, user namespaces of the engine
+//! (refused), a bound on the disk where the engine's storage has none.
 
 mod channel;
 mod container;
 mod engine;
 mod import;
+mod tools;
 mod vmm;
 
 use std::{

@@ -21,7 +21,7 @@ use super::{
     channel,
     container::{self, Disk},
     engine::Engine,
-    import, name_of,
+    import, name_of, tools,
 };
 use crate::{
     Capabilities, DriverError, ExitReason,
@@ -52,6 +52,7 @@ impl std::fmt::Debug for Docker {
 /// The way to a container that runs.
 pub(super) struct Control {
     name: String,
+    place: Place,
     /// None where an earlier worker heard the hint.
     ready: Option<UnixDatagram>,
     last_words: Mutex<String>,
@@ -169,7 +170,15 @@ impl Vmm for Docker {
                     .to_owned(),
             ));
         }
+        if record.spec.output_mb.is_some() {
+            return Err(DriverError::Unavailable(
+                "the Docker driver builds no tools; build them on a host with QEMU, or share its \
+                 cache of layers"
+                    .to_owned(),
+            ));
+        }
         write_agent(host, record)?;
+        tools::prepare(host, record)?;
         // Engines want to see what they are to share.
         make_folder(&channel::folder(&host.directory(record.spec.id)), 0o700)?;
         // This thread is one that may block.
@@ -183,7 +192,12 @@ impl Vmm for Docker {
         self.engine.end(&name).await?;
         let machine = place.host.directory(place.id());
         let token = place.record.spec.token.clone();
-        let made = place.blocking(move || channel::make(&machine, &token)).await?;
+        let at = place.clone();
+        let work = move || {
+            tools::put_together(&at.host, &at.record)?;
+            channel::make(&machine, &token)
+        };
+        let made = place.blocking(work).await?;
         let process = self.launch(place, &name).await?;
         let namespace = namespace_of(process.pid())?;
         if !process.is_alive() {
@@ -191,7 +205,8 @@ impl Vmm for Docker {
             return Err(DriverError::ExitedDuringStart { detail });
         }
         place.host.network().plug(place.id(), namespace).await?;
-        let control = Control { name, ready: Some(made), last_words: Mutex::default() };
+        let place = place.clone();
+        let control = Control { name, place, ready: Some(made), last_words: Mutex::default() };
         Ok(Booted { process, control })
     }
 
@@ -206,7 +221,8 @@ impl Vmm for Docker {
         let name = name_of(place.id());
         // Says whether the engine still has it.
         self.engine.state(&name).await?;
-        Ok(Control { name, ready: None, last_words: Mutex::default() })
+        let place = place.clone();
+        Ok(Control { name, place, ready: None, last_words: Mutex::default() })
     }
 
     /// By the kernel's word, which comes also when the engine has ended; the engine is asked how.
@@ -214,7 +230,13 @@ impl Vmm for Docker {
         process.ended().await;
         let words = self.engine.last_words(&control.name).await;
         *control.last_words.lock().unwrap_or_else(PoisonError::into_inner) = words;
-        match self.engine.ended(&control.name).await {
+        let ended = self.engine.ended(&control.name).await;
+        // Nothing is in them any more.
+        let (host, id) = (Arc::clone(&control.place.host), control.place.id());
+        if let Err(error) = control.place.blocking(move || tools::take_apart(&host, id)).await {
+            tracing::warn!(vm.id = %id, %error, "cannot unmount tools; the journal keeps them");
+        }
+        match ended {
             Ok(Some(0)) => ExitReason::GuestShutdown,
             Ok(_) => ExitReason::VmmDied,
             Err(error) => {

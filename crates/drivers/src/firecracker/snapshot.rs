@@ -36,6 +36,7 @@ use crate::{
     AfterSnapshot, DriverError, SnapshotDisk, SnapshotMachine, SnapshotTaken,
     host::{Host, file_error, remove_file},
     machines::{Place, SnapshotWish},
+    tools,
 };
 
 pub(super) const DISK_NAME: &str = "disk";
@@ -222,6 +223,7 @@ impl Firecracker {
             memory_mb: spec.memory_mb,
             disk_mb: spec.disk_mb,
             boot: spec.boot.clone(),
+            layers: tools::in_snapshot(&spec.layers),
             mac: place.attachment.guest.mac.clone(),
             detail: json!({}),
         };

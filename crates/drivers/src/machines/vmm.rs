@@ -113,6 +113,18 @@ pub(crate) trait Vmm: Send + Sync + 'static {
         }
     }
 
+    /// Puts layers over those that a VMM that runs has: `place.record` has all, of which the first
+    /// `have` are there. Repeating it is harmless.
+    async fn add_layers(
+        &self,
+        place: &Place,
+        control: &Self::Control,
+        have: usize,
+    ) -> Result<(), DriverError> {
+        let _ = (place, control, have);
+        Err(DriverError::Unavailable("this driver cannot add tools to a machine".to_owned()))
+    }
+
     /// Starts the VMM and lets the guest boot. What it leaves when it fails is found in the
     /// journal.
     async fn boot(&self, place: &Place) -> Result<Booted<Self::Control>, DriverError>;

@@ -10,10 +10,11 @@ use std::{
     time::Duration,
 };
 
-use aether_drivers::docker::DockerConfig;
+use aether_drivers::{DriverError, MachineSpec, Start, docker::DockerConfig};
 use tempfile::TempDir;
 
 use crate::{
+    layers,
     rig::{Kind, Rig, setting},
     suite,
 };
@@ -146,6 +147,8 @@ async fn real_guest_docker_holds_the_contract() {
     suite::adoption(rig().await.unwrap()).await;
     suite::start_is_bounded(rig().await.unwrap()).await;
     suite::channel(rig().await.unwrap(), 64, 64).await;
+    layers::many_and_wrong(rig().await.unwrap()).await;
+    tools_stay_over_a_start(rig().await.unwrap()).await;
     is_confined(rig().await.unwrap()).await;
     a_link_is_not_followed(rig().await.unwrap()).await;
 }
@@ -164,6 +167,33 @@ async fn real_guest_docker_leaves_nothing_when_a_step_fails() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn crashing_worker() {
     suite::crashing_worker(Kind::Docker).await;
+}
+
+/// With what was written to `/usr`, and mounted only while the container runs.
+async fn tools_stay_over_a_start(rig: Rig) {
+    let tools = layers::Tools::new();
+    let layers = vec![tools.layer("one", "1", 100), tools.layer("one", "2", 70_000)];
+    let spec = MachineSpec { layers: layers.clone(), ..rig.spec() };
+    let vm = layers::boot(&rig, spec).await;
+    let ask = "one; echo mine >>/usr/bin/own; cat /usr/bin/own";
+    assert_eq!(rig.sh(&vm, ask).await.0, b"one 2\nmine\n");
+    for layer in &layers {
+        std::fs::remove_file(&layer.path).unwrap();
+    }
+    let driver = rig.driver();
+    let mounts =
+        || std::fs::read_to_string("/proc/mounts").unwrap().matches(&vm.id.to_string()).count();
+    assert_eq!(mounts(), 4);
+    driver.kill(vm.id).await.unwrap();
+    assert_eq!(mounts(), 0);
+    driver.start(vm.id, Start::Boot, rig.boot_limit()).await.expect("start again");
+    assert_eq!(rig.sh(&vm, ask).await.0, b"one 2\nmine\nmine\n");
+    // A snapshot, a template and a builder are refused in words.
+    let builder = MachineSpec { output_mb: Some(64), ..rig.spec() };
+    let refused = driver.create(builder).await.unwrap_err();
+    assert!(matches!(refused, DriverError::Unavailable(_)), "{refused:?}");
+    driver.delete(vm.id).await.unwrap();
+    rig.close().await;
 }
 
 /// What a container has not: capabilities, privileges, the host's devices, the token, a way out that

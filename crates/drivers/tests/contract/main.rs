@@ -8,6 +8,7 @@
 
 mod docker;
 mod firecracker;
+mod layers;
 mod real_guest;
 mod rig;
 mod shot;
