@@ -2,101 +2,28 @@
 //! programs go with the test.
 
 use std::{
-    io::{Read as _, Write as _},
-    os::unix::net::{UnixDatagram, UnixStream},
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
     sync::OnceLock,
     time::Duration,
 };
 
-use aether_drivers::{DriverError, MachineSpec, Start, docker::DockerConfig};
-use tempfile::TempDir;
-
+use self::engine::Engine;
 use crate::{
     layers,
-    rig::{Kind, Rig, setting},
+    rig::{Kind, Rig},
     suite,
 };
+use aether_drivers::{DriverError, MachineSpec, Start, docker::DockerConfig};
 
-/// From its start to its first word.
-const START_LIMIT: Duration = Duration::from_mins(1);
+/// Also of the tests of the whole platform.
+#[path = "../../../../tests/src/engine.rs"]
+mod engine;
+
 /// In a rig's folder: the socket of its engine, for the processes of a test.
 const SOCKET_FILE: &str = "engine";
 
 /// The engine of this test process.
 static SOCKET: OnceLock<PathBuf> = OnceLock::new();
-
-/// A Docker engine, ended and removed with this.
-struct Engine {
-    process: Child,
-    folder: TempDir,
-}
-
-impl Engine {
-    /// Else why there is none.
-    fn start() -> Result<Self, String> {
-        let program = std::env::split_paths(&setting("PATH").unwrap_or_default())
-            .chain(["/usr/sbin".into(), "/usr/bin".into()])
-            .map(|folder| folder.join("dockerd"))
-            .find(|program| program.is_file())
-            .ok_or("no dockerd: ./dev test installs docker.io")?;
-        if !rustix::process::geteuid().is_root() {
-            return Err("only root runs an engine".to_owned());
-        }
-        let failed = |e: std::io::Error| format!("start dockerd: {e}");
-        // Short, for the sockets in it.
-        let folder = tempfile::Builder::new().prefix("aed").tempdir_in("/tmp").map_err(failed)?;
-        let path = |name: &str| folder.path().join(name);
-        let ready = UnixDatagram::bind(path("ready")).map_err(failed)?;
-        ready.set_read_timeout(Some(START_LIMIT)).map_err(failed)?;
-        let log = std::fs::File::create(path("log")).map_err(failed)?;
-        // It ends with the test also where that is killed.
-        let process = Command::new("setpriv")
-            .args(["--pdeathsig", "TERM", "--"])
-            .arg(program)
-            .args(["--bridge=none", "--iptables=false", "--ip6tables=false"])
-            .arg(format!("--host=unix://{}", path("sock").display()))
-            .arg(format!("--data-root={}", path("data").display()))
-            .arg(format!("--exec-root={}", path("exec").display()))
-            .arg(format!("--pidfile={}", path("pid").display()))
-            .env("NOTIFY_SOCKET", path("ready"))
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(log)
-            .spawn()
-            .map_err(failed)?;
-        let engine = Self { process, folder };
-        let mut word = [0; 64];
-        let heard = ready.recv(&mut word).is_ok_and(|n| word[..n].starts_with(b"READY=1"));
-        if heard {
-            return Ok(engine);
-        }
-        let log = std::fs::read_to_string(engine.folder.path().join("log")).unwrap_or_default();
-        let words = log.lines().rev().take(3).collect::<Vec<_>>().join("; ");
-        Err(format!("dockerd does not run here: {words}"))
-    }
-
-    fn socket(&self) -> PathBuf {
-        self.folder.path().join("sock")
-    }
-}
-
-impl Drop for Engine {
-    fn drop(&mut self) {
-        let pid = rustix::process::Pid::from_child(&self.process);
-        let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
-        let _ = self.process.wait();
-        // What it mounted is not ours to leave.
-        let mounts = std::fs::read_to_string("/proc/mounts").unwrap_or_default();
-        let own = self.folder.path().to_str().unwrap_or_default();
-        for mount in mounts.lines().rev().filter_map(|line| line.split(' ').nth(1)) {
-            if mount.starts_with(own) {
-                let _ = rustix::mount::unmount(mount, rustix::mount::UnmountFlags::DETACH);
-            }
-        }
-    }
-}
 
 /// What a rig in this folder drives.
 pub(crate) fn config(folder: &Path) -> Result<DockerConfig, String> {
@@ -113,18 +40,7 @@ pub(crate) fn config(folder: &Path) -> Result<DockerConfig, String> {
 
 /// Every container of the rig's engine.
 pub(crate) fn containers(folder: &Path) -> Vec<String> {
-    let ask = || -> std::io::Result<String> {
-        let socket = config(folder).map_err(std::io::Error::other)?.socket;
-        let mut stream = UnixStream::connect(socket)?;
-        stream.write_all(b"GET /containers/json?all=1 HTTP/1.0\r\nHost: engine\r\n\r\n")?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer)?;
-        Ok(answer)
-    };
-    let answer = ask().expect("the engine answers");
-    let body = answer.split_once("\r\n\r\n").expect("an answer with a body").1;
-    let listed: Vec<serde_json::Value> = serde_json::from_str(body.trim()).expect(body);
-    listed.iter().map(|container| format!("container {}", container["Names"])).collect()
+    engine::containers(&config(folder).expect("an engine").socket).expect("the engine answers")
 }
 
 /// One engine and one import for all of it.
