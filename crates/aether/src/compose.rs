@@ -10,6 +10,7 @@ use std::{
 
 use aether_drivers::{
     BootSource, Capabilities, CgroupStatus, Driver, DriverError, Host, HostConfig,
+    docker::{DockerConfig, DockerDriver},
     firecracker::{FirecrackerConfig, FirecrackerDriver},
     network::NetworkConfig,
     qemu::{QemuConfig, QemuDriver},
@@ -330,6 +331,10 @@ async fn open_drivers(
         DriverChoice::Qemu => Ok(vec![qemu.await.map_err(|e| driver_failure(&e))?]),
         // Asked for by name, it is never replaced by something weaker.
         DriverChoice::Firecracker => Ok(vec![firecracker.await.map_err(|e| driver_failure(&e))?]),
+        // Weaker than a VM: only who asks for it by name gets it.
+        DriverChoice::Docker => {
+            Ok(vec![open_docker(host, backend).await.map_err(|e| driver_failure(&e))?])
+        }
         DriverChoice::Auto => {
             let mut drivers = Vec::new();
             match firecracker.await {
@@ -353,6 +358,11 @@ async fn open_qemu(
     let config =
         QemuConfig { probe, search_path: std::env::var_os("PATH"), ..QemuConfig::default() };
     Ok(Arc::new(QemuDriver::open(Arc::clone(host), config).await?))
+}
+
+async fn open_docker(host: &Arc<Host>, backend: &Backend) -> Result<Arc<dyn Driver>, DriverError> {
+    let config = DockerConfig { socket: backend.docker_socket.clone() };
+    Ok(Arc::new(DockerDriver::open(Arc::clone(host), config).await?))
 }
 
 async fn open_firecracker(
@@ -390,7 +400,7 @@ pub(crate) fn describe(capabilities: &Capabilities) -> String {
 pub(crate) fn is_weak(capabilities: &Capabilities) -> bool {
     match capabilities.kind {
         DriverKind::Firecracker | DriverKind::Qemu => !capabilities.accelerated,
-        DriverKind::Sim => true,
+        DriverKind::Docker | DriverKind::Sim => true,
     }
 }
 

@@ -8,7 +8,7 @@ use rustix::time::{ClockId, Timespec, clock_settime};
 
 use crate::connections::Socket;
 use crate::error::Fail;
-use crate::server::Agent;
+use crate::server::{Agent, Place};
 use crate::{etc, net};
 
 /// Shortest text that credits the whole of the kernel's generator.
@@ -35,19 +35,21 @@ pub(crate) fn configure(
         let message = "the guest was restored by another connection meanwhile";
         return Err(Fail::new(ErrorCode::Unauthorized, message));
     }
-    // First of all: a clone must not make one key with its siblings' state.
-    if !request.entropy.is_empty() {
-        let seeded = guest.reseed(&request.entropy);
-        seeded.map_err(Fail::io("reseed the random generator"))?;
-    }
-    // Wakes who waits for a time of the day that has come.
-    if let Some(unix_time_ns) = request.unix_time_ns {
-        set_clock(unix_time_ns)?;
-    }
     let mut warnings = Vec::new();
     let state = guest.begin_configuration(|| agent.registry.active() == 0 && guest.is_alone());
-    let how = net::How { is_restored: request.restored, is_known: state.is_as_configured };
-    net::apply(&interfaces, how, &mut known.devices)?;
+    if agent.place == Place::Machine {
+        // First of all: a clone must not make one key with its siblings' state.
+        if !request.entropy.is_empty() {
+            let seeded = guest.reseed(&request.entropy);
+            seeded.map_err(Fail::io("reseed the random generator"))?;
+        }
+        // Wakes who waits for a time of the day that has come.
+        if let Some(unix_time_ns) = request.unix_time_ns {
+            set_clock(unix_time_ns)?;
+        }
+        let how = net::How { is_restored: request.restored, is_known: state.is_as_configured };
+        net::apply(&interfaces, how, &mut known.devices)?;
+    }
     // Nobody but a process can hold a connection.
     if request.restored
         && !state.is_alone
@@ -61,14 +63,12 @@ pub(crate) fn configure(
         None if request.restored => guest.set_env(Vec::new()),
         None => {}
     }
-    name(request, |path, text| {
+    name(agent.place, request, |path, text| {
         if let Err(error) = known.texts.write(path, text, state.is_as_configured) {
             warnings.push(format!("write {path}: {error}"));
         }
     })?;
-    let mut layers = guest.layers.lock().unwrap_or_else(PoisonError::into_inner);
-    layers.apply(&request.layers)?;
-    let layers = u32::try_from(layers.count()).unwrap_or(u32::MAX);
+    let layers = apply_layers(agent, request)?;
     if let Some(token) = request.new_token.as_deref().and_then(Token::from_slice) {
         agent.set_token(token);
     }
@@ -79,14 +79,30 @@ pub(crate) fn configure(
     Ok(Configured { warnings, boot_id: agent.boot_id(), layers, kept_open: true })
 }
 
+/// How many layers the guest has then. A container's were put on its `/usr` before it began.
+fn apply_layers(agent: &Agent, request: &Configure) -> Result<u32, Fail> {
+    let count = match agent.place {
+        Place::Container => request.layers.len(),
+        Place::Machine => {
+            let mut layers = agent.guest.layers.lock().unwrap_or_else(PoisonError::into_inner);
+            layers.apply(&request.layers)?;
+            layers.count()
+        }
+    };
+    Ok(u32::try_from(count).unwrap_or(u32::MAX))
+}
+
 /// Names and addresses in the kernel and in `/etc`.
-fn name(request: &Configure, mut write: impl FnMut(&str, &str)) -> Result<(), Fail> {
+fn name(place: Place, request: &Configure, mut write: impl FnMut(&str, &str)) -> Result<(), Fail> {
     if let Some(machine_id) = &request.machine_id {
         write("/etc/machine-id", &format!("{machine_id}\n"));
     }
     if let Some(hostname) = &request.hostname {
-        let set = rustix::system::sethostname(hostname.as_bytes());
-        set.map_err(Fail::sys("set the host name"))?;
+        // A container's was given to it as it was made.
+        if place == Place::Machine {
+            let set = rustix::system::sethostname(hostname.as_bytes());
+            set.map_err(Fail::sys("set the host name"))?;
+        }
         write("/etc/hostname", &format!("{hostname}\n"));
     }
     if request.hostname.is_some() || request.hosts.is_some() {

@@ -44,8 +44,18 @@ pub struct Agent {
     connections: Arc<Connections>,
     /// Index of the private link's device, where that is the channel.
     link: OnceLock<u32>,
+    pub(crate) place: Place,
     pub(crate) guest: Guest,
     pub(crate) registry: Registry,
+}
+
+/// What the agent is in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// A machine with a kernel of its own.
+    Machine,
+    /// A container: clock, random generator and links are the host's, and so is its end.
+    Container,
 }
 
 /// The token that an earlier agent was given.
@@ -70,6 +80,15 @@ impl Agent {
     /// `legacy` is what an earlier agent of the guest left, if there was one, and is kept up to
     /// date.
     pub(crate) fn with_legacy(token: Token, boot_id: String, legacy: Option<File>) -> Arc<Self> {
+        Self::placed(Place::Machine, token, boot_id, legacy)
+    }
+
+    pub(crate) fn placed(
+        place: Place,
+        token: Token,
+        boot_id: String,
+        legacy: Option<File>,
+    ) -> Arc<Self> {
         sys::use_one_arena();
         sys::stop_ignoring_signals();
         sys::keep_descriptors_private();
@@ -81,6 +100,7 @@ impl Agent {
             legacy,
             connections: Arc::default(),
             link: OnceLock::new(),
+            place,
             guest: Guest::default(),
             registry: Registry::default(),
         })
@@ -369,7 +389,7 @@ fn dispatch(agent: &Agent, mut conn: Conn, generation: u32, request: RequestBody
         }
         RequestBody::Shutdown(shutdown) => {
             conn.queue(agent.welcome(generation));
-            power::shut_down(conn, &shutdown);
+            power::shut_down(conn, agent.place, &shutdown);
             return;
         }
         RequestBody::Forget(forget) => match agent.registry.forget(&forget.run_id) {

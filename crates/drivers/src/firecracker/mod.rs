@@ -48,7 +48,7 @@ use crate::{
     BootSource, Capabilities, Driver, DriverError, ExitReason, GuestNetwork, Machine, MachineSpec,
     SnapshotFiles, SnapshotTaken,
     host::{Host, Record, file_error, remove_file},
-    machines::{Booted, Machines, Phases, Place, SnapshotWish, Vmm, WasBefore},
+    machines::{Booted, Links, Machines, Phases, Place, SnapshotWish, Vmm, WasBefore},
     process::{self, Ended, Launch, PageSize, Process},
     qemu::shows_panic,
     stream::GuestStream,
@@ -354,7 +354,7 @@ impl Vmm for Firecracker {
     type Control = Control;
 
     const KIND: DriverKind = DriverKind::Firecracker;
-    const CHANNEL_LINK: bool = false;
+    const LINKS: Links = Links::Tap;
 
     fn capabilities(&self) -> Capabilities {
         Capabilities {

@@ -44,7 +44,7 @@ use crate::{
     BootSource, Capabilities, Driver, DriverError, ExitReason, GuestNetwork, Machine, MachineSpec,
     SnapshotFiles, SnapshotTaken,
     host::{Host, Record, blocking, file_error, remove_file},
-    machines::{Booted, Machines, Phases, Place, SnapshotWish, Vmm, WasBefore},
+    machines::{Booted, Links, Machines, Phases, Place, SnapshotWish, Vmm, WasBefore},
     network::ReadyListener,
     process::{self, LOG_BYTES, Launch, PageSize, Process},
 };
@@ -218,7 +218,7 @@ impl Vmm for Qemu {
     type Control = Control;
 
     const KIND: DriverKind = DriverKind::Qemu;
-    const CHANNEL_LINK: bool = true;
+    const LINKS: Links = Links::TapAndChannel;
 
     fn capabilities(&self) -> Capabilities {
         Capabilities {
