@@ -132,7 +132,6 @@ impl MachineBuilder {
     ) -> Result<(), BuildError> {
         let id = spec.id;
         self.driver.create(spec).await.map_err(|e| of_driver(&e))?;
-        self.driver.set_background(id, true).await.map_err(|e| of_driver(&e))?;
         {
             let place = self.boots.acquire().await;
             let started = self.driver.start(id, Start::Boot, self.start_limit).await;
@@ -334,6 +333,8 @@ fn of_guest(error: &ClientError) -> BuildError {
     unavailable(&fault::from_client(error).message)
 }
 
+const EROFS_MAGIC: [u8; 4] = [0xe2, 0xe1, 0xf5, 0xe0];
+
 /// For machines that are none: a layer with nothing in it.
 #[derive(Debug)]
 pub(crate) struct SimulatedBuilder;
@@ -343,10 +344,11 @@ impl Builder for SimulatedBuilder {
     async fn build(&self, job: BuildJob, log: LogSink) -> Result<(), BuildError> {
         log.write(format!("{} {} is simulated\n", job.tool, job.version).as_bytes());
         let mut layer = vec![0; 4096];
+        layer[1024..1028].copy_from_slice(&EROFS_MAGIC);
         // So that no two of them are the same.
         let name = format!("{} {}", job.tool, job.version);
-        let bytes = name.as_bytes();
-        layer[..bytes.len().min(4096)].copy_from_slice(&bytes[..bytes.len().min(4096)]);
+        let length = name.len().min(1024);
+        layer[..length].copy_from_slice(&name.as_bytes()[..length]);
         let written = tokio::fs::write(&job.output, layer).await;
         written.map_err(|error| unavailable(&error.to_string()))
     }
