@@ -4,10 +4,11 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use aether_tools::{BaseImage, Builder, ToolEvent, Tools, ToolsConfig};
-use aether_types::ToolRequest;
+use aether_tools::{BaseImage, Builder, ToolError, ToolEvent, Tools, ToolsConfig};
+use aether_types::{ErrorCode, ToolRequest};
 
 use crate::chroot::{ChrootBuilder, base_image};
+use crate::fake::{FakeBuilder, base};
 
 /// The image, and a builder on it.
 fn on_the_image(work: &std::path::Path) -> Option<(BaseImage, Arc<dyn Builder>)> {
@@ -22,35 +23,68 @@ async fn build(tools: &[&str]) {
         println!("skipped: AETHER_IMAGE_DIR names no folder with a built image");
         return;
     };
+    if !rustix::process::geteuid().is_root() {
+        println!("skipped: not root, which mounts");
+        return;
+    }
     let root = std::env::var_os("AETHER_TOOLS_TEST_DIR").map(PathBuf::from);
     let root = root.unwrap_or_else(|| folder.path().join("tools"));
     let open = Tools::open(ToolsConfig::new(root)).unwrap();
     let requests: Vec<ToolRequest> = tools.iter().map(|tool| tool.parse().unwrap()).collect();
     let began = std::time::Instant::now();
-    let layers = open
-        .ensure(&requests, &base, &builder, &|event| match event {
+    let tell = |event| {
+        let seconds = began.elapsed().as_secs_f32();
+        match event {
             ToolEvent::Stage { tool, version, stage } => {
-                println!("{:6.1} {tool}@{version}: {stage}", began.elapsed().as_secs_f32());
+                println!("{seconds:6.1} {tool}@{version}: {stage}");
             }
             ToolEvent::Line { tool, line, .. } => println!("       {tool}| {line}"),
             ToolEvent::Ready { tool, version, cached } => {
-                println!(
-                    "{:6.1} {tool}@{version} ready, cached: {cached}",
-                    began.elapsed().as_secs_f32()
-                );
+                println!("{seconds:6.1} {tool}@{version} ready, cached: {cached}");
             }
-        })
-        .await
-        .unwrap();
-    for layer in &layers {
-        let mib = layer.size_bytes >> 20;
-        println!("{} {} → {}: {mib} MiB, {}", layer.name, layer.asked, layer.got, layer.digest);
+        }
+    };
+    match open.ensure(&requests, &base, &builder, &tell).await {
+        Ok(layers) => {
+            for layer in &layers {
+                let (mib, digest) = (layer.size_bytes >> 20, &layer.digest);
+                println!("{} {} → {}: {mib} MiB, {digest}", layer.name, layer.asked, layer.got);
+            }
+        }
+        Err(error) => give_up(error),
     }
 }
 
+/// Without a network nothing is said of the tools.
+fn give_up(error: ToolError) {
+    match error {
+        ToolError::Source { .. } | ToolError::Fetch { .. } => println!("skipped: {error}"),
+        other => panic!("{other}"),
+    }
+}
+
+/// All the tools that `AETHER_TOOLS_TEST` names, such as `go@1.23.1 python rust`, else a small one
+/// of each source.
 #[tokio::test(flavor = "multi_thread")]
-async fn real_registry_tools_that_are_asked_for() {
-    let asked = std::env::var_os("AETHER_TOOLS_TEST").unwrap_or_default();
+async fn real_registry_tools_are_installed_and_run() {
+    let asked = std::env::var_os("AETHER_TOOLS_TEST").unwrap_or_else(|| "jq uv bun".into());
     let asked = asked.to_str().unwrap().to_owned();
     build(&asked.split_whitespace().collect::<Vec<_>>()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn real_registry_has_no_go_1_23_0_and_says_what_is_close() {
+    let folder = tempfile::tempdir().unwrap();
+    let tools = Tools::open(ToolsConfig::new(folder.path())).unwrap();
+    let builder: Arc<dyn Builder> = FakeBuilder::new();
+    let requests = ["golang@1.23.0".parse().unwrap()];
+    match tools.ensure(&requests, &base(), &builder, &|_| ()).await.unwrap_err() {
+        error @ ToolError::UnknownVersion { .. } => {
+            let fault = error.to_fault();
+            assert_eq!(fault.code, ErrorCode::ToolVersionNotFound);
+            assert!(fault.message.contains("go has no version 1.23.0: "), "{fault}");
+            assert!(fault.message.contains("has 1.23.1, "), "{fault}");
+        }
+        other => give_up(other),
+    }
 }
