@@ -60,6 +60,9 @@ pub(crate) fn configure(
         None => {}
     }
     name(request, &mut warnings)?;
+    let mut layers = guest.layers.lock().unwrap_or_else(PoisonError::into_inner);
+    layers.apply(&request.layers)?;
+    let layers = u32::try_from(layers.count()).unwrap_or(u32::MAX);
     if let Some(token) = request.new_token.as_deref().and_then(Token::from_slice) {
         agent.set_token(token);
     }
@@ -67,7 +70,7 @@ pub(crate) fn configure(
         let boot_id = guest.new_boot_id().map_err(Fail::io("read random bytes"))?;
         agent.become_another(boot_id, own);
     }
-    Ok(Configured { warnings, boot_id: agent.boot_id() })
+    Ok(Configured { warnings, boot_id: agent.boot_id(), layers })
 }
 
 /// Names and addresses in the kernel and in `/etc`.

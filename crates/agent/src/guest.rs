@@ -10,6 +10,7 @@ use aether_protocol::EnvVar;
 use rustix::io::Errno;
 use rustix::process::{WaitId, WaitIdOptions, waitid};
 
+use crate::layers::Mounted;
 use crate::net::KnownDevices;
 use crate::sys;
 
@@ -19,6 +20,8 @@ pub(crate) struct Guest {
     env: RwLock<Vec<EnvVar>>,
     /// Held while the guest is configured: two at once would interleave.
     pub(crate) devices: Mutex<KnownDevices>,
+    /// Changed under the lock of the devices only.
+    pub(crate) layers: Mutex<Mounted>,
     /// The kernel's random generator. It stays open, so that a restored guest need not open it.
     random: OnceLock<File>,
     /// The kernel's list of the children of PID 1, open for the same reason.

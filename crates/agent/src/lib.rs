@@ -36,6 +36,7 @@ mod error;
 mod etc;
 mod files;
 mod guest;
+mod layers;
 mod net;
 mod power;
 mod registry;

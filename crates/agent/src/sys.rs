@@ -133,6 +133,50 @@ pub(crate) fn keep_descriptors_private() {
     };
 }
 
+/// Makes the kernel see a part of a block device as a device of its own.
+#[expect(unsafe_code, reason = "an ioctl of block devices")]
+pub(crate) fn add_partition(
+    device: BorrowedFd<'_>,
+    number: usize,
+    offset: u64,
+    length: u64,
+) -> Result<(), Errno> {
+    const BLKPG: libc::c_ulong = 0x1269;
+    const ADD_PARTITION: libc::c_int = 1;
+    #[repr(C)]
+    struct Partition {
+        start: i64,
+        length: i64,
+        number: libc::c_int,
+        names: [u8; 128],
+    }
+    #[repr(C)]
+    struct Argument {
+        operation: libc::c_int,
+        flags: libc::c_int,
+        data_length: libc::c_int,
+        data: *mut Partition,
+    }
+    let mut partition = Partition {
+        start: i64::try_from(offset).map_err(|_| Errno::INVAL)?,
+        length: i64::try_from(length).map_err(|_| Errno::INVAL)?,
+        number: libc::c_int::try_from(number).map_err(|_| Errno::INVAL)?,
+        names: [0; 128],
+    };
+    let argument = Argument {
+        operation: ADD_PARTITION,
+        flags: 0,
+        data_length: libc::c_int::try_from(size_of::<Partition>()).map_err(|_| Errno::INVAL)?,
+        data: &raw mut partition,
+    };
+    // SAFETY: the kernel reads both structures, which live until it returns.
+    let result = unsafe { libc::ioctl(device.as_raw_fd(), BLKPG, &raw const argument) };
+    if result == 0 {
+        return Ok(());
+    }
+    Err(Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO))
+}
+
 /// Credits entropy and has the kernel's generator take it at once.
 #[expect(unsafe_code, reason = "ioctls of the random device")]
 pub(crate) fn reseed(random: BorrowedFd<'_>, entropy: &[u8]) -> io::Result<()> {

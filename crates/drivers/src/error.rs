@@ -38,6 +38,9 @@ pub enum DriverError {
     /// A file of a snapshot is not what it was when it was checked.
     #[error("the snapshot's file {path} is damaged: {detail}", path = path.display())]
     Damaged { path: PathBuf, detail: String },
+    /// Layers of tools that are not what they must be, or that are too many.
+    #[error("the tools cannot be attached: {0}")]
+    Layers(String),
     /// This host cannot run this driver; the text says what is missing and how to mend it.
     #[error("{0}")]
     Unavailable(String),
@@ -57,7 +60,7 @@ impl DriverError {
             Self::ConnectTimeout { .. } | Self::ConnectRefused { .. } => {
                 ErrorCode::GuestUnreachable
             }
-            Self::NoAddress { .. } => ErrorCode::InsufficientCapacity,
+            Self::NoAddress { .. } | Self::Layers(_) => ErrorCode::InsufficientCapacity,
             Self::Incompatible { .. } => ErrorCode::SnapshotIncompatible,
             Self::Damaged { .. } => ErrorCode::SnapshotDamaged,
             Self::RangeOverlaps { .. } | Self::Unavailable(_) => ErrorCode::DriverUnavailable,
@@ -77,6 +80,7 @@ impl DriverError {
             Self::UnknownVm(_)
             | Self::WrongState { .. }
             | Self::NoAddress { .. }
+            | Self::Layers(_)
             | Self::RangeOverlaps { .. }
             | Self::Incompatible { .. }
             | Self::Damaged { .. }

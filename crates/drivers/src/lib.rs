@@ -16,12 +16,14 @@ pub mod fault;
 pub mod firecracker;
 mod host;
 pub mod journal;
+mod links;
 mod machines;
 pub mod network;
 mod process;
 pub mod qemu;
 pub mod sim;
 mod stream;
+mod tools;
 
 use std::{
     fmt,
@@ -37,6 +39,7 @@ use async_trait::async_trait;
 pub use cgroup::{CgroupMode, CgroupStatus};
 pub use error::DriverError;
 pub use host::{Host, HostConfig, UID_BASE_DEFAULT, UID_COUNT};
+pub use tools::layer_places;
 
 /// Everything a driver needs to make a VM. Also what it keeps, so that a VM can be started again
 /// after a restart of the worker.
@@ -58,6 +61,25 @@ pub struct MachineSpec {
     /// keeps what it needs of it, so that the snapshot may be removed at any time.
     #[serde(default)]
     pub disk_from: Option<SnapshotFiles>,
+    /// Tools, from the lowest layer to the highest; those of the snapshot that it is restored from
+    /// come first. The driver keeps what it needs of them, so that the files may be removed.
+    #[serde(default)]
+    pub layers: Vec<LayerFile>,
+    /// A builder's: one more disk of so many MB, empty; see [`Driver::take_output`].
+    #[serde(default)]
+    pub output_mb: Option<u32>,
+}
+
+/// The file of a tool layer: erofs, with a `usr` in it; checked by who made this.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct LayerFile {
+    /// As people know it: `go@1.23.1`.
+    pub name: String,
+    pub path: PathBuf,
+    /// BLAKE3 of the content, in hex: what it is, wherever it is.
+    pub digest: String,
+    /// The length of the file, a multiple of 4096.
+    pub bytes: u64,
 }
 
 /// A sealed snapshot, its files checked by who made this (see `aether_images::SnapshotStore`).
@@ -65,6 +87,19 @@ pub struct MachineSpec {
 pub struct SnapshotFiles {
     pub directory: PathBuf,
     pub machine: SnapshotMachine,
+}
+
+impl SnapshotFiles {
+    /// The tools that its guest has mounted, as files of the snapshot: what [`MachineSpec::layers`]
+    /// of a machine that is restored from it begins with.
+    #[must_use]
+    pub fn layers(&self) -> Vec<LayerFile> {
+        let at = |layer: &LayerFile| LayerFile {
+            path: self.directory.join(layer.path.file_name().unwrap_or_default()),
+            ..layer.clone()
+        };
+        self.machine.layers.iter().map(at).collect()
+    }
 }
 
 /// What a snapshot was taken of: what a machine must have to be restored from it. Kept in the
@@ -78,6 +113,9 @@ pub struct SnapshotMachine {
     pub memory_mb: u32,
     pub disk_mb: u32,
     pub boot: BootSource,
+    /// The tools that its guest has mounted: [`SnapshotFiles::layers`] says where they are.
+    #[serde(default)]
+    pub layers: Vec<LayerFile>,
     /// MAC of the guest's network interface, by which the guest still knows it after a restore.
     pub mac: String,
     /// The driver's own: anything else that its command line must repeat.
@@ -104,7 +142,18 @@ impl SnapshotMachine {
         ] {
             same(what, &theirs.display(), &ours.display())?;
         }
-        Ok(())
+        if tools::begin_with(&spec.layers, &self.layers) {
+            return Ok(());
+        }
+        let names = |layers: &[LayerFile]| {
+            layers.iter().map(|layer| layer.name.as_str()).collect::<Vec<_>>().join(", ")
+        };
+        // Equal names may be of other builds.
+        Err(DriverError::Incompatible {
+            what: "list of tools",
+            snapshot: names(&self.layers),
+            machine: names(&spec.layers),
+        })
     }
 
     /// Whether a machine of this kind and specification can have its disk.
@@ -305,6 +354,20 @@ pub trait Driver: Send + Sync + 'static {
         network: &NetworkPolicy,
     ) -> Result<(), DriverError>;
 
+    /// Puts further tools over those that a machine has, durably, whether it runs, is paused or was
+    /// never started; the guest is told by whoever calls. `layers` are all that it shall have, and
+    /// begin with those that it has. A repetition is harmless.
+    async fn add_layers(&self, id: MachineId, layers: &[LayerFile]) -> Result<(), DriverError> {
+        let _ = (id, layers);
+        Err(DriverError::Unavailable("this driver cannot add tools to a machine".to_owned()))
+    }
+
+    /// Copies the first bytes of a builder's output disk into a new file. The VMM must have ended.
+    async fn take_output(&self, id: MachineId, into: &Path, bytes: u64) -> Result<(), DriverError> {
+        let _ = (id, into, bytes);
+        Err(DriverError::Unavailable("this driver has no output disks".to_owned()))
+    }
+
     /// The VMM's share of the processors: low while a machine is made for a pool.
     async fn set_background(&self, id: MachineId, background: bool) -> Result<(), DriverError>;
 
@@ -377,6 +440,8 @@ pub(crate) mod tests {
             },
             network: NetworkPolicy::default(),
             disk_from: None,
+            layers: Vec::new(),
+            output_mb: None,
             token: "0123456789abcdef".repeat(4),
         }
     }

@@ -1,4 +1,6 @@
-//! Writable disks over the frozen ones of a snapshot.
+//! Writable disks over the frozen ones of a snapshot, and layers at their places.
+
+mod placed;
 
 use std::fs::{self, File};
 use std::io;
@@ -8,6 +10,7 @@ use std::path::Path;
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
+pub use self::placed::{Placement, write_placement};
 use crate::ImageError;
 
 /// What [`clone_sparse`] did.
@@ -67,46 +70,65 @@ pub fn write_qcow2_overlay(path: &Path, virtual_size_bytes: u64) -> Result<(), I
     let l1_entries =
         u32::try_from(virtual_size_bytes.div_ceil(L1_ENTRY_COVERS)).unwrap_or(u32::MAX);
     let clusters = 3 + (u64::from(l1_entries) * 8).div_ceil(CLUSTER);
-    let header = overlay_header(virtual_size_bytes, l1_entries);
+    let header = Header {
+        virtual_bytes: virtual_size_bytes,
+        l1_entries,
+        l1_at: 3 * CLUSTER,
+        counts_at: CLUSTER,
+        features: 0,
+    };
     let counts = [0, 1].repeat(usize::try_from(clusters).unwrap_or_default());
     make_file(path, "make the overlay", |file| {
         file.set_len(clusters * CLUSTER)?;
-        file.write_all_at(&header, 0)?;
+        file.write_all_at(&header.encode(), 0)?;
         file.write_all_at(&(2 * CLUSTER).to_be_bytes(), CLUSTER)?;
         file.write_all_at(&counts, 2 * CLUSTER)
     })
 }
 
-/// Big-endian, field by field.
-fn overlay_header(virtual_size_bytes: u64, l1_entries: u32) -> Vec<u8> {
-    let zero = [0; 8];
-    [
-        b"QFI\xfb".as_slice(),
-        &3_u32.to_be_bytes(),
-        // The backing file's name: where it is, and its length.
-        &zero,
-        &zero[..4],
-        &CLUSTER_BITS.to_be_bytes(),
-        &virtual_size_bytes.to_be_bytes(),
-        // No encryption.
-        &zero[..4],
-        &l1_entries.to_be_bytes(),
-        &(3 * CLUSTER).to_be_bytes(),
-        // The table of reference counts, and its length in clusters.
-        &CLUSTER.to_be_bytes(),
-        &1_u32.to_be_bytes(),
-        // Snapshots inside: count and place.
-        &zero[..4],
-        &zero,
-        // Features: incompatible, compatible, self-clearing.
-        &[0; 24],
-        // A reference count has 2^4 bits.
-        &4_u32.to_be_bytes(),
-        &HEADER_LENGTH.to_be_bytes(),
-        // The end of the header's extensions.
-        &zero,
-    ]
-    .concat()
+/// What differs between the headers of images.
+struct Header {
+    virtual_bytes: u64,
+    l1_entries: u32,
+    l1_at: u64,
+    /// Table of reference counts, one cluster long.
+    counts_at: u64,
+    /// Those that a reader must know.
+    features: u64,
+}
+
+impl Header {
+    /// Big-endian, field by field.
+    fn encode(&self) -> Vec<u8> {
+        let zero = [0; 8];
+        [
+            b"QFI\xfb".as_slice(),
+            &3_u32.to_be_bytes(),
+            // The backing file's name: where it is, and its length.
+            &zero,
+            &zero[..4],
+            &CLUSTER_BITS.to_be_bytes(),
+            &self.virtual_bytes.to_be_bytes(),
+            // No encryption.
+            &zero[..4],
+            &self.l1_entries.to_be_bytes(),
+            &self.l1_at.to_be_bytes(),
+            &self.counts_at.to_be_bytes(),
+            &1_u32.to_be_bytes(),
+            // Snapshots inside: count and place.
+            &zero[..4],
+            &zero,
+            // Features: incompatible, compatible, self-clearing.
+            &self.features.to_be_bytes(),
+            &[0; 16],
+            // A reference count has 2^4 bits.
+            &4_u32.to_be_bytes(),
+            &HEADER_LENGTH.to_be_bytes(),
+            // The end of the header's extensions.
+            &zero,
+        ]
+        .concat()
+    }
 }
 
 /// Makes a new file, or none: half a disk is worse than no disk.
@@ -128,15 +150,31 @@ fn make_file<T>(
     })
 }
 
+/// Makes `to`, which must not exist, a file of `size` bytes with the first bytes of each part at its
+/// place: shared with it where the file system can, copied elsewhere. Mode 0600. Not flushed.
+pub fn compose(to: &Path, size: u64, parts: &[(File, u64, u64)]) -> Result<(), ImageError> {
+    make_file(to, "put layers together in", |target| {
+        target.set_len(size)?;
+        for (part, offset, bytes) in parts {
+            copy_to(part, target, (0, *bytes), *offset)?;
+        }
+        Ok(())
+    })
+}
+
 fn copy_range(source: &File, target: &File, start: u64, end: u64) -> io::Result<()> {
-    let (mut from, mut to) = (start, start);
+    copy_to(source, target, (start, end), start)
+}
+
+fn copy_to(source: &File, target: &File, (start, end): (u64, u64), place: u64) -> io::Result<()> {
+    let (mut from, mut to) = (start, place);
     while from < end {
         let length = usize::try_from(end - from).unwrap_or(usize::MAX);
         match rustix::fs::copy_file_range(source, Some(&mut from), target, Some(&mut to), length) {
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
             Ok(_) | Err(Errno::INTR) => {}
             Err(Errno::XDEV | Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS | Errno::PERM) => {
-                return copy_by_hand(source, target, from, end);
+                return copy_by_hand(source, target, (from, end), to);
             }
             Err(error) => return Err(error.into()),
         }
@@ -145,14 +183,20 @@ fn copy_range(source: &File, target: &File, start: u64, end: u64) -> io::Result<
 }
 
 /// Between file systems, on some kernels.
-fn copy_by_hand(source: &File, target: &File, start: u64, end: u64) -> io::Result<()> {
+fn copy_by_hand(
+    source: &File,
+    target: &File,
+    (start, end): (u64, u64),
+    mut place: u64,
+) -> io::Result<()> {
     let mut buffer = vec![0; 128 << 10];
     let mut position = start;
     while position < end {
         let length = usize::try_from(end - position).unwrap_or(usize::MAX).min(buffer.len());
         source.read_exact_at(&mut buffer[..length], position)?;
-        target.write_all_at(&buffer[..length], position)?;
+        target.write_all_at(&buffer[..length], place)?;
         position += length as u64;
+        place += length as u64;
     }
     Ok(())
 }

@@ -1,10 +1,11 @@
 //! Limits on requests, checked by the host before it sends and by the guest before it acts.
 
 use crate::limits::{
-    ARGS_BYTES_MAX, ENTROPY_BYTES_MAX, ENV_BYTES_MAX, NETWORK_ITEMS_MAX, PATH_BYTES_MAX,
-    RUN_ID_BYTES_MAX, USER_BYTES_MAX,
+    ARGS_BYTES_MAX, ENTROPY_BYTES_MAX, ENV_BYTES_MAX, LAYER_ALIGN_BYTES, LAYER_NAME_BYTES_MAX,
+    LAYERS_DEVICE_BYTES, LAYERS_MAX, NETWORK_ITEMS_MAX, PATH_BYTES_MAX, RUN_ID_BYTES_MAX,
+    USER_BYTES_MAX,
 };
-use crate::message::{Configure, EnvVar, ErrorCode, Refused, RequestBody, Run};
+use crate::message::{Configure, EnvVar, ErrorCode, Layer, Refused, RequestBody, Run};
 use crate::token::TOKEN_BYTES;
 
 /// A request that no guest would take.
@@ -24,6 +25,8 @@ pub enum RequestError {
     EnvName { name: String },
     #[error("{what} has {actual} bytes where {wanted} are wanted")]
     Length { what: &'static str, actual: usize, wanted: usize },
+    #[error("layer {name:?} is not at a place of its own on the layers device")]
+    LayerPlace { name: String },
     #[error("the request is unknown")]
     Unknown,
 }
@@ -35,6 +38,7 @@ impl RequestError {
             Self::Empty { .. }
             | Self::ZeroByte { .. }
             | Self::EnvName { .. }
+            | Self::LayerPlace { .. }
             | Self::Length { .. } => ErrorCode::InvalidArgument,
             Self::RelativePath { .. } => ErrorCode::InvalidPath,
             Self::Unknown => ErrorCode::UnknownRequest,
@@ -139,6 +143,7 @@ fn check_configure(configure: &Configure) -> Result<(), RequestError> {
         let (actual, wanted) = (token.len(), TOKEN_BYTES);
         return Err(RequestError::Length { what: "new token", actual, wanted });
     }
+    check_layers(&configure.layers)?;
     few("interfaces", configure.interfaces.len())?;
     for interface in &configure.interfaces {
         few("addresses", interface.addresses.len())?;
@@ -150,6 +155,30 @@ fn check_configure(configure: &Configure) -> Result<(), RequestError> {
     }
     if let Some(hosts) = &configure.hosts {
         few("hosts entries", hosts.entries.len())?;
+    }
+    Ok(())
+}
+
+/// Each within the device, at its boundary, after the one before.
+fn check_layers(layers: &[Layer]) -> Result<(), RequestError> {
+    let (actual, limit) = (layers.len(), LAYERS_MAX);
+    if actual > limit {
+        return Err(RequestError::TooMany { what: "layers", actual, limit });
+    }
+    let mut free = 0;
+    for layer in layers {
+        let name = layer.name.chars().take(LAYER_NAME_BYTES_MAX).collect::<String>();
+        at_most("name of a layer", layer.name.len(), LAYER_NAME_BYTES_MAX)?;
+        let end = layer.offset.checked_add(layer.length).unwrap_or(u64::MAX);
+        let is_placed = layer.offset >= free
+            && layer.offset % LAYER_ALIGN_BYTES == 0
+            && layer.length > 0
+            && layer.length % 4096 == 0
+            && end <= LAYERS_DEVICE_BYTES;
+        if !is_placed {
+            return Err(RequestError::LayerPlace { name });
+        }
+        free = end;
     }
     Ok(())
 }
@@ -211,6 +240,32 @@ mod tests {
         assert!(check_request(&RequestBody::Configure(restored.clone())).is_err());
         restored.entropy = vec![1; 32].into();
         assert_eq!(check_request(&RequestBody::Configure(restored)), Ok(()));
+    }
+
+    #[test]
+    fn layers_have_places_of_their_own_on_the_device() {
+        let layer = |offset: u64, length: u64| Layer { name: "a@1".into(), offset, length };
+        let check = |layers: &[Layer]| {
+            let request = Configure { layers: layers.to_vec(), ..Default::default() };
+            check_request(&RequestBody::Configure(request))
+        };
+        let mib = LAYER_ALIGN_BYTES;
+        assert_eq!(check(&[layer(mib, mib + 4096), layer(3 * mib, 4096)]), Ok(()));
+        for hostile in [
+            &[layer(4096, 4096)][..],
+            &[layer(mib, 0)],
+            &[layer(mib, 100)],
+            &[layer(mib, LAYERS_DEVICE_BYTES)],
+            &[layer(u64::MAX - mib + 1, 1 << 40)],
+            &[layer(mib, mib + 4096), layer(2 * mib, 4096)],
+            &[layer(3 * mib, mib), layer(mib, mib)],
+        ] {
+            assert_eq!(check(hostile).unwrap_err().code(), ErrorCode::InvalidArgument);
+        }
+        let many = vec![layer(mib, 4096); LAYERS_MAX + 1];
+        assert_eq!(check(&many).unwrap_err().code(), ErrorCode::TooLarge);
+        let long = Layer { name: "x".repeat(129), ..layer(mib, 4096) };
+        assert_eq!(check(&[long]).unwrap_err().code(), ErrorCode::TooLarge);
     }
 
     #[test]

@@ -79,5 +79,17 @@ pub const DRAIN_LIMIT: Duration = Duration::from_millis(500);
 /// Entropy in one `Configure`: the kernel's generator takes 32 bytes, more adds nothing.
 pub const ENTROPY_BYTES_MAX: usize = 512;
 
+/// Tool layers of one guest: 32 that a VM may ask for, over 32 of its template.
+pub const LAYERS_MAX: usize = 64;
+
+/// Longest name of a tool layer in a message.
+pub const LAYER_NAME_BYTES_MAX: usize = 128;
+
+/// Tool layers begin at multiples of this on their device.
+pub const LAYER_ALIGN_BYTES: u64 = 1024 * 1024;
+
+/// Size of the device with the tool layers, whatever is on it.
+pub const LAYERS_DEVICE_BYTES: u64 = 64 * 1024 * 1024 * 1024;
+
 /// Interfaces, addresses of one interface, name servers, hosts entries: a guest has a handful.
 pub const NETWORK_ITEMS_MAX: usize = 64;

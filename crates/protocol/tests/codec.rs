@@ -74,8 +74,9 @@ fn from_guest() -> impl Strategy<Value = FromGuest> {
         (any::<u64>(), bytes(5000)).prop_map(|(offset, data)| {
             Output { stream: Stream::Stderr.into(), offset, data }.into()
         }),
-        (vec(".*", 0..4), ".*")
-            .prop_map(|(warnings, boot_id)| { Configured { warnings, boot_id }.into() }),
+        (vec(".*", 0..4), ".*").prop_map(|(warnings, boot_id)| {
+            Configured { warnings, boot_id, ..Configured::default() }.into()
+        }),
         (any::<Option<i32>>(), any::<Option<i32>>(), any::<u64>()).prop_map(
             |(exit_code, signal, duration_us)| {
                 let cause = Cause::Cancelled.into();

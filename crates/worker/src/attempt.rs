@@ -13,7 +13,8 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    create::Started, failure::Failure, fault, phases::PhaseClock, reconcile, worker::Core,
+    create::Started, failure::Failure, fault, phases::PhaseClock, reconcile, tool_build::Telling,
+    worker::Core,
 };
 
 /// A task in hand.
@@ -181,8 +182,10 @@ impl Core {
             return Ok(superseded(vm));
         }
         let clock = PhaseClock::since(attempt.task.created_at);
+        let telling = Telling::default();
+        let create = self.create(vm, clock, &telling);
         let started = tokio::select! {
-            started = self.create(vm, clock) => started?,
+            started = self.told(attempt, &telling, create) => started?,
             () = attempt.cancelled.cancelled() => {
                 self.undo_create(vm).await;
                 let fault = Fault::new(ErrorCode::Cancelled, "the creation was cancelled");
@@ -202,8 +205,10 @@ impl Core {
             return Ok(superseded(vm));
         }
         let clock = PhaseClock::since(attempt.task.created_at);
+        let telling = Telling::default();
+        let start = self.start(vm, clock, &telling);
         let started = tokio::select! {
-            started = self.start(vm, clock) => started?,
+            started = self.told(attempt, &telling, start) => started?,
             () = attempt.cancelled.cancelled() => {
                 // The VM is to be deleted instead. Its disk is the deletion's business.
                 self.undo_start(vm).await;
@@ -277,6 +282,7 @@ impl Core {
             worker_id: Some(self.parts.id),
             address: started.network.addresses.first().map(|(address, _)| *address),
             start: Some(started.report),
+            tools: started.tools,
             ..VmPatch::default()
         }
     }

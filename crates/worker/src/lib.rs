@@ -20,6 +20,7 @@
 //! is legal; the store did, with the state machines of `aether-types`.
 
 mod attempt;
+mod builder;
 mod claims;
 mod configure;
 mod create;
@@ -37,17 +38,18 @@ mod sealed;
 mod snapshot;
 mod template;
 mod tool_build;
+mod toolset;
 mod worker;
 
 use std::{fmt, path::Path, sync::Arc, time::Duration};
 
-use aether_drivers::{BootSource, Driver, DriverError};
+use aether_drivers::{BootSource, Driver, DriverError, LayerFile};
 use aether_events::EventBus;
 use aether_images::SnapshotStore;
 use aether_queue::{Queue, QueueError};
 use aether_store::{Store, StoreError};
 use aether_streams::Sessions;
-use aether_tools::Tools;
+use aether_tools::{BaseImage, Tools};
 use aether_types::{Fault, WorkerId};
 
 pub use garbage::Retention;
@@ -63,6 +65,13 @@ pub trait ImageSource: Send + Sync + 'static {
 
     /// What the name means now, as it stands after the `@`. Called off the async threads.
     fn digest(&self, image: &str) -> Result<String, Fault>;
+
+    /// What tools depend on of an image. Called off the async threads.
+    fn base(&self, image: &str) -> Result<BaseImage, Fault>;
+
+    /// All modules of the image's kernel as a layer of `/usr`, where it has some. Called off the
+    /// async threads.
+    fn module_layer(&self, image: &str) -> Result<Option<LayerFile>, Fault>;
 
     /// Keeps the files of `name@digest` for as long as the file or folder `holder` is there, which
     /// is about to be made. Called off the async threads.

@@ -12,8 +12,8 @@ use std::{
 };
 
 use aether_store::{AttemptEnd, StoreError};
-use aether_tools::{ReadyLayer, ToolError, ToolEvent};
-use aether_types::{ErrorCode, Fault, ToolRequest, VmTool, limits};
+use aether_tools::{ReadyLayer, ToolEvent};
+use aether_types::{DriverKind, ErrorCode, Fault, ToolRequest, VmTool, limits};
 use tokio::{
     sync::Notify,
     time::{Instant, sleep_until},
@@ -139,20 +139,15 @@ impl Core {
         }
     }
 
-    /// The layers of these tools, in their order: from the cache, else built.
-    // The builder is not there yet: see `Builder` of `aether-tools`.
-    #[expect(clippy::unused_async, reason = "a builder is waited for")]
-    pub(crate) async fn layers(
+    /// For VMs to come: on the default image, for the kind of machine that this worker has first.
+    async fn layers_ahead(
         &self,
         wanted: &[ToolRequest],
         telling: &Telling,
     ) -> Result<Vec<ReadyLayer>, Failure> {
-        let Some(ToolRequest { name, version }) = wanted.first() else { return Ok(Vec::new()) };
-        let (tool, version) = (name.clone(), version.clone());
-        let stage = "resolve".to_owned();
-        telling.hear(ToolEvent::Stage { tool: tool.clone(), version: version.clone(), stage });
-        let reason = "this worker has no builder".to_owned();
-        Err(Failure::tool(&ToolError::BuilderUnavailable { tool, version, reason }))
+        let driver = self.parts.drivers.first().map(|driver| driver.capabilities().kind);
+        let driver = driver.unwrap_or(DriverKind::Qemu);
+        self.ready_layers(wanted, aether_images::DEFAULT_IMAGE, driver, telling).await
     }
 
     /// Carries out a `tool:build`.
@@ -164,7 +159,7 @@ impl Core {
         let telling = Telling::default();
         let layers = tokio::select! {
             biased;
-            layers = self.told(attempt, &telling, self.layers(&wanted, &telling)) => layers,
+            layers = self.told(attempt, &telling, self.layers_ahead(&wanted, &telling)) => layers,
             () = attempt.cancelled.cancelled() => {
                 let fault = Fault::new(ErrorCode::Cancelled, "the build was cancelled");
                 return self.end(attempt, cancelled(fault)).await;

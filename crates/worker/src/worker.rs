@@ -51,7 +51,7 @@ pub(crate) struct Core {
     pub(crate) parts: WorkerParts,
     pub(crate) guests: Arc<Guests>,
     pub(crate) attempts: Attempts,
-    pub(crate) boots: Semaphore,
+    pub(crate) boots: Arc<Semaphore>,
     pub(crate) restores: Semaphore,
     pub(crate) pools: Arc<PoolSet>,
     pub(crate) builds: Builds,
@@ -145,7 +145,7 @@ impl Worker {
         let core = Arc::new(Core {
             guests: Arc::new(Guests::default()),
             attempts: Attempts::default(),
-            boots: Semaphore::new(parts.config.boots_at_once),
+            boots: Arc::new(Semaphore::new(parts.config.boots_at_once)),
             restores: Semaphore::new(parts.config.restores_at_once),
             pools: Arc::new(PoolSet::new(
                 parts.config.pools.clone(),

@@ -45,8 +45,8 @@ fn bring_up() -> io::Result<CommandLine> {
     let events = devices::Events::listen();
     modules::load();
     let disks = devices::wait_for_disks(&events)?;
-    mounts::root(&disks)?;
-    mounts::late();
+    let writable = mounts::root(&disks)?;
+    mounts::late(&writable);
     if let Err(error) = command_line.hide() {
         kmsg!("hide the command line: {error}");
     }

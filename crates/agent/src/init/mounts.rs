@@ -1,17 +1,19 @@
 //! File systems: those of the kernel, the root made of two layers, and what programs expect.
 
 use std::ffi::{CStr, CString};
-use std::fs;
+use std::fs::{self, DirBuilder};
 use std::io;
-use std::os::unix::fs::symlink;
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt as _, symlink};
 use std::path::Path;
 
+use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
-use rustix::mount::{MountFlags, mount, mount_move};
+use rustix::mount::{MountFlags, mount, mount_bind, mount_move};
 use rustix::process::{Resource, Rlimit, chdir, chroot, setrlimit};
 
 use super::devices::Disks;
-use crate::kmsg;
+use crate::{kmsg, layers};
 
 /// Where the layers are put together; below the initramfs, which nobody sees later.
 const BASE: &str = "/base";
@@ -44,13 +46,16 @@ fn system_flags(kind: &str) -> MountFlags {
     if kind == "devtmpfs" { flags } else { flags | MountFlags::NODEV }
 }
 
-/// Base image below, the VM's disk above, and the whole as `/`.
-pub(super) fn root(disks: &Disks) -> io::Result<()> {
+/// Base image below, the VM's disk above, and the whole as `/`. Gives the disk's folder, which has
+/// no path any more.
+pub(super) fn root(disks: &Disks) -> io::Result<OwnedFd> {
     for directory in [BASE, WRITABLE, NEW_ROOT] {
         fs::create_dir_all(directory)?;
     }
     mount_on(path_text(disks.base), BASE, "erofs", MountFlags::RDONLY, c"")?;
     mount_writable(disks)?;
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let writable = open(WRITABLE, flags, Mode::empty())?;
     mount_overlay()?;
     for target in ["/proc", "/sys", "/dev"] {
         let inside = format!("{NEW_ROOT}{target}");
@@ -71,7 +76,7 @@ pub(super) fn root(disks: &Disks) -> io::Result<()> {
     mount_move(".", "/").map_err(context("move the root"))?;
     chroot(".")?;
     chdir("/")?;
-    Ok(())
+    Ok(writable)
 }
 
 fn mount_writable(disks: &Disks) -> io::Result<()> {
@@ -90,21 +95,25 @@ fn mount_writable(disks: &Disks) -> io::Result<()> {
 }
 
 fn mount_overlay() -> io::Result<()> {
-    let layers = format!("lowerdir={BASE},upperdir={WRITABLE}/upper,workdir={WRITABLE}/work");
+    let plain = format!("lowerdir={BASE},upperdir={WRITABLE}/upper,workdir={WRITABLE}/work");
     // With redirects, directories of the base can be renamed; not every kernel has them.
-    let with_redirects = CString::new(format!("{layers},redirect_dir=on"))?;
-    let plain = CString::new(layers)?;
+    let with_redirects = CString::new(format!("{plain},redirect_dir=on"))?;
+    let plain = CString::new(plain)?;
     mount_on("overlay", NEW_ROOT, "overlay", NONE, &with_redirects)
         .or_else(|_| mount_on("overlay", NEW_ROOT, "overlay", NONE, &plain))
 }
 
-/// What programs expect. Each is optional: a kernel may lack it.
-pub(super) fn late() {
+/// What programs expect, and what tools will want of the disk. Each is optional: a kernel may lack
+/// it.
+pub(super) fn late(writable: &OwnedFd) {
     let system = MountFlags::NOSUID | MountFlags::NOEXEC;
     let memory = MountFlags::NOSUID | MountFlags::NODEV;
     optional("devpts", "/dev/pts", system, c"newinstance,gid=5,mode=0620,ptmxmode=0666");
     optional("tmpfs", "/dev/shm", memory, c"mode=1777");
     optional("tmpfs", "/run", memory, c"mode=0755");
+    if let Err(error) = show_disk(writable) {
+        kmsg!("show the disk at {}: {error}", layers::DISK);
+    }
     optional("cgroup2", "/sys/fs/cgroup", system | MountFlags::NODEV, c"");
     optional("mqueue", "/dev/mqueue", system | MountFlags::NODEV, c"");
     for (target, link) in [
@@ -125,6 +134,14 @@ pub(super) fn late() {
         drop(symlink("pts/ptmx", "/dev/ptmx"));
     }
     drop(fs::create_dir_all("/run/lock"));
+}
+
+/// A second place for the VM's disk: what is on it and not in the root can be reached there.
+fn show_disk(writable: &OwnedFd) -> io::Result<()> {
+    DirBuilder::new().mode(0o700).create(layers::FOLDER)?;
+    fs::create_dir(layers::DISK)?;
+    mount_bind(format!("/proc/self/fd/{}", writable.as_raw_fd()), layers::DISK)?;
+    Ok(())
 }
 
 /// Open files: what a distribution gives its services.

@@ -8,7 +8,7 @@ use async_trait::async_trait;
 
 use super::{Machines, SnapshotWish, Vmm, lock, wrong};
 use crate::{
-    AfterSnapshot, Capabilities, Driver, DriverError, ExitReason, GuestNetwork, Machine,
+    AfterSnapshot, Capabilities, Driver, DriverError, ExitReason, GuestNetwork, LayerFile, Machine,
     MachineSpec, MachineState, Phase, SnapshotDisk, SnapshotTaken, Start, stream::GuestStream,
 };
 
@@ -54,6 +54,16 @@ impl<V: Vmm> Driver for Arc<Machines<V>> {
     ) -> Result<(), DriverError> {
         let (machines, network) = (Arc::clone(self), network.clone());
         self.finish(async move { machines.claim_one(id, vm, &network).await }).await
+    }
+
+    async fn add_layers(&self, id: MachineId, layers: &[LayerFile]) -> Result<(), DriverError> {
+        let (machines, layers) = (Arc::clone(self), layers.to_vec());
+        self.finish(async move { machines.add_layers_one(id, layers).await }).await
+    }
+
+    async fn take_output(&self, id: MachineId, into: &Path, bytes: u64) -> Result<(), DriverError> {
+        let (machines, into) = (Arc::clone(self), into.to_owned());
+        self.finish(async move { machines.take_output_one(id, into, bytes).await }).await
     }
 
     async fn set_background(&self, id: MachineId, background: bool) -> Result<(), DriverError> {
@@ -205,6 +215,21 @@ macro_rules! delegate_driver {
                 network: &aether_types::NetworkPolicy,
             ) -> Result<(), DriverError> {
                 self.0.claim(id, vm, network).await
+            }
+            async fn add_layers(
+                &self,
+                id: MachineId,
+                layers: &[crate::LayerFile],
+            ) -> Result<(), DriverError> {
+                self.0.add_layers(id, layers).await
+            }
+            async fn take_output(
+                &self,
+                id: MachineId,
+                into: &std::path::Path,
+                bytes: u64,
+            ) -> Result<(), DriverError> {
+                self.0.take_output(id, into, bytes).await
             }
             async fn set_background(
                 &self,

@@ -19,6 +19,7 @@
 
 pub(crate) mod background;
 mod driver;
+mod layers;
 mod live;
 mod snapshot;
 mod start;
@@ -45,7 +46,9 @@ use crate::{
     DriverError, ExitReason, GuestNetwork, Machine, MachineSpec, MachineState,
     host::{Host, Record},
     journal::{Owner, Resource},
+    layer_places,
     network::Attachment,
+    tools,
 };
 
 /// How long a VMM may take to answer a question about itself.
@@ -198,6 +201,7 @@ impl<V: Vmm> Machines<V> {
         if let Some(from) = &record.spec.disk_from {
             from.machine.check_disk(V::KIND, &record.spec)?;
         }
+        layer_places(&record.spec.layers)?;
         let (made, vmm) = (record.clone(), Arc::clone(&self.vmm));
         crate::host::blocking(move || {
             host.fault.hit("make directory")?;
@@ -205,6 +209,8 @@ impl<V: Vmm> Machines<V> {
             host.fault.hit("make directory: made")?;
             host.fault.hit("make disk")?;
             vmm.make_disk(&host, &made)?;
+            vmm.keep_layers(&host, &made, 0)?;
+            tools::make_output(&host, &made)?;
             host.fault.hit("make disk: made")
         })
         .await?;

@@ -5,14 +5,19 @@
 
 use std::{ffi::OsString, fmt::Write as _, os::fd::RawFd};
 
+use aether_images::Placement;
 use serde_json::json;
 
-use super::{layers, stream::MEMORY_BLOCK};
-use crate::{DriverError, GuestNetwork, KernelFlavour, MachineSpec};
+use super::{
+    layers,
+    stream::MEMORY_BLOCK,
+    toolbox::{self, OUTPUT_ID, TOOLS_ID},
+};
+use crate::{DriverError, GuestNetwork, KernelFlavour, MachineSpec, tools::OUTPUT_FILE};
 
 /// What of a machine a snapshot depends on beside what [`super::Qemu`] names: to be counted up
 /// whenever a device, its place or its options change.
-pub(super) const LAYOUT: u32 = 2;
+pub(super) const LAYOUT: u32 = 3;
 
 /// The guest's end of the private link.
 pub(super) const CHANNEL_GUEST_MAC: &str = "02:ae:00:00:00:02";
@@ -54,6 +59,15 @@ pub(super) struct Inherited {
     pub(super) channel: RawFd,
     /// From the lowest to the top, which is the VM's own.
     pub(super) layers: Vec<(u32, Layer)>,
+    /// `None`: the VM has no tools.
+    pub(super) tools: Option<Toolbox>,
+}
+
+/// The layers of tools, from the lowest, with the file that has their places.
+#[derive(Debug, Clone)]
+pub(super) struct Toolbox {
+    pub(super) metadata: RawFd,
+    pub(super) layers: Vec<(RawFd, Placement)>,
 }
 
 /// How the guest comes to run.
@@ -131,6 +145,7 @@ pub(super) fn arguments(
         Accelerator::Tcg => TCG_PROCESSOR,
     };
     let Inherited { begin, rootfs, qmp, tap, channel, .. } = *fds;
+    let tools = fds.tools.as_ref();
     let mut args: Vec<String> = Vec::new();
     let mut add = |option: &str, value: String| {
         args.push(option.to_owned());
@@ -197,6 +212,20 @@ pub(super) fn arguments(
     }
     let top = fds.layers.last().map(|(number, _)| node_name(*number)).unwrap_or_default();
     add("-device", format!("virtio-blk-device,drive={top},id={DISK_ID}"));
+    for fd in tools.into_iter().flat_map(Toolbox::descriptors) {
+        add("-add-fd", format!("fd={fd},set={},opaque=tools", set_of(fd)));
+    }
+    for node in toolbox_nodes(tools) {
+        add("-blockdev", node.to_string());
+    }
+    let top = toolbox::node_name(tools.map_or(0, |tools| tools.layers.len()));
+    add("-device", format!("virtio-blk-device,drive={top},id={TOOLS_ID}"));
+    if spec.output_mb.is_some() {
+        let file = json!({ "driver": "file", "filename": OUTPUT_FILE, "discard": "unmap" });
+        let node = json!({ "driver": "raw", "node-name": OUTPUT_ID, "file": file });
+        add("-blockdev", node.to_string());
+        add("-device", format!("virtio-blk-device,drive={OUTPUT_ID}"));
+    }
     add("-netdev", format!("tap,id=net,fd={tap}"));
     let GuestNetwork { mac, mtu, .. } = guest;
     // Without the MTU large downloads hang where the host's is small. A link that has a status comes
@@ -219,6 +248,25 @@ const SETS_BEFORE_LAYERS: RawFd = 2;
 
 fn set_of(fd: RawFd) -> RawFd {
     fd + SETS_BEFORE_LAYERS
+}
+
+impl Toolbox {
+    fn descriptors(&self) -> impl Iterator<Item = RawFd> {
+        std::iter::once(self.metadata).chain(self.layers.iter().map(|(fd, _)| *fd))
+    }
+}
+
+/// The layers device, from the lowest node up.
+fn toolbox_nodes(tools: Option<&Toolbox>) -> Vec<serde_json::Value> {
+    let set = |fd| i64::from(set_of(fd));
+    let mut nodes = vec![toolbox::lowest()];
+    if let Some(tools) = tools {
+        for (number, (fd, placement)) in tools.layers.iter().enumerate() {
+            let (sets, below) = ((set(tools.metadata), set(*fd)), toolbox::node_name(number));
+            nodes.push(toolbox::node(number + 1, sets, placement, &json!(below)));
+        }
+    }
+    nodes
 }
 
 /// The name in QEMU of a layer of the disk.
@@ -318,7 +366,8 @@ mod tests {
             mtu: 1400,
         };
         let layers = layers.to_vec();
-        let fds = Inherited { begin, rootfs: 22, qmp: 24, tap: 25, channel: 26, layers };
+        let fds =
+            Inherited { begin, rootfs: 22, qmp: 24, tap: 25, channel: 26, layers, tools: None };
         let args = arguments(&spec, accelerator, &guest, &fds);
         let args: Vec<_> = args.iter().map(|a| a.to_str().unwrap()).collect();
         args.join(" ").replace(&spec.id.to_string(), "ID")
@@ -340,7 +389,10 @@ mod tests {
              virtio-blk-device,drive=rootfs -blockdev \
              {\"discard\":\"unmap\",\"driver\":\"raw\",\"file\":{\"discard\":\"unmap\",\"driver\":\
              \"file\",\"filename\":\"disk.img\"},\"node-name\":\"layer0\"} -device \
-             virtio-blk-device,drive=layer0,id=disk -netdev tap,id=net,fd=25 -device \
+             virtio-blk-device,drive=layer0,id=disk -blockdev \
+             {\"driver\":\"null-co\",\"node-name\":\"tools0\",\"read-only\":true,\
+             \"read-zeroes\":true,\"size\":68719476736} -device \
+             virtio-blk-device,drive=tools0,id=tools -netdev tap,id=net,fd=25 -device \
              virtio-net-device,netdev=net,mac=02:ae:01:00:00:05,host_mtu=1400,status=off,guest_announce=off -netdev \
              tap,id=channel,fd=26 -device \
              virtio-net-device,netdev=channel,mac=02:ae:00:00:00:02,guest_announce=off -object \

@@ -18,25 +18,21 @@ use std::{
     fs,
     fs::File,
     io,
-    os::{
-        fd::OwnedFd,
-        unix::fs::{OpenOptionsExt as _, PermissionsExt as _},
-    },
+    os::{fd::OwnedFd, unix::fs::OpenOptionsExt as _},
     path::{Path, PathBuf},
 };
 
-use aether_images::{clone_sparse, write_qcow2_overlay};
+use aether_images::write_qcow2_overlay;
 use aether_types::MachineId;
 
 use crate::{
     DriverError, MachineSpec, SnapshotFiles,
     host::{DISK_FILE, Host, Record, file_error, remove_file},
+    links::{copy, keep_file},
 };
 
 /// A guest's read goes through all of them: at this many they are merged before another snapshot.
 pub(super) const LAYERS_MAX: usize = 8;
-/// Of a snapshot's files and of the folder for frozen layers.
-const FROZEN_MODE: u32 = 0o400;
 /// The layers in a snapshot, in its detail.
 const DETAIL: &str = "layers";
 
@@ -136,42 +132,16 @@ fn keep(host: &Host, spec: &MachineSpec, from: &SnapshotFiles) -> Result<u32, Dr
     })?;
     let folder = host.make_layers_folder(spec.id)?;
     for number in &names {
-        keep_file(&from.directory.join(file_name(*number)), &folder)?;
+        keep_file(&from.directory.join(file_name(*number)), &folder.join(file_name(*number)))?;
     }
     for name in STATE_FILES {
-        match keep_file(&from.directory.join(name), &folder) {
+        match keep_file(&from.directory.join(name), &folder.join(name)) {
             // A disk can be used without them; a restore says that they are missing.
             Err(DriverError::File { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
             kept => kept?,
         }
     }
     Ok(names.into_iter().max().unwrap_or(0))
-}
-
-/// Links a file that nobody changes into a folder; copies it where that is another file system.
-fn keep_file(from: &Path, folder: &Path) -> Result<(), DriverError> {
-    let to = folder.join(from.file_name().unwrap_or_default());
-    match fs::hard_link(from, &to) {
-        Ok(()) => Ok(()),
-        // Of an earlier attempt; it is whole.
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound && to.exists() => Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::CrossesDevices => copy(from, &to),
-        Err(error) => Err(file_error("link", from, error)),
-    }
-}
-
-/// A copy that is whole or not there.
-fn copy(from: &Path, to: &Path) -> Result<(), DriverError> {
-    let half = to.with_extension("part");
-    remove_file(&half)?;
-    clone_sparse(from, &half).map_err(|error| DriverError::Io {
-        action: format!("copy {}", from.display()),
-        source: io::Error::other(error),
-    })?;
-    let done = fs::set_permissions(&half, fs::Permissions::from_mode(FROZEN_MODE))
-        .and_then(|()| fs::rename(&half, to));
-    done.map_err(|e| file_error("make", to, e))
 }
 
 /// The files of a snapshot that only a start needs. They stay where a restore fails.
@@ -197,12 +167,12 @@ pub(super) fn freeze_into(
     for (number, home) in &layers {
         let name = file_name(*number);
         if *home == Home::Frozen {
-            keep_file(&folder.join(&name), into)?;
+            keep_file(&folder.join(&name), &into.join(&name))?;
             continue;
         }
         let own = host.directory(id).join(&name);
         copy_own(&own, &into.join(&name))?;
-        keep_file(&into.join(&name), &folder)?;
+        keep_file(&into.join(&name), &folder.join(&name))?;
         // QEMU has it open, and goes on with what it has.
         remove_file(&own)?;
     }

@@ -15,6 +15,7 @@ mod qmp;
 mod restore;
 mod snapshot;
 mod stream;
+mod toolbox;
 mod tsc;
 
 use std::{
@@ -33,7 +34,7 @@ use tokio::time::Instant;
 
 pub(crate) use self::command_line::shows_panic;
 use self::{
-    command_line::{Accelerator, Begin, Inherited, Layer},
+    command_line::{Accelerator, Begin, Inherited, Layer, Toolbox},
     layers::Home,
     memory::Memories,
     qmp::{GuestEnd, Qmp},
@@ -373,6 +374,15 @@ impl Vmm for Qemu {
         }
     }
 
+    async fn add_layers(
+        &self,
+        place: &Place,
+        control: &Control,
+        have: usize,
+    ) -> Result<(), DriverError> {
+        toolbox::add(place, &control.qmp, have).await
+    }
+
     async fn pause(&self, control: &Control) -> Result<(), DriverError> {
         control.qmp.execute("stop", json!({})).await.map(drop)
     }
@@ -485,7 +495,9 @@ async fn inherit(
     let channel_tap = place.attachment.channel_tap.as_deref().unwrap_or_default();
     let channel = add(network.open_tap(channel_tap).await?);
     let (host, id) = (Arc::clone(&place.host), place.id());
+    let tools = place.record.spec.layers.clone();
     let opened = blocking(move || {
+        let tools = toolbox::place(&host, id, &tools, 0)?;
         let there = layers::of(&host, id)?.into_iter();
         let open = |(number, home)| {
             let fd = match home {
@@ -494,13 +506,18 @@ async fn inherit(
             };
             Ok((number, fd))
         };
-        there.map(open).collect::<Result<Vec<_>, DriverError>>()
+        Ok((there.map(open).collect::<Result<Vec<_>, DriverError>>()?, tools))
     });
-    let layers = opened.await?.into_iter();
+    let (layers, tools) = opened.await?;
     let layers = layers
+        .into_iter()
         .map(|(number, fd)| (number, fd.map_or(Layer::Own, |fd| Layer::Frozen(add(fd)))))
         .collect();
-    Ok(Inherited { begin, rootfs, qmp, tap, channel, layers })
+    let tools = tools.map(|placed| Toolbox {
+        metadata: add(placed.metadata),
+        layers: placed.layers.into_iter().map(|(fd, placement)| (add(fd), placement)).collect(),
+    });
+    Ok(Inherited { begin, rootfs, qmp, tap, channel, layers, tools })
 }
 
 fn ended_early(log: &File) -> DriverError {

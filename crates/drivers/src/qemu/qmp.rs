@@ -134,6 +134,13 @@ impl Qmp {
         self.execute_with("getfd", arguments, Some(fd)).await.map(drop)
     }
 
+    /// Gives QEMU a descriptor in a set of its own; returns the set's number.
+    pub(super) async fn add_fd(&self, fd: OwnedFd) -> Result<i64, DriverError> {
+        let answer = self.execute_with("add-fd", json!({}), Some(fd)).await?;
+        let set = answer.get("fdset-id").and_then(Value::as_i64);
+        set.ok_or_else(|| broken(io::Error::other("it does not say where a descriptor is")))
+    }
+
     async fn execute_with(
         &self,
         command: &'static str,

@@ -42,6 +42,7 @@ use crate::{
     AfterSnapshot, DriverError, SnapshotDisk, SnapshotMachine, SnapshotTaken,
     host::file_error,
     machines::{Place, SnapshotWish, WasBefore},
+    tools,
 };
 
 pub(super) const MEMORY_FILE: &str = "memory";
@@ -152,7 +153,12 @@ impl Qemu {
         let layers = match new_top {
             Some(top) => {
                 let (host, id, into) = (Arc::clone(&place.host), place.id(), into.to_owned());
-                place.blocking(move || layers::freeze_into(&host, id, top.number, &into)).await?
+                let tools = place.record.spec.layers.len();
+                let freeze = move || {
+                    tools::keep_in_snapshot(&host, id, tools, &into)?;
+                    layers::freeze_into(&host, id, top.number, &into)
+                };
+                place.blocking(freeze).await?
             }
             None => Vec::new(),
         };
@@ -165,6 +171,7 @@ impl Qemu {
             memory_mb: spec.memory_mb,
             disk_mb: spec.disk_mb,
             boot: spec.boot.clone(),
+            layers: tools::in_snapshot(&spec.layers),
             mac: place.attachment.guest.mac.clone(),
             detail: layers::detail(&layers),
         };
@@ -261,16 +268,21 @@ async fn leave_last_migration(qmp: &Qmp) -> Result<(), DriverError> {
 
 /// The layer that QEMU writes.
 async fn top_layer(qmp: &Qmp) -> Result<u32, DriverError> {
+    number_of_node(&drive_of(qmp, DISK_ID).await?)
+        .ok_or_else(|| refused("name the disk's top layer", "no such disk"))
+}
+
+/// The node that a device reads and writes.
+pub(super) async fn drive_of(qmp: &Qmp, id: &str) -> Result<String, DriverError> {
     let blocks = qmp.execute("query-block", json!({})).await?;
     // A device's id, or where it has a part of its own for the disk, that part's path.
-    let within = format!("/machine/peripheral/{DISK_ID}/");
+    let within = format!("/machine/peripheral/{id}/");
     let disk = blocks.as_array().into_iter().flatten().find(|block| {
         let device = block.get("qdev").and_then(Value::as_str);
-        device.is_some_and(|device| device == DISK_ID || device.starts_with(&within))
+        device.is_some_and(|device| device == id || device.starts_with(&within))
     });
     let node = disk.and_then(|disk| disk.pointer("/inserted/node-name")).and_then(Value::as_str);
-    node.and_then(number_of_node)
-        .ok_or_else(|| refused("name the disk's top layer", "no such disk"))
+    node.map(str::to_owned).ok_or_else(|| refused("name a device's drive", "no such device"))
 }
 
 /// Copies what is between the lowest and the top layer up into the top, while the guest runs.

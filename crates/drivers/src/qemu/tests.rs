@@ -93,6 +93,8 @@ impl Rig {
             network: NetworkPolicy::default(),
             token: id.to_string().replace('-', "").repeat(2),
             disk_from: from.cloned(),
+            layers: Vec::new(),
+            output_mb: None,
         }
     }
 

@@ -445,7 +445,8 @@ impl Guest {
             *lock(&self.token) = token;
         }
         let boot_id = lock(&self.boot_id).clone();
-        Ok(Configured { boot_id, ..Configured::default() })
+        let layers = u32::try_from(configure.layers.len()).unwrap_or(u32::MAX);
+        Ok(Configured { boot_id, layers, ..Configured::default() })
     }
 
     /// Ends what a clone must not have in common with the guest that it comes from, but for the

@@ -23,9 +23,9 @@ use super::{
     saved::{self, SavedGuest},
 };
 use crate::{
-    AfterSnapshot, DriverError, ExitReason, GuestNetwork, Machine, MachineSpec, MachineState,
-    Phase, SnapshotDisk, SnapshotFiles, SnapshotMachine, SnapshotTaken, Start, fault::FaultPoints,
-    host::blocking,
+    AfterSnapshot, DriverError, ExitReason, GuestNetwork, LayerFile, Machine, MachineSpec,
+    MachineState, Phase, SnapshotDisk, SnapshotFiles, SnapshotMachine, SnapshotTaken, Start,
+    fault::FaultPoints, host::blocking, layer_places, tools,
 };
 
 /// In the detail of a snapshot without a disk: which disk at which moment.
@@ -213,6 +213,7 @@ impl SimHost {
     }
 
     async fn make(&self, spec: &MachineSpec) -> Result<Disk, DriverError> {
+        layer_places(&spec.layers)?;
         let (id, fault) = (spec.id, &self.config.fault);
         fault.hit("sim create directory")?;
         self.hold(id, Holding::Directory);
@@ -399,6 +400,23 @@ impl SimHost {
         Ok(taken)
     }
 
+    /// There are no files to attach: what is recorded and refused is as with real machines.
+    pub(super) fn add_layers(
+        &self,
+        machine: &SimMachine,
+        layers: Vec<LayerFile>,
+    ) -> Result<(), DriverError> {
+        self.config.fault.hit("sim add layers")?;
+        let mut spec = lock(&machine.spec);
+        if !tools::begin_with(&layers, &spec.layers) {
+            let detail = "the machine has others, which would have to go".to_owned();
+            return Err(DriverError::Layers(detail));
+        }
+        layer_places(&layers)?;
+        spec.layers = layers;
+        Ok(())
+    }
+
     pub(super) async fn claim(
         &self,
         machine: &SimMachine,
@@ -507,6 +525,7 @@ impl SimMachine {
             memory_mb: spec.memory_mb,
             disk_mb: spec.disk_mb,
             boot: spec.boot.clone(),
+            layers: tools::in_snapshot(&spec.layers),
             mac: self.network.mac.clone(),
             detail: serde_json::json!({ LEFT_DISK: left_disk }),
         }

@@ -34,7 +34,7 @@ pub use self::{
     host::SimHost,
 };
 use crate::{
-    AfterSnapshot, Capabilities, Driver, DriverError, ExitReason, GuestNetwork, Machine,
+    AfterSnapshot, Capabilities, Driver, DriverError, ExitReason, GuestNetwork, LayerFile, Machine,
     MachineSpec, MachineState, Phase, SnapshotDisk, SnapshotTaken, Start, fault::FaultPoints,
 };
 
@@ -149,6 +149,16 @@ impl Driver for SimDriver {
         self.finish(async move {
             let _one = machine.operation.lock().await;
             host.claim(&machine, vm, network).await
+        })
+        .await
+    }
+
+    async fn add_layers(&self, id: MachineId, layers: &[LayerFile]) -> Result<(), DriverError> {
+        let (host, machine) = (Arc::clone(&self.host), self.known(id)?);
+        let layers = layers.to_vec();
+        self.finish(async move {
+            let _one = machine.operation.lock().await;
+            host.add_layers(&machine, layers)
         })
         .await
     }

@@ -7,6 +7,7 @@
 #![expect(clippy::print_stdout, reason = "skipped tests and figures are for people")]
 
 mod firecracker;
+mod layers;
 mod real_guest;
 mod rig;
 mod shot;

@@ -6,6 +6,7 @@ use std::{
 };
 
 use crate::{
+    layers,
     rig::{Kind, Rig},
     snapshots, suite,
 };
@@ -130,6 +131,39 @@ macro_rules! snapshots {
 snapshots!(qemu_snapshots, Kind::Qemu);
 snapshots!(qemu_debian_snapshots, Kind::QemuDebian);
 snapshots!(firecracker_jailed_snapshots, Kind::FirecrackerJailed);
+
+/// Tools and builders.
+mod qemu_layers {
+    use super::*;
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn tools() {
+        if let Some(rig) = Rig::open(Kind::Qemu).await {
+            layers::tools(rig).await;
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn tools_on_debian() {
+        if let Some(rig) = Rig::open(Kind::QemuDebian).await {
+            layers::tools(rig).await;
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn many_and_wrong() {
+        if let Some(rig) = Rig::open(Kind::QemuDebian).await {
+            layers::many_and_wrong(rig).await;
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn output() {
+        if let Some(rig) = Rig::open(Kind::Qemu).await {
+            layers::output(rig).await;
+        }
+    }
+}
 
 /// Every step of a snapshot's life, on the kernel that boots fastest, and what Firecracker alone has.
 mod snapshot_steps {

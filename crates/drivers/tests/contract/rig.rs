@@ -279,6 +279,8 @@ impl Rig {
             network: NetworkPolicy::default(),
             token: id.to_string().replace('-', "").repeat(2),
             disk_from: None,
+            layers: Vec::new(),
+            output_mb: None,
         }
     }
 

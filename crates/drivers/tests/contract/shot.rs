@@ -74,12 +74,17 @@ impl Rig {
 
     /// Of a machine that is to be restored from it.
     pub(crate) fn clone_spec(&self, shot: &Shot) -> MachineSpec {
-        MachineSpec { disk_from: Some(shot.files.clone()), ..self.spec() }
+        let layers = shot.files.layers();
+        MachineSpec { disk_from: Some(shot.files.clone()), layers, ..self.spec() }
     }
 
     /// Makes a machine go on from a snapshot, and itself.
     pub(crate) async fn restore(&self, shot: &Shot) -> Vm {
-        let spec = self.clone_spec(shot);
+        self.restore_as(shot, self.clone_spec(shot)).await
+    }
+
+    /// The same with a specification of its own.
+    pub(crate) async fn restore_as(&self, shot: &Shot, spec: MachineSpec) -> Vm {
         let vm = Vm { id: spec.id, token: Token::from_hex(&spec.token).unwrap() };
         self.driver().create(spec).await.expect("create a clone");
         self.driver().start(vm.id, shot.start(), self.boot_limit()).await.expect("restore");

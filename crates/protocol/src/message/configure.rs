@@ -41,6 +41,10 @@ pub struct Configure {
     /// and the environment. Processes go on. Entropy must be given.
     #[prost(bool, tag = "10")]
     pub restored: bool,
+    /// All tool layers that the guest shall have, from the lowest to the highest. What it has
+    /// already must be the beginning of the list; only the rest is mounted. None: as it is.
+    #[prost(message, repeated, tag = "11")]
+    pub layers: Vec<Layer>,
 }
 
 // The entropy and the token are secrets of the guest.
@@ -53,6 +57,7 @@ impl fmt::Debug for Configure {
             .field("dns", &self.dns)
             .field("hosts", &self.hosts)
             .field("restored", &self.restored)
+            .field("layers", &self.layers)
             .finish_non_exhaustive()
     }
 }
@@ -106,6 +111,19 @@ pub struct HostsEntry {
     pub names: Vec<String>,
 }
 
+/// A tool layer: a read-only erofs file system on the layers device, with a `usr` in it.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Layer {
+    /// Names the layer in messages.
+    #[prost(string, tag = "1")]
+    pub name: String,
+    /// In bytes, on the layers device.
+    #[prost(uint64, tag = "2")]
+    pub offset: u64,
+    #[prost(uint64, tag = "3")]
+    pub length: u64,
+}
+
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Configured {
     /// What could not be done and does not keep the guest from working, one line each.
@@ -115,4 +133,7 @@ pub struct Configured {
     /// restored guest.
     #[prost(string, tag = "2")]
     pub boot_id: String,
+    /// The tool layers that the guest has now. An agent that knows none says zero.
+    #[prost(uint32, tag = "3")]
+    pub layers: u32,
 }

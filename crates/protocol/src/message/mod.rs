@@ -5,7 +5,7 @@ mod file;
 mod run;
 mod session;
 
-pub use configure::{Configure, Configured, Dns, Environment, Hosts, HostsEntry, Interface};
+pub use configure::{Configure, Configured, Dns, Environment, Hosts, HostsEntry, Interface, Layer};
 pub use file::{
     Data, Done, End, Entry, FileKind, FileStat, List, Listing, Mkdir, Move, ReadFile, Remove, Stat,
     WriteFile,
