@@ -2,6 +2,7 @@
 
 pub mod bare;
 pub mod bare_firecracker;
+pub mod engine;
 pub mod measure;
 pub mod platform;
 pub mod random;

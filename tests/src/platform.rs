@@ -26,7 +26,7 @@ use tempfile::TempDir;
 use crate::wire;
 
 /// A boot in software emulation on a busy machine; far from what is usual.
-const LONG: Duration = Duration::from_mins(4);
+pub const LONG: Duration = Duration::from_mins(4);
 
 /// Where the program has no event to wait for from outside.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);

@@ -105,6 +105,8 @@ pub(crate) enum DriverChoice {
     Auto,
     Qemu,
     Firecracker,
+    /// Containers of a Docker engine: weaker isolation, never chosen by itself
+    Docker,
     /// No machines at all: for tests
     Sim,
 }
@@ -114,6 +116,7 @@ impl From<DriverKind> for DriverChoice {
         match kind {
             DriverKind::Firecracker => Self::Firecracker,
             DriverKind::Qemu => Self::Qemu,
+            DriverKind::Docker => Self::Docker,
             DriverKind::Sim => Self::Sim,
         }
     }
@@ -143,6 +146,10 @@ pub(crate) struct Backend {
     /// Use a Firecracker that something is known against; for tests only
     #[arg(long, env = "AETHER_ALLOW_VULNERABLE_FIRECRACKER", hide = true)]
     pub(crate) allow_vulnerable_firecracker: bool,
+    /// The Docker engine's Unix socket, for the driver of that name
+    #[arg(long, env = "AETHER_DOCKER_SOCKET", value_name = "FILE",
+        default_value = aether_drivers::docker::SOCKET_DEFAULT)]
+    pub(crate) docker_socket: PathBuf,
 }
 
 #[derive(Debug, Clone, clap::Args)]

@@ -10,6 +10,7 @@ use std::{
 
 use aether_drivers::{
     BootSource, Capabilities, CgroupStatus, Driver, DriverError, Host, HostConfig,
+    docker::{DockerConfig, DockerDriver},
     firecracker::{FirecrackerConfig, FirecrackerDriver},
     network::NetworkConfig,
     qemu::{QemuConfig, QemuDriver},
@@ -112,7 +113,7 @@ impl Platform {
             snapshots: kept,
             templates,
             tools: tools.tools.clone(),
-            config: worker_config(&capacity, &snapshots),
+            config: worker_config(&capacity, &snapshots, backend.driver),
         })
         .await
         .map_err(|e| Failure::internal("start the worker", &e))?;
@@ -237,8 +238,10 @@ async fn open_snapshots(root: PathBuf) -> Result<Arc<SnapshotStore>, Failure> {
         .map_err(|error: SnapshotError| Failure::new(error.code(), Exit::Failure, chain(&error)))
 }
 
-fn worker_config(capacity: &Capacity, snapshots: &Snapshots) -> WorkerConfig {
+fn worker_config(capacity: &Capacity, snapshots: &Snapshots, driver: DriverChoice) -> WorkerConfig {
     let config = WorkerConfig::default();
+    // A simulated guest has nothing that it puts off.
+    let is_real = driver != DriverChoice::Sim;
     WorkerConfig {
         retention: Retention {
             snapshots_per_vm_max: snapshots.snapshot_keep,
@@ -247,6 +250,7 @@ fn worker_config(capacity: &Capacity, snapshots: &Snapshots) -> WorkerConfig {
         },
         templates_are_shared: snapshots.template_dir.is_some(),
         pools: pools(config.pools, &capacity.pool),
+        template_rest: if is_real { config.template_rest } else { Duration::ZERO },
         ..config
     }
 }
@@ -327,6 +331,10 @@ async fn open_drivers(
         DriverChoice::Qemu => Ok(vec![qemu.await.map_err(|e| driver_failure(&e))?]),
         // Asked for by name, it is never replaced by something weaker.
         DriverChoice::Firecracker => Ok(vec![firecracker.await.map_err(|e| driver_failure(&e))?]),
+        // Weaker than a VM: only who asks for it by name gets it.
+        DriverChoice::Docker => {
+            Ok(vec![open_docker(host, backend).await.map_err(|e| driver_failure(&e))?])
+        }
         DriverChoice::Auto => {
             let mut drivers = Vec::new();
             match firecracker.await {
@@ -350,6 +358,11 @@ async fn open_qemu(
     let config =
         QemuConfig { probe, search_path: std::env::var_os("PATH"), ..QemuConfig::default() };
     Ok(Arc::new(QemuDriver::open(Arc::clone(host), config).await?))
+}
+
+async fn open_docker(host: &Arc<Host>, backend: &Backend) -> Result<Arc<dyn Driver>, DriverError> {
+    let config = DockerConfig { socket: backend.docker_socket.clone() };
+    Ok(Arc::new(DockerDriver::open(Arc::clone(host), config).await?))
 }
 
 async fn open_firecracker(
@@ -387,7 +400,7 @@ pub(crate) fn describe(capabilities: &Capabilities) -> String {
 pub(crate) fn is_weak(capabilities: &Capabilities) -> bool {
     match capabilities.kind {
         DriverKind::Firecracker | DriverKind::Qemu => !capabilities.accelerated,
-        DriverKind::Sim => true,
+        DriverKind::Docker | DriverKind::Sim => true,
     }
 }
 

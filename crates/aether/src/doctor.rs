@@ -8,7 +8,7 @@ use aether_api::{
     client::{CallOptions, Client, Waited},
 };
 use aether_drivers::CgroupStatus;
-use aether_types::{ErrorCode, VmState};
+use aether_types::{DriverKind, ErrorCode, VmState};
 use aether_worker::ShutdownMode;
 use serde::Serialize;
 use tokio::{net::TcpListener, time::Instant};
@@ -43,7 +43,11 @@ pub(crate) async fn run(global: &Global, args: Doctor) -> Result<Exit, Failure> 
         try_server(&client, &mut findings).await;
     } else {
         if args.backend.driver != DriverChoice::Sim {
-            for finding in host::findings(dir.path()) {
+            let machines = match args.backend.driver {
+                DriverChoice::Docker => host::Machines::Containers,
+                _ => host::Machines::Vms,
+            };
+            for finding in host::findings(dir.path(), machines) {
                 findings.add(finding);
             }
             image(&args.backend, &mut findings);
@@ -178,7 +182,11 @@ fn describe(platform: &Platform, findings: &mut Findings) {
         });
         if capabilities.snapshot_format.is_none() {
             let found = format!("{} takes no snapshots here: its VMs boot", capabilities.kind);
-            findings.add(Finding::warning("snapshots", found, "use a newer version of it"));
+            let fix = match capabilities.kind {
+                DriverKind::Docker => "use another driver for snapshots and templates",
+                _ => "use a newer version of it",
+            };
+            findings.add(Finding::warning("snapshots", found, fix));
         }
     }
     if let Some(range) = platform.network_range() {

@@ -55,21 +55,26 @@ impl Finding {
 const DISK_FREE_MIN: u64 = 2 << 30;
 const MEMORY_FREE_MIN: u64 = 512 << 20;
 
+/// What runs on the host: containers need less of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Machines {
+    Vms,
+    Containers,
+}
+
 /// What can be asked without running anything of ours.
-pub(crate) fn findings(data_dir: &Path) -> Vec<Finding> {
-    vec![
-        root(),
-        architecture(),
-        program("qemu", "qemu-system-x86_64", "--version", "qemu-system-x86"),
-        program("nftables", "nft", "--version", "nftables"),
-        program("iproute2", "ip", "-V", "iproute2"),
-        program("e2fsprogs", "mkfs.ext4", "-V", "e2fsprogs"),
-        tun(),
-        kvm(),
-        disk(data_dir),
-        snapshot_room(data_dir),
-        memory(),
-    ]
+pub(crate) fn findings(data_dir: &Path, machines: Machines) -> Vec<Finding> {
+    let mut findings = vec![root(), architecture()];
+    if machines == Machines::Vms {
+        findings.push(program("qemu", "qemu-system-x86_64", "--version", "qemu-system-x86"));
+    }
+    findings.push(program("nftables", "nft", "--version", "nftables"));
+    findings.push(program("iproute2", "ip", "-V", "iproute2"));
+    if machines == Machines::Vms {
+        findings.extend([program("e2fsprogs", "mkfs.ext4", "-V", "e2fsprogs"), tun(), kvm()]);
+    }
+    findings.extend([disk(data_dir), snapshot_room(data_dir), memory()]);
+    findings
 }
 
 fn root() -> Finding {

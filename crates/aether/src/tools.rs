@@ -109,7 +109,7 @@ impl ToolCatalogue for ToolsHere {
             name: recipe.name.clone(),
             aliases: recipe.aliases.clone(),
             summary: recipe.summary.clone(),
-            source: recipe.source.clone(),
+            source: recipe.origin(),
             commands: recipe.commands.clone(),
             default: default(&recipe.name),
             cached: cached.remove(&recipe.name).unwrap_or_default(),
@@ -119,15 +119,13 @@ impl ToolCatalogue for ToolsHere {
 
     async fn versions(&self, name: &str) -> Result<ToolVersionsView, Fault> {
         let found = self.tools.versions(name).await.map_err(|error| error.to_fault())?;
-        let view = |ToolVersion { version, locked, cached }: ToolVersion| ToolVersionView {
-            version,
-            cached,
-            locked,
+        let view = |ToolVersion { version, locked, cached, is_pre: _ }: ToolVersion| {
+            ToolVersionView { version, cached, locked }
         };
         Ok(ToolVersionsView {
             name: found.name,
             latest: found.latest,
-            offline: found.offline,
+            offline: found.offline.is_some(),
             items: found.versions.into_iter().map(view).collect(),
             next_cursor: None,
         })
@@ -196,6 +194,8 @@ mod tests {
             got: got.into(),
             source: "npm:a".into(),
             artefacts: Vec::new(),
+            recipe: "blake3:r".into(),
+            base: "blake3:b".into(),
             layer_digest: format!("blake3:{got}"),
             layer_bytes: 4096,
             verified_at: Timestamp::from_unix_ms(0),

@@ -25,6 +25,7 @@
 //! - Whoever holds the token has root in this guest; the agent defends itself against everybody
 //!   else, and against mistakes of the host.
 
+pub mod container;
 pub mod init;
 pub mod log;
 pub mod server;

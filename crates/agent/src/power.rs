@@ -11,6 +11,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use rustix::system::{RebootCommand, reboot};
 
 use crate::conn::{Conn, timespec};
+use crate::server::Place;
 use crate::{kmsg, sys};
 
 /// Longest grace that a request may ask for.
@@ -18,8 +19,11 @@ const GRACE_MAX: Duration = Duration::from_mins(10);
 /// What killed processes get to be gone.
 const KILL_LIMIT: Duration = Duration::from_secs(2);
 
+/// With this status the agent of a container ends when it was asked to end the container.
+const CONTAINER_END: i32 = 0;
+
 /// Ends every process, then the machine. Does not come back.
-pub(crate) fn shut_down(mut conn: Conn, request: &Shutdown) {
+pub(crate) fn shut_down(mut conn: Conn, place: Place, request: &Shutdown) {
     // The host learns that it has begun; whether it heard so changes nothing.
     drop(conn.send(ShuttingDown {}));
     let grace = Duration::from_millis(request.grace_ms.into()).min(GRACE_MAX);
@@ -29,7 +33,23 @@ pub(crate) fn shut_down(mut conn: Conn, request: &Shutdown) {
     wait_for_all(grace);
     sys::kill(-1, libc::SIGKILL);
     wait_for_all(KILL_LIMIT);
-    end_machine(request.reboot);
+    match place {
+        Place::Machine => end_machine(request.reboot),
+        Place::Container => end_container(),
+    }
+}
+
+/// PID 1 sees the status and ends the container by its own end: the kernel's command for that is not
+/// a container's to give.
+#[expect(clippy::exit, reason = "the end of the guest, which was asked for")]
+fn end_container() -> ! {
+    rustix::fs::sync();
+    std::process::exit(CONTAINER_END)
+}
+
+/// Whether a status of the agent, as `wait` gives it, says that the container is to end.
+pub(crate) fn is_end_of_container(status: i32) -> bool {
+    libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == CONTAINER_END
 }
 
 pub(crate) fn end_machine(is_reboot: bool) {

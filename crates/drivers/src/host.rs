@@ -372,6 +372,12 @@ impl Host {
 
     /// Ends every process of an owner that the journal names, and what belongs to the process.
     pub(crate) async fn end_processes(&self, owner: Owner) -> Result<(), DriverError> {
+        // A container that is paused would not see a signal.
+        for resource in self.journal.resources(owner) {
+            if let Resource::Container { engine, name } = &resource {
+                crate::docker::end_container(engine, name).await?;
+            }
+        }
         for resource in self.journal.resources(owner) {
             match &resource {
                 Resource::Process { .. } => {
@@ -382,6 +388,7 @@ impl Host {
                 | Resource::Socket { .. }
                 | Resource::Mount { .. }
                 | Resource::Cgroup { .. }
+                | Resource::Container { .. }
                 | Resource::Tap { .. }
                 | Resource::Address { .. }
                 | Resource::Rules { .. }
@@ -411,6 +418,9 @@ impl Host {
                     blocking(move || remove_tree(&path)).await?;
                 }
                 Resource::File { path } | Resource::Socket { path } => remove_file(path)?,
+                Resource::Container { engine, name } => {
+                    crate::docker::remove_container(engine, name).await?;
+                }
                 Resource::Process { .. }
                 | Resource::Cgroup { .. }
                 | Resource::Tap { .. }

@@ -11,6 +11,7 @@
 //! - `delete` succeeds from every state, however often it is called, and leaves nothing.
 
 mod cgroup;
+pub mod docker;
 pub mod error;
 pub mod fault;
 pub mod firecracker;

@@ -1,17 +1,33 @@
-//! A stream to a guest that ends with its machine.
+//! Streams to guests: one that ends with its machine, and the way to one that is a Unix socket.
 //!
 //! A private link gives no word of a guest that is gone: without this, a reader would wait until
 //! the kernel's own limits, which are minutes.
 
 use std::{
     io,
+    os::fd::{AsRawFd as _, BorrowedFd},
     pin::Pin,
     task::{Context, Poll},
 };
 
 use aether_protocol::host::BoxStream;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::UnixStream,
+};
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+
+/// Connects to a socket in an open directory: to that very socket, not to what a link leads to, and
+/// however long the directory's path is.
+pub(crate) async fn connect_in(directory: BorrowedFd<'_>, name: &str) -> io::Result<UnixStream> {
+    use rustix::fs::{FileType, Mode, OFlags};
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let socket = rustix::fs::openat(directory, name, flags, Mode::empty())?;
+    if FileType::from_raw_mode(rustix::fs::fstat(&socket)?.st_mode) != FileType::Socket {
+        return Err(io::Error::other(format!("{name} is not a socket")));
+    }
+    UnixStream::connect(format!("/proc/self/fd/{}", socket.as_raw_fd())).await
+}
 
 pub(crate) struct GuestStream {
     inner: BoxStream,
@@ -99,5 +115,16 @@ mod tests {
         assert_eq!(&word, b"last");
         let error = stream.read(&mut word).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+    }
+
+    #[tokio::test]
+    async fn a_link_is_not_followed_to_a_socket() {
+        let folder = tempfile::tempdir().unwrap();
+        let _listener = tokio::net::UnixListener::bind(folder.path().join("real")).unwrap();
+        std::os::unix::fs::symlink("real", folder.path().join("link")).unwrap();
+        let directory = crate::process::open_directory(folder.path()).unwrap();
+        use std::os::fd::AsFd as _;
+        connect_in(directory.as_fd(), "real").await.unwrap();
+        connect_in(directory.as_fd(), "link").await.unwrap_err();
     }
 }

@@ -358,7 +358,7 @@ mod tests {
             (r#"{"vcpu":1}"#, "unknown field `vcpu`", Some("vcpu")),
             (
                 r#"{"driver":"s3cret"}"#,
-                "driver: expected one of `firecracker`, `qemu`, `sim`",
+                "driver: expected one of `firecracker`, `qemu`, `docker`, `sim`",
                 Some("driver"),
             ),
         ] {

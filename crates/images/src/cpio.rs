@@ -1,4 +1,4 @@
-//! A writer of the `newc` cpio format, as far as an initramfs needs it.
+//! A writer of the `newc` cpio format, as far as an initramfs needs it, and a look-up in one.
 //!
 //! An archive can be made of [segments](Segment) that were written at different times: the kernel
 //! and `cpio` read one after the other up to the trailer.
@@ -67,6 +67,34 @@ pub(crate) fn archive(segments: &[&[u8]]) -> Vec<u8> {
     bytes
 }
 
+/// Length of an entry's header, and where in it the sizes of its content and its name stand.
+const HEADER_BYTES: usize = 110;
+const SIZE_AT: usize = 54;
+const NAME_SIZE_AT: usize = 94;
+
+/// The content of a file in an archive that is not compressed.
+pub(crate) fn find<'a>(mut archive: &'a [u8], wanted: &str) -> Option<&'a [u8]> {
+    loop {
+        let header = archive.get(..HEADER_BYTES)?;
+        let field = |at: usize| {
+            let digits = header.get(at..at + 8).and_then(|digits| str::from_utf8(digits).ok())?;
+            usize::try_from(u32::from_str_radix(digits, 16).ok()?).ok()
+        };
+        header.starts_with(MAGIC).then_some(())?;
+        let (size, name_size) = (field(SIZE_AT)?, field(NAME_SIZE_AT)?);
+        let begin = (HEADER_BYTES + name_size).next_multiple_of(4);
+        let name = archive.get(HEADER_BYTES..HEADER_BYTES + name_size)?.strip_suffix(&[0])?;
+        let content = archive.get(begin..begin.checked_add(size)?)?;
+        if name == wanted.as_bytes() {
+            return Some(content);
+        }
+        if name == TRAILER.as_bytes() {
+            return None;
+        }
+        archive = archive.get((begin + size).next_multiple_of(4)..)?;
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::Write;
@@ -85,6 +113,12 @@ mod tests {
         second.file("empty", 0o400, b"");
         let bytes = archive(&[&first.into_bytes(), &second.into_bytes()]);
         assert_eq!(bytes.len() % 4, 0);
+        assert_eq!(find(&bytes, "init"), Some(&b"\x7fELF"[..]));
+        assert_eq!(find(&bytes, "odd"), Some(&b"seven b"[..]));
+        assert_eq!(find(&bytes, "dev"), Some(&b""[..]));
+        for wrong in [&bytes[..], &bytes[..300], b"", b"070701"] {
+            assert_eq!(find(wrong, "absent"), None);
+        }
 
         let mut child = Command::new("cpio")
             .args(["-itv", "--numeric-uid-gid"])

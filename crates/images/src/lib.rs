@@ -36,7 +36,7 @@ mod seed;
 mod snapshots;
 mod store;
 
-pub use build::{BuildRequest, Mirror};
+pub use build::{BuildRequest, Mirror, agent_in};
 pub use digest::Digest;
 pub use disk::{Cloned, Placement, clone_sparse, compose, write_placement, write_qcow2_overlay};
 pub use error::ImageError;

@@ -193,18 +193,21 @@ pub enum VmEvent {
 pub enum DriverKind {
     Firecracker,
     Qemu,
+    /// A container: weaker isolation, since it shares the host's kernel.
+    Docker,
     /// No machine at all: scripted, for tests.
     Sim,
 }
 
 impl DriverKind {
-    pub const ALL: &'static [Self] = &[Self::Firecracker, Self::Qemu, Self::Sim];
+    pub const ALL: &'static [Self] = &[Self::Firecracker, Self::Qemu, Self::Docker, Self::Sim];
 
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Firecracker => "firecracker",
             Self::Qemu => "qemu",
+            Self::Docker => "docker",
             Self::Sim => "sim",
         }
     }
@@ -224,7 +227,7 @@ impl FromStr for DriverKind {
             .iter()
             .copied()
             .find(|d| d.as_str() == text)
-            .ok_or_else(|| "unknown driver; one of firecracker, qemu, sim".to_owned())
+            .ok_or_else(|| "unknown driver; one of firecracker, qemu, docker, sim".to_owned())
     }
 }
 

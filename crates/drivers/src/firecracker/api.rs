@@ -3,11 +3,7 @@
 //! The VMM is trusted less than the worker: answers have a size and a time limit, and the socket is
 //! opened without following links, as the VMM may write to the directory that it is in.
 
-use std::{
-    io,
-    os::fd::{AsRawFd as _, BorrowedFd},
-    time::Duration,
-};
+use std::{io, os::fd::BorrowedFd, time::Duration};
 
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full, Limited};
@@ -17,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::DriverError;
+use crate::{DriverError, stream::connect_in};
 
 /// One request and its answer. Starting the machine reads kernel and initramfs.
 const REQUEST_LIMIT: Duration = Duration::from_secs(20);
@@ -52,18 +48,6 @@ struct Fault {
 
 fn broken(source: io::Error) -> DriverError {
     DriverError::Io { action: "speak to Firecracker".to_owned(), source }
-}
-
-/// Connects to a socket in an open directory: to that very socket, not to what a link leads to, and
-/// however long the directory's path is.
-pub(super) async fn connect_in(directory: BorrowedFd<'_>, name: &str) -> io::Result<UnixStream> {
-    use rustix::fs::{FileType, Mode, OFlags};
-    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let socket = rustix::fs::openat(directory, name, flags, Mode::empty())?;
-    if FileType::from_raw_mode(rustix::fs::fstat(&socket)?.st_mode) != FileType::Socket {
-        return Err(io::Error::other(format!("{name} is not a socket")));
-    }
-    UnixStream::connect(format!("/proc/self/fd/{}", socket.as_raw_fd())).await
 }
 
 impl Session {
@@ -219,16 +203,5 @@ mod tests {
         assert!(session.state().await.is_err());
         let (mut session, _peer) = answering(String::new()).await;
         assert!(session.state().await.is_err());
-    }
-
-    #[tokio::test]
-    async fn a_link_is_not_followed_to_a_socket() {
-        let folder = tempfile::tempdir().unwrap();
-        let _listener = tokio::net::UnixListener::bind(folder.path().join("real")).unwrap();
-        std::os::unix::fs::symlink("real", folder.path().join("link")).unwrap();
-        let directory = crate::process::open_directory(folder.path()).unwrap();
-        use std::os::fd::AsFd as _;
-        connect_in(directory.as_fd(), "real").await.unwrap();
-        connect_in(directory.as_fd(), "link").await.unwrap_err();
     }
 }

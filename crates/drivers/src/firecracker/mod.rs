@@ -48,8 +48,8 @@ use crate::{
     BootSource, Capabilities, Driver, DriverError, ExitReason, GuestNetwork, Machine, MachineSpec,
     SnapshotFiles, SnapshotTaken,
     host::{Host, Record, file_error, remove_file},
-    machines::{Booted, Machines, Phases, Place, SnapshotWish, Vmm, WasBefore},
-    process::{self, Ended, Launch, Process},
+    machines::{Booted, Links, Machines, Phases, Place, SnapshotWish, Vmm, WasBefore},
+    process::{self, Ended, Launch, PageSize, Process},
     qemu::shows_panic,
     stream::GuestStream,
     tools,
@@ -265,6 +265,7 @@ impl Firecracker {
             netns: Some(host.network().namespace()?),
             identity,
             log: Some(log.try_clone().map_err(|e| file_error("open", "log".as_ref(), e))?),
+            page_size: PageSize::Any,
         };
         Ok((home, launch, files))
     }
@@ -353,7 +354,7 @@ impl Vmm for Firecracker {
     type Control = Control;
 
     const KIND: DriverKind = DriverKind::Firecracker;
-    const CHANNEL_LINK: bool = false;
+    const LINKS: Links = Links::Tap;
 
     fn capabilities(&self) -> Capabilities {
         Capabilities {

@@ -15,8 +15,7 @@ use tokio::{
     net::{UnixListener, UnixStream},
 };
 
-use super::api::connect_in;
-use crate::{DriverError, host::file_error, process};
+use crate::{DriverError, host::file_error, process, stream::connect_in};
 
 pub(super) const SOCKET: &str = "vsock.sock";
 /// One attempt to reach the agent.

@@ -78,7 +78,12 @@ pub enum Resource {
         start_ticks: u64,
         what: String,
     },
-    /// A TAP in the platform's network namespace.
+    /// A container of a Docker engine, by the engine's socket and its name there.
+    Container {
+        engine: PathBuf,
+        name: String,
+    },
+    /// A TAP, or a veth pair in its place, in the platform's network namespace.
     Tap {
         name: String,
     },

@@ -91,7 +91,7 @@ impl<V: Vmm> Driver for Arc<Machines<V>> {
             machines.host.fault.hit("kill")?;
             let live = slot.running();
             match live {
-                Some(live) => live.kill().await,
+                Some(live) => live.kill(&*machines.vmm).await,
                 None => Ok(()),
             }
         })

@@ -45,12 +45,12 @@ impl<C> Live<C> {
         ended.ok().and_then(|exit| *exit).unwrap_or(ExitReason::VmmDied)
     }
 
-    pub(super) async fn kill(&self) -> Result<(), DriverError> {
+    pub(super) async fn kill<V: Vmm<Control = C>>(&self, vmm: &V) -> Result<(), DriverError> {
         if self.has_ended() {
             return Ok(());
         }
         self.is_killed.store(true, Ordering::Release);
-        self.process.kill()?;
+        vmm.end(&self.control, &self.process).await?;
         self.ended().await;
         Ok(())
     }

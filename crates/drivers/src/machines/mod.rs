@@ -40,7 +40,7 @@ use tokio_util::{
 use self::live::{Live, Slot, Watcher};
 pub(crate) use self::{
     driver::delegate_driver,
-    vmm::{Booted, Phases, Place, SnapshotWish, Vmm, WasBefore},
+    vmm::{Booted, Links, Phases, Place, SnapshotWish, Vmm, WasBefore},
 };
 use crate::{
     DriverError, ExitReason, GuestNetwork, Machine, MachineSpec, MachineState,
@@ -224,9 +224,13 @@ impl<V: Vmm> Machines<V> {
     }
 
     async fn attach(&self, record: &Record) -> Result<Attachment, DriverError> {
-        let policy = &record.spec.network;
+        let (id, policy, network) = (record.spec.id, &record.spec.network, self.host.network());
         let uid = record.uid.unwrap_or_else(|| rustix::process::geteuid().as_raw());
-        self.host.network().attach(record.spec.id, policy, uid, V::CHANNEL_LINK).await
+        match V::LINKS {
+            Links::Tap => network.attach(id, policy, uid, false).await,
+            Links::TapAndChannel => network.attach(id, policy, uid, true).await,
+            Links::Veth => network.attach_veth(id, policy).await,
+        }
     }
 
     /// Makes a VMM known, and watches it to its end.
@@ -261,7 +265,7 @@ impl<V: Vmm> Machines<V> {
         host.fault.hit("delete process")?;
         let live = self.slot(id).running();
         if let Some(live) = live {
-            live.kill().await?;
+            live.kill(&*self.vmm).await?;
         }
         host.end_processes(Owner::Machine(id)).await?;
         self.slot(id).work.wait().await;

@@ -92,7 +92,7 @@ impl<V: Vmm> Machines<V> {
     ) -> Result<SnapshotTaken, DriverError> {
         if after == AfterSnapshot::End {
             self.host.fault.hit("snapshot end")?;
-            live.kill().await?;
+            live.kill(&*self.vmm).await?;
             // The watcher has recorded the end by now.
             *record = self.known(record.spec.id)?;
         }

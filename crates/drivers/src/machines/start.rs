@@ -47,7 +47,7 @@ impl<V: Vmm> Machines<V> {
         if let Err(error) = started {
             // The watcher, where there is one yet, sees the same end.
             if let Some(live) = slot.running() {
-                live.kill().await?;
+                live.kill(&*self.vmm).await?;
             }
             self.host.end_processes(Owner::Machine(id)).await?;
             self.vmm.clean(&self.host, &record)?;

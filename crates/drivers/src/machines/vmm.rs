@@ -81,6 +81,17 @@ impl Phases {
     }
 }
 
+/// What a VMM has of the network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Links {
+    /// A TAP.
+    Tap,
+    /// And one for a private link, which is the guest's channel.
+    TapAndChannel,
+    /// A veth pair, which the VMM has made as it starts.
+    Veth,
+}
+
 /// What differs between VMMs.
 #[async_trait]
 pub(crate) trait Vmm: Send + Sync + 'static {
@@ -88,8 +99,8 @@ pub(crate) trait Vmm: Send + Sync + 'static {
     type Control: Send + Sync + 'static;
 
     const KIND: DriverKind;
-    /// The guest's channel is a private link of the network.
-    const CHANNEL_LINK: bool;
+    /// What the network makes for the guest.
+    const LINKS: Links;
 
     /// Without a `snapshot_format`, `restore` and `snapshot` are never called.
     fn capabilities(&self) -> Capabilities;
@@ -177,6 +188,12 @@ pub(crate) trait Vmm: Send + Sync + 'static {
 
     /// Waits until the VMM has ended, and says why as far as it can be told.
     async fn watch(&self, control: &Self::Control, process: &Process) -> ExitReason;
+
+    /// Ends a VMM at once, whatever it does; its end is then seen by `watch`.
+    async fn end(&self, control: &Self::Control, process: &Process) -> Result<(), DriverError> {
+        let _ = control;
+        process.kill()
+    }
 
     /// The last words of guest and VMM, for an error.
     fn last_words(&self, control: &Self::Control) -> String;

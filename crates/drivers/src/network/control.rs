@@ -2,7 +2,7 @@
 //!
 //! Runs in the lane of the namespace, one call after the other; nothing here waits.
 
-use std::{collections::BTreeMap, net::Ipv4Addr};
+use std::{collections::BTreeMap, net::Ipv4Addr, os::fd::BorrowedFd};
 
 use aether_types::{MachineId, NetworkPolicy};
 use rustix::io::Errno;
@@ -78,8 +78,17 @@ impl Held {
 
 pub(super) struct Request {
     pub(super) policy: NetworkPolicy,
-    pub(super) owner_uid: u32,
-    pub(super) channel: bool,
+    pub(super) links: Links,
+}
+
+/// What carries a VM's packets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Links {
+    /// For a VMM that runs as this user, and with the private link where `channel` says so.
+    Taps { owner_uid: u32, channel: bool },
+    /// A veth pair that is made by [`Control::plug`], as often as there is a new namespace to
+    /// reach into.
+    Veth,
 }
 
 pub(super) struct Control {
@@ -185,8 +194,13 @@ impl Control {
         self.journal.intend(vm, &Resource::Address { ip, slot: slot.0 })?;
         self.held.insert(vm, held.clone());
         self.fault.hit("network.address.reserved")?;
-        self.make_links(vm, slot, request)?;
-        held.channel |= request.channel;
+        match request.links {
+            Links::Taps { owner_uid, channel } => {
+                self.make_links(vm, slot, owner_uid, channel)?;
+                held.channel |= channel;
+            }
+            Links::Veth => self.journal.intend(vm, &Resource::Tap { name: slot.tap() })?,
+        }
         self.held.insert(vm, held);
         self.make_rules(vm, slot, &request.policy)?;
         self.held.get(&vm).cloned().ok_or(DriverError::UnknownVm(vm))
@@ -196,14 +210,15 @@ impl Control {
         &mut self,
         vm: MachineId,
         slot: Slot,
-        request: &Request,
+        owner_uid: u32,
+        channel: bool,
     ) -> Result<(), DriverError> {
         let ip = self.range.at(slot.0);
         let made = |name: &str, e: Errno| failed(&format!("make the TAP {name}"), e);
         let tap = slot.tap();
         self.journal.intend(vm, &Resource::Tap { name: tap.clone() })?;
         self.fault.hit("network.tap.make")?;
-        link::make_tap(&tap, slot.tap_index(), request.owner_uid).map_err(|e| made(&tap, e))?;
+        link::make_tap(&tap, slot.tap_index(), owner_uid).map_err(|e| made(&tap, e))?;
         self.fault.hit("network.tap.made")?;
         // Answers to ARP for others' addresses go out at once.
         namespace::set(&format!("ipv4/neigh/{tap}/proxy_delay"), "0")?;
@@ -212,7 +227,7 @@ impl Control {
             link::new_neighbour(slot.tap_index(), ip, link::guest_mac(ip)),
             link::new_route(ip, 32, slot.tap_index(), None),
         ];
-        if request.channel {
+        if channel {
             let channel = slot.channel();
             let index = slot.channel_index();
             if !namespace::has_ipv6() {
@@ -224,7 +239,7 @@ impl Control {
             }
             self.journal.intend(vm, &Resource::Tap { name: channel.clone() })?;
             self.fault.hit("network.channel.make")?;
-            link::make_tap(&channel, index, request.owner_uid).map_err(|e| made(&channel, e))?;
+            link::make_tap(&channel, index, owner_uid).map_err(|e| made(&channel, e))?;
             self.fault.hit("network.channel.made")?;
             namespace::set(&format!("ipv6/conf/{channel}/disable_ipv6"), "0")?;
             messages.extend([
@@ -236,6 +251,33 @@ impl Control {
         self.fault.hit("network.links.set")?;
         self.inner_route.send_all(messages).map_err(|e| failed("set the VM's links up", e))?;
         self.fault.hit("network.links.done")
+    }
+
+    /// Makes the VM's veth pair anew, with one end in a namespace of its own: where the TAP would be
+    /// stands the other, under the same rules. Its address is set there by [`link::set_up_guest`].
+    pub(super) fn plug(&mut self, vm: MachineId, netns: BorrowedFd<'_>) -> Result<(), DriverError> {
+        let slot = self.held.get(&vm).ok_or(DriverError::UnknownVm(vm))?.slot;
+        let ip = self.range.at(slot.0);
+        let (name, index) = (slot.tap(), slot.tap_index());
+        let made = |e: Errno| failed(&format!("make the veth pair {name}"), e);
+        self.fault.hit("network.veth.make")?;
+        // The namespace that the one before led into has ended, or is about to.
+        match self.inner_route.send_all(vec![link::delete_link(&name)]) {
+            Ok(()) | Err(Errno::NODEV) => {}
+            Err(errno) => return Err(made(errno)),
+        }
+        let guest = link::GuestEnd { mac: link::guest_mac(ip), mtu: self.mtu, netns };
+        self.inner_route
+            .send_all(vec![link::new_guest_veth(&name, index, &guest)])
+            .map_err(made)?;
+        self.fault.hit("network.veth.made")?;
+        namespace::set(&format!("ipv4/neigh/{name}/proxy_delay"), "0")?;
+        let messages = vec![
+            link::set_tap(index, link::MAC_HOST, self.mtu, slot.group()),
+            link::new_neighbour(index, ip, link::guest_mac(ip)),
+            link::new_route(ip, 32, index, None),
+        ];
+        self.inner_route.send_all(messages).map_err(|e| failed("set the VM's links up", e))
     }
 
     fn make_rules(

@@ -78,6 +78,49 @@ pub(super) fn new_veth(name: &str, mtu: u32, peer: &str, peer_in: BorrowedFd<'_>
         })
 }
 
+/// The name of a VM's link, as the VM sees it.
+const GUEST_LINK: &str = "eth0";
+
+/// The VM's end of a veth pair.
+pub(super) struct GuestEnd<'a> {
+    pub(super) mac: Mac,
+    pub(super) mtu: u32,
+    pub(super) netns: BorrowedFd<'a>,
+}
+
+/// One end of a veth pair here, with an index of our choice; the other in a VM's namespace.
+pub(super) fn new_guest_veth(name: &str, index: u32, guest: &GuestEnd<'_>) -> Message {
+    Message::new(RTM_NEWLINK, CREATE | EXCLUSIVE, &link_info(index, 0, 0))
+        .attr_text(IFLA_IFNAME, name)
+        .attr_u32(IFLA_MTU, guest.mtu)
+        .nest(IFLA_LINKINFO, |m| {
+            m.attr_text(IFLA_INFO_KIND, "veth").nest(IFLA_INFO_DATA, |m| {
+                m.nest(VETH_INFO_PEER, |m| {
+                    m.raw(&link_info(0, 0, 0))
+                        .attr_text(IFLA_IFNAME, GUEST_LINK)
+                        .attr(IFLA_ADDRESS, &guest.mac)
+                        .attr_u32(IFLA_MTU, guest.mtu)
+                        .attr(IFLA_NET_NS_FD, &guest.netns.as_raw_fd().to_ne_bytes())
+                })
+            })
+        })
+}
+
+/// Gives a VM's end its address and way out. Runs in the VM's namespace.
+pub(super) fn set_up_guest(address: Ipv4Addr, prefix: u8, gateway: Ipv4Addr) -> Result<(), Errno> {
+    let mut socket = Socket::open(super::netlink::Family::Route)?;
+    let links = links(&mut socket)?;
+    let index = |name: &str| links.iter().find(|l| l.name == name).map(|l| l.index);
+    let guest = index(GUEST_LINK).ok_or(Errno::NODEV)?;
+    let mut messages: Vec<Message> = index("lo").into_iter().map(link_up).collect();
+    messages.extend([
+        new_address(guest, address, prefix, None),
+        link_up(guest),
+        new_route(Ipv4Addr::UNSPECIFIED, 0, guest, Some(gateway)),
+    ]);
+    socket.send_all(messages)
+}
+
 pub(super) fn link_up(index: u32) -> Message {
     Message::new(RTM_NEWLINK, 0, &link_info(index, IFF_UP, IFF_UP))
 }

@@ -8,6 +8,8 @@
 //!                             ┊              no route  aec9  ═ TAP ═ its private link (QEMU)
 //! ```
 //!
+//! A container has a veth pair in the place of the TAP, under the same name and the same rules.
+//!
 //! Each VM's TAP is a link of its own: routed, not bridged. VMs share no Ethernet, so there is
 //! none on which one could pose as another, and a VM that is allowed to reach another passes the
 //! same rules as to anywhere else. To the guests the range looks like one network all the same: the
@@ -56,7 +58,7 @@ pub use self::{
     range::{Ipv4Range, ParseRangeError},
 };
 use self::{
-    control::{Control, Held, Request, Slot},
+    control::{Control, Held, Links, Request, Slot},
     foreign::HostLock,
     instance::{Builder, Names, Surroundings},
     lane::Lane,
@@ -152,8 +154,46 @@ impl Network {
         owner_uid: u32,
         channel_link: bool,
     ) -> Result<Attachment, DriverError> {
-        let policy = policy.clone();
-        let request = Arc::new(Request { policy, owner_uid, channel: channel_link });
+        let links = Links::Taps { owner_uid, channel: channel_link };
+        self.attach_with(vm, policy, links).await
+    }
+
+    /// The same for a VM in a network namespace of its own: address and rules, and a veth pair with
+    /// each [`Network::plug`].
+    pub async fn attach_veth(
+        &self,
+        vm: MachineId,
+        policy: &NetworkPolicy,
+    ) -> Result<Attachment, DriverError> {
+        self.attach_with(vm, policy, Links::Veth).await
+    }
+
+    /// Makes the veth pair of a VM that was attached for one, into the namespace in which the VM
+    /// has just begun, and gives the VM's end its address. Repeating it makes the pair anew.
+    pub async fn plug(&self, vm: MachineId, netns: OwnedFd) -> Result<(), DriverError> {
+        let live = self.current().ok_or_else(closed)?;
+        let range = live.builder.range;
+        let (slot, _) = *locked(&live.attached).get(&vm).ok_or(DriverError::UnknownVm(vm))?;
+        let (inner, netns) = (live.inner.clone(), Arc::new(netns));
+        let into = Arc::clone(&netns);
+        inner.run(move || locked(&live.control).plug(vm, into.as_fd())).await?;
+        let guest = Lane::spawn("aether-guest", Some(netns.as_fd()))?;
+        let (address, prefix, gateway) = (range.at(slot.0), range.prefix(), range.gateway());
+        guest
+            .run(move || {
+                link::set_up_guest(address, prefix, gateway)
+                    .map_err(|e| instance::failed("set up the link in the VM's namespace", e))
+            })
+            .await
+    }
+
+    async fn attach_with(
+        &self,
+        vm: MachineId,
+        policy: &NetworkPolicy,
+        links: Links,
+    ) -> Result<Attachment, DriverError> {
+        let request = Arc::new(Request { policy: policy.clone(), links });
         loop {
             let live = self.live().await?;
             let (inner, request, at) = (live.inner.clone(), Arc::clone(&request), live.clone());

@@ -65,7 +65,7 @@ async fn says(rig: &Rig, vm: &Vm, script: &str) -> String {
     String::from_utf8(out).unwrap()
 }
 
-async fn boot(rig: &Rig, spec: MachineSpec) -> Vm {
+pub(crate) async fn boot(rig: &Rig, spec: MachineSpec) -> Vm {
     let vm = Vm { id: spec.id, token: spec.token.parse_token() };
     let layers = spec.layers.clone();
     rig.driver().create(spec).await.expect("create");

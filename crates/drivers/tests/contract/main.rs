@@ -6,6 +6,7 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 #![expect(clippy::print_stdout, reason = "skipped tests and figures are for people")]
 
+mod docker;
 mod firecracker;
 mod layers;
 mod real_guest;

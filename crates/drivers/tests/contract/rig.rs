@@ -8,6 +8,7 @@ use std::{
 
 use aether_drivers::{
     BootSource, Driver, DriverError, Host, HostConfig, KernelFlavour, MachineSpec, Start,
+    docker::DockerDriver,
     fault::FaultPoints,
     firecracker::FirecrackerDriver,
     network::leftovers,
@@ -34,6 +35,8 @@ pub(crate) enum Kind {
     QemuDebian,
     /// The same with KVM, if a probe boots.
     QemuAuto,
+    /// Containers of an engine that the test runs.
+    Docker,
 }
 
 pub(crate) struct Rig {
@@ -139,7 +142,7 @@ impl Rig {
                 rig.reopen().await;
                 return Ok(rig);
             }
-            Kind::QemuDebian | Kind::QemuAuto => DEFAULT_IMAGE,
+            Kind::QemuDebian | Kind::QemuAuto | Kind::Docker => DEFAULT_IMAGE,
             Kind::Qemu | Kind::Firecracker | Kind::FirecrackerJailed => TEST_KERNEL_IMAGE,
         };
         if !rustix::process::geteuid().is_root() {
@@ -188,6 +191,11 @@ impl Rig {
                     crate::firecracker::config(self.kind == Kind::FirecrackerJailed, &real.boot)
                         .map_err(DriverError::Unavailable)?;
                 Arc::new(FirecrackerDriver::open(host, config).await?)
+            }
+            Kind::Docker => {
+                let config =
+                    crate::docker::config(real.folder.path()).map_err(DriverError::Unavailable)?;
+                Arc::new(DockerDriver::open(host, config).await?)
             }
             Kind::Qemu | Kind::QemuDebian => {
                 let acceleration = QemuAcceleration::Tcg;
@@ -244,7 +252,7 @@ impl Rig {
     pub(crate) fn boot_limit(&self) -> Duration {
         match self.kind {
             Kind::Sim => Duration::from_secs(5),
-            Kind::Qemu | Kind::QemuDebian | Kind::QemuAuto => Duration::from_mins(1),
+            Kind::Qemu | Kind::QemuDebian | Kind::QemuAuto | Kind::Docker => Duration::from_mins(1),
             Kind::Firecracker | Kind::FirecrackerJailed => Duration::from_mins(2),
         }
     }
@@ -253,7 +261,9 @@ impl Rig {
     pub(crate) fn guest_limit(&self) -> Duration {
         match self.kind {
             Kind::Sim => Duration::from_secs(5),
-            Kind::Qemu | Kind::QemuDebian | Kind::QemuAuto => Duration::from_secs(30),
+            Kind::Qemu | Kind::QemuDebian | Kind::QemuAuto | Kind::Docker => {
+                Duration::from_secs(30)
+            }
             Kind::Firecracker | Kind::FirecrackerJailed => Duration::from_mins(2),
         }
     }
@@ -341,6 +351,9 @@ impl Rig {
         let mut found = Vec::new();
         for entry in std::fs::read_dir(folder.join("vms")).unwrap() {
             found.push(format!("folder {}", entry.unwrap().path().display()));
+        }
+        if self.kind == Kind::Docker {
+            found.extend(crate::docker::containers(folder));
         }
         let mounts = std::fs::read_to_string("/proc/mounts").unwrap();
         let own = folder.to_str().unwrap();

@@ -417,7 +417,7 @@ pub(crate) async fn crashes(mut rig: Rig, worker: &str) {
 pub(crate) fn clone_count(kind: Kind) -> usize {
     match kind {
         Kind::Sim => 16,
-        Kind::Qemu | Kind::QemuDebian | Kind::QemuAuto => 8,
+        Kind::Docker | Kind::Qemu | Kind::QemuDebian | Kind::QemuAuto => 8,
         Kind::Firecracker | Kind::FirecrackerJailed => 2,
     }
 }

@@ -147,7 +147,8 @@ pub(crate) async fn delete_from_every_state(rig: Rig) {
     until_running(&rig, spec.id).await;
     delete_twice(&rig, spec.id).await;
     let started = tokio::time::timeout(SOON, start).await.expect("the start ends").unwrap();
-    assert!(started.is_err() || rig.kind() == Kind::Sim, "{started:?}");
+    // A container may be up before its deletion.
+    assert!(started.is_err() || [Kind::Sim, Kind::Docker].contains(&rig.kind()), "{started:?}");
     rig.close().await;
 }
 
@@ -175,16 +176,10 @@ pub(crate) async fn exit_reasons(rig: Rig) {
     let driver = rig.driver();
 
     let vm = rig.boot().await;
-    let watching = rig.shared();
-    let id = vm.id;
-    let watch = tokio::spawn(async move { watching.exited(id).await });
-    // The test kernel has no such trigger, and panics for want of memory.
-    let panic = "echo c >/proc/sysrq-trigger || { echo 2 >/proc/sys/vm/panic_on_oom; \
-                 perl -e 'push @a, \"x\" x 1000000 while 1'; }";
-    rig.sh_last(&vm, panic).await;
-    assert_eq!(exited(&rig, &vm).await, ExitReason::GuestPanic);
-    assert_eq!(watch.await.unwrap().unwrap(), ExitReason::GuestPanic);
-    driver.start(vm.id, Start::Boot, rig.boot_limit()).await.expect("start after a panic");
+    // A container has no kernel of its own that could panic.
+    if rig.kind() != Kind::Docker {
+        panics(&rig, &vm).await;
+    }
 
     rig.kill_vmm(&vm).await;
     assert_eq!(exited(&rig, &vm).await, ExitReason::VmmDied);
@@ -203,6 +198,19 @@ pub(crate) async fn exit_reasons(rig: Rig) {
     assert_eq!(exited(&rig, &vm).await, ExitReason::GuestShutdown);
     driver.delete(vm.id).await.unwrap();
     rig.close().await;
+}
+
+async fn panics(rig: &Rig, vm: &Vm) {
+    let (watching, id) = (rig.shared(), vm.id);
+    let watch = tokio::spawn(async move { watching.exited(id).await });
+    // The test kernel has no such trigger, and panics for want of memory.
+    let panic = "echo c >/proc/sysrq-trigger || { echo 2 >/proc/sys/vm/panic_on_oom; \
+                 perl -e 'push @a, \"x\" x 1000000 while 1'; }";
+    rig.sh_last(vm, panic).await;
+    assert_eq!(exited(rig, vm).await, ExitReason::GuestPanic);
+    assert_eq!(watch.await.unwrap().unwrap(), ExitReason::GuestPanic);
+    let limit = rig.boot_limit();
+    rig.driver().start(vm.id, Start::Boot, limit).await.expect("start after a panic");
 }
 
 /// A worker that restarts finds its VMs, running and usable, paused, stopped and made only.

@@ -3,11 +3,14 @@
 use std::path::Path;
 
 use crate::ImageError;
-use crate::cpio::{Segment, archive};
+use crate::cpio::{Segment, archive, find};
 use crate::program::read;
 
 /// The names in this file, in this order, are the modules to load: one file name a line.
 pub(crate) const MODULE_ORDER: &str = "modules/order";
+
+/// Where the kernel looks for the first program.
+const AGENT: &str = "init";
 
 /// Reads the agent and makes sure that a kernel could start it with nothing else there.
 pub(crate) fn read_agent(path: &Path) -> Result<Vec<u8>, ImageError> {
@@ -16,6 +19,12 @@ pub(crate) fn read_agent(path: &Path) -> Result<Vec<u8>, ImageError> {
         None => Ok(bytes),
         Some(reason) => Err(ImageError::Agent { path: path.to_owned(), reason }),
     }
+}
+
+/// The agent of an initramfs that was [made](make) here: for a driver without a kernel to boot.
+#[must_use]
+pub fn agent_in(initramfs: &[u8]) -> Option<&[u8]> {
+    find(initramfs, AGENT)
 }
 
 /// Puts the initramfs together. It is not compressed: in an emulated guest that costs more than
@@ -28,7 +37,7 @@ pub(crate) fn make(agent: &[u8], modules: Option<&[u8]>) -> Vec<u8> {
     // The kernel opens the console for init before there is a devtmpfs.
     base.character_device("dev/console", 0o600, (5, 1));
     base.character_device("dev/null", 0o666, (1, 3));
-    base.file("init", 0o755, agent);
+    base.file(AGENT, 0o755, agent);
     if modules.is_none() {
         base.directory("modules", 0o755);
         base.file(MODULE_ORDER, 0o644, b"");
@@ -81,6 +90,17 @@ mod tests {
         bytes[56] = 1;
         bytes[64..68].copy_from_slice(&kind.to_le_bytes());
         bytes
+    }
+
+    #[test]
+    fn the_agent_is_found_again() {
+        let mut modules = Segment::default();
+        modules.file(MODULE_ORDER, 0o644, b"");
+        let modules = modules.into_bytes();
+        for modules in [None, Some(modules.as_slice())] {
+            assert_eq!(agent_in(&make(b"the agent", modules)), Some(&b"the agent"[..]));
+        }
+        assert_eq!(agent_in(b"\x1f\x8b packed"), None);
     }
 
     #[test]

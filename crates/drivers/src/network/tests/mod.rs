@@ -64,6 +64,45 @@ async fn tcp_from_host(to: Ipv4Addr) -> Outcome {
 }
 
 #[test]
+fn a_veth_pair_is_under_the_rules_of_a_tap() {
+    as_host(async || {
+        let rig = Rig::new().await;
+        let network = rig.open().await;
+        let guest = Guest::plugged(&network, &policy(Egress::Public, &[])).await;
+        let other = Guest::plugged(&network, &policy(Egress::None, &[])).await;
+        other.serve().await;
+        assert_eq!(guest.tcp(PUBLIC, 80).await, Outcome::Open);
+        assert_eq!(guest.udp(RESOLVER, 53).await, Outcome::Open);
+        assert_eq!(guest.ping(PUBLIC).await, Outcome::Open);
+        assert_eq!(other.tcp(PUBLIC, 80).await, Outcome::Refused);
+        let range = network.range().unwrap();
+        for host in [HOST, range.uplink_host(), range.gateway(), other.address] {
+            assert_eq!(guest.tcp(host, 80).await, Outcome::Refused, "{host}");
+        }
+        for closed in CLOSED {
+            assert_eq!(guest.tcp(*closed, 80).await, Outcome::Refused, "{closed}");
+        }
+        // The policy changes under a guest that goes on.
+        network.attach_veth(guest.vm, &policy(Egress::None, &[])).await.unwrap();
+        assert_eq!(guest.tcp(PUBLIC, 80).await, Outcome::Refused);
+        network.attach_veth(guest.vm, &policy(Egress::Public, &[])).await.unwrap();
+        assert_eq!(guest.tcp(PUBLIC, 80).await, Outcome::Open);
+        // Another's address, and another MAC.
+        guest.ip("addr flush dev eth0").await;
+        guest.ip(&format!("addr add {}/16 dev eth0", other.address)).await;
+        guest.ip(&format!("route add default via {}", range.gateway())).await;
+        assert!(guest.tcp(PUBLIC, 80).await.is_closed());
+        let (vm, gone) = (guest.vm, guest.address);
+        drop(guest);
+        network.detach(vm).await.unwrap();
+        assert!(network.attachment(vm).is_none());
+        assert!(tcp_from_host(gone).await.is_closed());
+        drop(other);
+        finish(network).await;
+    });
+}
+
+#[test]
 fn a_host_whose_table_is_flushed_is_still_closed() {
     as_host(async || {
         let rig = Rig::new().await;

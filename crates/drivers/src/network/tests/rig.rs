@@ -266,6 +266,21 @@ impl Guest {
         Self::over(network, vm, attachment).await
     }
 
+    /// One in a namespace of its own, as a container is, at the end of a veth pair.
+    pub(super) async fn plugged(network: &Network, policy: &NetworkPolicy) -> Self {
+        let vm = MachineId::new();
+        let attachment = network.attach_veth(vm, policy).await.unwrap();
+        let namespace = new_namespace();
+        // Twice: a container that starts again has another namespace, or the same.
+        for _ in 0..2 {
+            network.plug(vm, namespace.try_clone().unwrap()).await.unwrap();
+        }
+        let lane = Lane::spawn("guest", Some(namespace.as_fd())).unwrap();
+        let (_, stop) = rustix::pipe::pipe().unwrap();
+        let std::net::IpAddr::V4(address) = attachment.guest.addresses[0].0 else { unreachable!() };
+        Self { vm, attachment, address, lane, stop, pumps: Vec::new() }
+    }
+
     /// Boots a guest on links that are there.
     pub(super) async fn over(network: &Network, vm: MachineId, attachment: Attachment) -> Self {
         let namespace = new_namespace();
