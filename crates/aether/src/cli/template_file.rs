@@ -222,6 +222,7 @@ mod tests {
         assert_eq!(request.files[1].content, "print('hello')\n");
         assert!(request.start.is_some() && request.ready.is_some() && request.network.is_some());
         assert_eq!(request.env.len(), 2);
+        assert_eq!(request.tools, ["go@1.23.1", "nodejs@22"]);
     }
 
     #[test]
