@@ -28,6 +28,8 @@ pub(super) fn connect(base: &str, key: Option<&str>) -> Result<Client, ClientErr
     if key.is_some_and(|k| bearer(k).is_none()) {
         return Err(ClientError::Key);
     }
+    // An error: the program has chosen another one.
+    let _ = rustls::crypto::ring::default_provider().install_default();
     let http = reqwest::Client::builder()
         .connect_timeout(CONNECT_LIMIT)
         .redirect(reqwest::redirect::Policy::none())

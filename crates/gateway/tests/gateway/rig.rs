@@ -108,6 +108,8 @@ impl Rig {
         }
         let base = format!("http://{address}");
         let client = Client::new(&base, Some(&key)).unwrap();
+        // An error: another test of this process has done so.
+        let _ = rustls::crypto::ring::default_provider().install_default();
         let http = reqwest::Client::new();
         Self {
             client,
