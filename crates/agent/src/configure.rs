@@ -1,6 +1,9 @@
 //! Making a booted or restored guest the VM that the host means.
 
+use std::fs::File;
+use std::io;
 use std::net::IpAddr;
+use std::os::fd::AsFd as _;
 use std::sync::PoisonError;
 
 use aether_protocol::{Configure, Configured, ErrorCode, Token};
@@ -9,7 +12,7 @@ use rustix::time::{ClockId, Timespec, clock_settime};
 use crate::connections::Socket;
 use crate::error::Fail;
 use crate::server::{Agent, Place};
-use crate::{etc, net};
+use crate::{etc, layers, net, sys};
 
 /// Shortest text that credits the whole of the kernel's generator.
 const ENTROPY_BYTES_MIN: usize = 32;
@@ -69,6 +72,11 @@ pub(crate) fn configure(
         }
     })?;
     let layers = apply_layers(agent, request)?;
+    if request.settle
+        && let Err(error) = settle()
+    {
+        warnings.push(format!("bring the disk to rest: {error}"));
+    }
     if let Some(token) = request.new_token.as_deref().and_then(Token::from_slice) {
         agent.set_token(token);
     }
@@ -77,6 +85,11 @@ pub(crate) fn configure(
         agent.become_another(boot_id, own);
     }
     Ok(Configured { warnings, boot_id: agent.boot_id(), layers, kept_open: true })
+}
+
+fn settle() -> io::Result<()> {
+    rustix::fs::sync();
+    sys::empty_journal(File::open(layers::DISK)?.as_fd())
 }
 
 /// How many layers the guest has then. A container's were put on its `/usr` before it began.

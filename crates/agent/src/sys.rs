@@ -200,6 +200,25 @@ pub(crate) fn reseed(random: BorrowedFd<'_>, entropy: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
+/// Writes an ext4 file system's journal out to where it belongs and has its room given back, or,
+/// where the disk cannot do that, filled with zeros. `folder` is any on it.
+#[expect(unsafe_code, reason = "an ioctl of ext4")]
+pub(crate) fn empty_journal(folder: BorrowedFd<'_>) -> io::Result<()> {
+    const EXT4_IOC_CHECKPOINT: libc::c_ulong = 0x4004_662b;
+    const DISCARD: u32 = 1;
+    const ZERO: u32 = 2;
+    let checkpoint = |flag: u32| {
+        // SAFETY: reads one number of 32 bits.
+        let result =
+            unsafe { libc::ioctl(folder.as_raw_fd(), EXT4_IOC_CHECKPOINT, &raw const flag) };
+        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    };
+    match checkpoint(DISCARD) {
+        Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => checkpoint(ZERO),
+        result => result,
+    }
+}
+
 /// `sockaddr_vm`, which rustix does not have.
 fn vsock_address(cid: u32, port: u32) -> libc::sockaddr_vm {
     libc::sockaddr_vm {

@@ -126,7 +126,7 @@ impl Core {
     ) -> Result<(), Failure> {
         let bare =
             Interface { addresses: Vec::new(), gateways: Vec::new(), ..interface(network, None) };
-        let words = Configure { interfaces: vec![bare], ..Configure::default() };
+        let words = Configure { interfaces: vec![bare], settle: true, ..Configure::default() };
         self.configure(guest, &[&guest.token], words, None, None).await
     }
 

@@ -138,6 +138,11 @@ pub(super) fn late(writable: &OwnedFd) {
         drop(symlink("pts/ptmx", "/dev/ptmx"));
     }
     drop(fs::create_dir_all("/run/lock"));
+    // JavaScript engines reserve far more than they use; a kernel that guesses refuses that to them
+    // in a small guest, and they crash.
+    if let Err(error) = fs::write("/proc/sys/vm/overcommit_memory", "1") {
+        kmsg!("allow reservations of memory: {error}");
+    }
 }
 
 /// A second place for the VM's disk: what is on it and not in the root can be reached there.

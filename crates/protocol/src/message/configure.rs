@@ -45,6 +45,10 @@ pub struct Configure {
     /// already must be the beginning of the list; only the rest is mounted. None: as it is.
     #[prost(message, repeated, tag = "11")]
     pub layers: Vec<Layer>,
+    /// After all else: everything is written to the disk, and the file system's journal is empty
+    /// and takes no room. For a guest that is about to be kept as a template.
+    #[prost(bool, tag = "12")]
+    pub settle: bool,
 }
 
 // The entropy and the token are secrets of the guest.
