@@ -265,6 +265,8 @@ impl Rig {
     }
 
     pub(crate) async fn request_build(&self, name: &str, spec: TemplateSpec) -> Template {
+        let (driver, image, tools) = (spec.driver, spec.image.clone(), spec.tools.clone());
+        let (memory_mb, disk_mb) = (spec.memory_mb, spec.disk_mb);
         let template =
             NewTemplate { id: TemplateId::new(), name: name.into(), tag: "latest".into(), spec };
         let snapshot =
@@ -273,7 +275,14 @@ impl Rig {
         let vm = NewVm {
             id: builder,
             name: format!("builder-{builder}"),
-            spec: vm_spec(Origin::Builder(template.id)),
+            spec: VmSpec {
+                driver,
+                image,
+                memory_mb,
+                disk_mb,
+                tools,
+                ..vm_spec(Origin::Builder(template.id))
+            },
         };
         let task = new_task(TaskKind::TemplateBuild);
         let recorded = self.store().build_template(template, snapshot, vm, task, None).await;

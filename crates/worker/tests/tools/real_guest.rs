@@ -257,7 +257,7 @@ async fn an_installer_that_does_wrong_leaves_nothing() {
     let Some(mut house) = House::open().await else { return };
     house.recipe("fails", "echo about to fail; exit 3");
     house.recipe("lies", "mkdir -p \"$DEST/usr/bin\"; printf '#!/bin/sh\\necho no\\n' >\"$DEST/usr/bin/lies\"; chmod 755 \"$DEST/usr/bin/lies\"");
-    house.recipe("fills", "dd if=/dev/zero of=\"$BUILD/big\" bs=1M count=100000");
+    house.recipe("fills", "fallocate -l 100G \"$BUILD/big\"");
     house.recipe("talks", "curl -m 5 http://192.0.2.1/ || ip address; exit 4");
     house.recipe("hello", SAYS_ITSELF);
     house.start().await;
