@@ -18,6 +18,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("aether-queue", &["aether-types"]),
     ("aether-streams", &["aether-types", "aether-protocol"]),
     ("aether-images", &[]),
+    ("aether-tools", &["aether-types"]),
     ("aether-drivers", &["aether-types", "aether-protocol", "aether-images"]),
     (
         "aether-gateway",
@@ -29,6 +30,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "aether-queue",
             "aether-events",
             "aether-streams",
+            "aether-tools",
         ],
     ),
     (
@@ -42,6 +44,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "aether-streams",
             "aether-drivers",
             "aether-images",
+            "aether-tools",
         ],
     ),
     (
@@ -56,6 +59,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "aether-streams",
             "aether-drivers",
             "aether-images",
+            "aether-tools",
             "aether-gateway",
             "aether-worker",
         ],

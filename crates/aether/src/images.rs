@@ -5,8 +5,9 @@ use std::{
     sync::Arc,
 };
 
-use aether_drivers::{BootSource, KernelFlavour};
+use aether_drivers::{BootSource, KernelFlavour, LayerFile};
 use aether_images::{ImageError, ImageStore};
+use aether_tools::BaseImage;
 use aether_types::{ErrorCode, Fault};
 use aether_worker::ImageSource;
 
@@ -24,6 +25,27 @@ impl ImageSource for StoredImages {
 
     fn digest(&self, image: &str) -> Result<String, Fault> {
         self.0.get(image).map(|found| found.digest.to_string()).map_err(|e| unusable(image, &e))
+    }
+
+    fn base(&self, image: &str) -> Result<BaseImage, Fault> {
+        let found = self.0.get(image).map_err(|error| unusable(image, &error))?;
+        Ok(BaseImage {
+            image: format!("{}@{}", found.name, found.digest),
+            digest: found.rootfs.digest.to_string(),
+            suite: found.suite,
+            packages: found.packages,
+        })
+    }
+
+    fn module_layer(&self, image: &str) -> Result<Option<LayerFile>, Fault> {
+        let found = self.0.get(image).map_err(|error| unusable(image, &error))?;
+        let layer = self.0.module_layer(image).map_err(|error| unusable(image, &error))?;
+        Ok(layer.map(|(blob, path)| LayerFile {
+            name: format!("kernel-modules@{}", found.kernel.version),
+            path,
+            digest: blob.digest.to_string(),
+            bytes: blob.size_bytes,
+        }))
     }
 
     fn resolve(&self, image: &str) -> Result<BootSource, Fault> {
@@ -60,6 +82,19 @@ impl ImageSource for SimulatedImages {
 
     fn digest(&self, _image: &str) -> Result<String, Fault> {
         Ok(format!("blake3:{}", "0".repeat(64)))
+    }
+
+    fn base(&self, image: &str) -> Result<BaseImage, Fault> {
+        Ok(BaseImage {
+            image: image.to_owned(),
+            digest: self.digest(image)?,
+            suite: "bookworm".to_owned(),
+            packages: Vec::new(),
+        })
+    }
+
+    fn module_layer(&self, _image: &str) -> Result<Option<LayerFile>, Fault> {
+        Ok(None)
     }
 
     fn resolve(&self, image: &str) -> Result<BootSource, Fault> {

@@ -19,6 +19,7 @@ mod snapshot;
 mod stream;
 mod task;
 mod template;
+mod tool;
 mod vm;
 mod wait;
 
@@ -37,6 +38,10 @@ pub use stream::{
 };
 pub use task::{Accepted, TaskView};
 pub use template::{BuildTemplate, TemplateFileView, TemplateSpecView, TemplateView};
+pub use tool::{
+    BuildTools, CachedToolView, LockedToolView, PruneTools, ToolBuildAccepted, ToolVersionView,
+    ToolVersionsView, ToolView, ToolsPruned, ToolsRefreshed,
+};
 pub use vm::{CreateVm, OriginKind, OriginView, PhaseView, StartView, VmView};
 pub use wait::{ParseWaitError, format_wait, parse_wait};
 

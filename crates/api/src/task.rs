@@ -1,6 +1,6 @@
 use aether_types::{
-    ExecutionId, Fault, Priority, SnapshotId, Task, TaskId, TaskKind, TaskState, TemplateId,
-    Timestamp, VmId, WorkerId,
+    ExecutionId, Fault, Priority, SnapshotId, Task, TaskId, TaskKind, TaskProgress, TaskState,
+    TemplateId, Timestamp, VmId, VmTool, WorkerId,
 };
 use serde::{Deserialize, Serialize};
 
@@ -23,11 +23,12 @@ pub struct Accepted {
 }
 
 impl Accepted {
+    /// `vm_id` is the task's.
     #[must_use]
-    pub fn new(task: &Task) -> Self {
+    pub fn new(task: &Task, vm_id: VmId) -> Self {
         Self {
             task_id: task.id,
-            vm_id: task.vm_id,
+            vm_id,
             status: task.state,
             execution_id: task.execution_id,
             snapshot_id: task.snapshot_id,
@@ -43,7 +44,8 @@ pub struct TaskView {
     pub kind: TaskKind,
     pub status: TaskState,
     pub priority: Priority,
-    pub vm_id: VmId,
+    /// `null` for `tool:build` alone.
+    pub vm_id: Option<VmId>,
     pub execution_id: Option<ExecutionId>,
     /// The snapshot that it makes.
     #[serde(default)]
@@ -57,6 +59,24 @@ pub struct TaskView {
     pub created_at: Timestamp,
     pub started_at: Option<Timestamp>,
     pub finished_at: Option<Timestamp>,
+    /// Of `tool:build`: what is to be built, and what came of it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tools: Vec<VmTool>,
+    /// Of work that waits for tools to be built, or builds them. The log is empty in lists.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub progress: Option<TaskProgress>,
+}
+
+impl TaskView {
+    /// Without what can be long: for lists.
+    #[must_use]
+    pub fn brief(task: Task) -> Self {
+        let mut view = Self::from(task);
+        if let Some(progress) = &mut view.progress {
+            progress.log.clear();
+        }
+        view
+    }
 }
 
 impl From<Task> for TaskView {
@@ -78,6 +98,8 @@ impl From<Task> for TaskView {
             started_at,
             finished_at,
             error,
+            tools,
+            progress,
         } = task;
         Self {
             id,
@@ -95,6 +117,8 @@ impl From<Task> for TaskView {
             created_at,
             started_at,
             finished_at,
+            tools,
+            progress,
         }
     }
 }

@@ -45,6 +45,13 @@ pub struct BuildTemplate {
     /// One after the other, as root; one that fails ends the build.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub steps: Vec<TemplateStep>,
+    /// Tools of the catalogue, beside the defaults: `go`, `go@1.23.1`. There for the steps, and in
+    /// every VM made from it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tools: Vec<String>,
+    /// `false`: only the tools that are asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub default_tools: Option<bool>,
 }
 
 /// A template as it is now.
@@ -86,6 +93,9 @@ pub struct TemplateSpecView {
     /// Names only.
     pub env: Vec<String>,
     pub network: NetworkPolicy,
+    /// `name@version`, as they were asked for, by name.
+    #[serde(default)]
+    pub tools: Vec<String>,
     /// This and what follows only in the answer about one template.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub files: Option<Vec<TemplateFileView>>,
@@ -122,6 +132,7 @@ impl From<TemplateSpec> for TemplateSpecView {
             disk_mb: spec.disk_mb,
             env: spec.env.into_keys().collect(),
             network: spec.network,
+            tools: spec.tools.iter().map(ToString::to_string).collect(),
             files: Some(spec.files.into_iter().map(TemplateFileView::from).collect()),
             steps: Some(spec.steps),
             start: spec.start,

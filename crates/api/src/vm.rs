@@ -2,7 +2,7 @@ use std::{collections::BTreeMap, net::IpAddr};
 
 use aether_types::{
     DriverKind, Fault, NetworkPolicy, Origin, SnapshotId, StartKind, StartReport, StateChange,
-    TemplateId, Timestamp, Vm, VmId, VmState, WorkerId,
+    TemplateId, Timestamp, Vm, VmId, VmState, VmTool, WorkerId,
 };
 use serde::{Deserialize, Serialize};
 
@@ -39,6 +39,20 @@ pub struct CreateVm {
     pub timeout_s: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub network: Option<NetworkPolicy>,
+    /// Tools of the catalogue, beside the defaults: `go`, `go@1.23.1`, `go=1.23`. One that is a
+    /// default too, or that the template has, takes its place.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub tools: Vec<String>,
+    /// As `tools`; for clients that give names here and versions below.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub additional_tools: Vec<String>,
+    /// Versions of tools that are asked for above or are there by default.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub tool_versions: BTreeMap<String, String>,
+    /// `false`: only the tools that are asked for. A template or a snapshot has the tools that it
+    /// has, so not together with one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub default_tools: Option<bool>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -130,6 +144,9 @@ pub struct VmView {
     pub start: Option<StartView>,
     /// It is stopped with its memory kept: a start goes on where it was.
     pub memory_kept: bool,
+    /// By name: what was asked for, what it got, and when that was run to see that it works.
+    #[serde(default)]
+    pub tools: Vec<VmTool>,
     /// Names only.
     pub env: Vec<String>,
     pub labels: BTreeMap<String, String>,
@@ -167,6 +184,7 @@ impl VmView {
             expires_at,
             start,
             memory,
+            tools,
             generation: _,
         } = vm;
         Self {
@@ -183,6 +201,7 @@ impl VmView {
             origin: OriginView::new(spec.origin, template),
             start: start.map(StartView::from),
             memory_kept: memory.is_some(),
+            tools,
             env: spec.env.into_keys().collect(),
             labels: spec.labels,
             network: spec.network,

@@ -5,6 +5,7 @@
 //! DATA/journal           every host resource, before it exists
 //! DATA/vms/ID/           mode 0700, of the VM's user: disk, sockets, what its VMM keeps
 //! DATA/layers/ID/        mode 0700, of the worker's user: what the VM shares with snapshots
+//! DATA/toolsets/         mode 0700: layers put together, for VMMs that take one file
 //! DATA/probe/            which accelerators were seen to boot a VM, by boot of the host
 //! ```
 
@@ -26,6 +27,7 @@ use crate::{
     machines::{WasBefore, background},
     network::{Network, NetworkConfig},
     process::{self, Identity, Launch, Process, ProcessId},
+    tools,
 };
 
 /// First of the users that VMMs run as, where none is configured: above what systems hand out to
@@ -36,6 +38,8 @@ pub const UID_COUNT: u32 = 65_536;
 
 const VMS: &str = "vms";
 const LAYERS: &str = "layers";
+/// Layers of tools put together, by their list; see [`tools::compose`].
+const TOOLSETS: &str = "toolsets";
 
 /// A VM's writable layer, in its directory.
 pub(crate) const DISK_FILE: &str = "disk.img";
@@ -118,7 +122,7 @@ impl Host {
     ) -> Result<Arc<Self>, DriverError> {
         let data_dir = std::path::absolute(&config.data_dir)
             .map_err(|e| file_error("find", &config.data_dir, e))?;
-        for folder in ["", VMS, LAYERS, "probe"] {
+        for folder in ["", VMS, LAYERS, TOOLSETS, "probe"] {
             make_folder(&data_dir.join(folder), 0o700)?;
         }
         let journal = Journal::open(data_dir.join("journal"))?;
@@ -158,6 +162,7 @@ impl Host {
         for folder in [VMS, LAYERS] {
             self.remove_unowned(folder, &known)?;
         }
+        tools::remove_unused_sets(self)?;
         for removed in self.network.reconcile(&known).await? {
             tracing::warn!(%removed, "removed what no VM owns");
         }
@@ -196,6 +201,10 @@ impl Host {
     /// What a VM shares with snapshots, where no VMM can reach it.
     pub(crate) fn layers(&self, id: MachineId) -> PathBuf {
         self.data_dir.join(LAYERS).join(id.to_string())
+    }
+
+    pub(crate) fn toolsets(&self) -> PathBuf {
+        self.data_dir.join(TOOLSETS)
     }
 
     pub(crate) fn make_layers_folder(&self, id: MachineId) -> Result<PathBuf, DriverError> {

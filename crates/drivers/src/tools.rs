@@ -18,6 +18,7 @@ use std::{
         unix::fs::{OpenOptionsExt as _, PermissionsExt as _},
     },
     path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
 };
 
 use aether_protocol::{
@@ -31,6 +32,9 @@ use crate::{
     host::{Host, Record, file_error, remove_file},
     links::keep_file,
 };
+
+/// One set is made at a time, and linked before it could be taken for unused.
+static COMPOSING: Mutex<()> = Mutex::new(());
 
 /// Of erofs, and what every kernel asks of a partition.
 const BLOCK_BYTES: u64 = 4096;
@@ -116,6 +120,60 @@ pub(crate) fn in_snapshot(layers: &[LayerFile]) -> Vec<LayerFile> {
         ..layer.clone()
     };
     layers.iter().enumerate().map(named).collect()
+}
+
+/// All layers of a machine as the one file that some VMMs want: made once for a list of layers,
+/// shared where the file system can, else a copy that all machines with the list have links to.
+pub(crate) fn compose(host: &Host, record: &Record) -> Result<(), DriverError> {
+    let (id, layers) = (record.spec.id, &record.spec.layers);
+    let mut list = blake3::Hasher::new();
+    for layer in layers {
+        list.update(&layer.bytes.to_le_bytes()).update(layer.digest.as_bytes()).update(b"\n");
+    }
+    let set = host.toolsets().join(format!("{}.img", list.finalize().to_hex()));
+    // Nothing panics while the lock is held, but for the whole program's sake.
+    let _one = COMPOSING.lock().unwrap_or_else(PoisonError::into_inner);
+    if !set.exists() {
+        remove_unused_sets(host)?;
+        let places = layer_places(layers)?;
+        let parts = layers.iter().zip(&places).enumerate().map(|(number, (layer, at))| {
+            Ok((open(host, id, number, layer)?, at.offset, at.length))
+        });
+        let parts = parts.collect::<Result<Vec<_>, DriverError>>()?;
+        let half = set.with_extension("part");
+        let failed = |error| DriverError::Io {
+            action: "put the layers of tools together".to_owned(),
+            source: io::Error::other(error),
+        };
+        aether_images::compose(&half, LAYERS_DEVICE_BYTES, &parts).map_err(failed)?;
+        let done = fs::set_permissions(&half, fs::Permissions::from_mode(0o444))
+            .and_then(|()| fs::rename(&half, &set));
+        done.map_err(|e| file_error("make", &set, e))?;
+    }
+    let to = composed(host, id);
+    remove_file(&to)?;
+    host.make_layers_folder(id)?;
+    keep_file(&set, &to)
+}
+
+/// Where a machine has its layers as one file.
+pub(crate) fn composed(host: &Host, id: MachineId) -> PathBuf {
+    host.layers(id).join("tools.img")
+}
+
+/// Removes what no machine has a link to, and what was never whole, while nothing is being made.
+pub(crate) fn remove_unused_sets(host: &Host) -> Result<(), DriverError> {
+    use std::os::unix::fs::MetadataExt as _;
+    let folder = host.toolsets();
+    for entry in fs::read_dir(&folder).map_err(|e| file_error("read", &folder, e))? {
+        let path = entry.map_err(|e| file_error("read", &folder, e))?.path();
+        let links = fs::symlink_metadata(&path).map_or(0, |meta| meta.nlink());
+        let is_whole = path.extension().is_some_and(|extension| extension == "img");
+        if links < 2 || !is_whole {
+            remove_file(&path)?;
+        }
+    }
+    Ok(())
 }
 
 /// Opens a machine's own link to a layer, for a VMM to read.

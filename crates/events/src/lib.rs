@@ -18,8 +18,8 @@ pub use local::LocalBus;
 pub enum Event {
     /// A VM is in a new state.
     Vm { vm_id: VmId, state: VmState, at: Timestamp },
-    /// A task was recorded, began, was given back or ended.
-    Task { task_id: TaskId, vm_id: VmId, state: TaskState, at: Timestamp },
+    /// A task was recorded, began, has come further, was given back or ended.
+    Task { task_id: TaskId, vm_id: Option<VmId>, state: TaskState, at: Timestamp },
     /// A snapshot is in a new state.
     Snapshot { snapshot_id: SnapshotId, state: SnapshotState, at: Timestamp },
     /// A template is in a new state, or its build has come further.

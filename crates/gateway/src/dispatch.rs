@@ -166,13 +166,18 @@ impl DispatchLoop {
         let mut workers: HashMap<VmId, Option<WorkerId>> = HashMap::new();
         let mut entries = Vec::with_capacity(tasks.len());
         for task in &tasks {
-            let worker = if let Some(worker) = workers.get(&task.vm_id) {
-                *worker
-            } else {
-                let vm = self.store.vm(task.vm_id).await.map_err(|e| chain(&e))?;
-                let worker = vm.and_then(|vm| vm.worker_id);
-                workers.insert(task.vm_id, worker);
-                worker
+            let worker = match task.vm_id {
+                // Any worker takes it.
+                None => None,
+                Some(id) => match workers.get(&id) {
+                    Some(worker) => *worker,
+                    None => {
+                        let vm = self.store.vm(id).await.map_err(|e| chain(&e))?;
+                        let worker = vm.and_then(|vm| vm.worker_id);
+                        workers.insert(id, worker);
+                        worker
+                    }
+                },
             };
             entries.push(entry(task, worker));
         }

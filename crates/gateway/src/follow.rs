@@ -62,8 +62,11 @@ impl Follower {
         let execution = recorded.made.id;
         // A repeated request follows the earlier execution, to which this session is not joined.
         let phase = if recorded.accepted.repeated { Phase::Stored } else { Phase::Live(client) };
-        let accepted =
-            StreamEvent::Accepted { task_id: task.id, vm_id: task.vm_id, execution_id: execution };
+        let accepted = StreamEvent::Accepted {
+            task_id: task.id,
+            vm_id: recorded.made.vm_id,
+            execution_id: execution,
+        };
         Self {
             app: app.clone(),
             watch,

@@ -33,6 +33,7 @@ mod routes;
 mod serve;
 mod submit;
 mod templates;
+mod tools;
 mod wait;
 
 pub use auth::{AuthSecret, CreateKeyError, KeyRing, create_key};
@@ -40,3 +41,4 @@ pub use catalogue::{Catalogue, DriverInfo, HostLimits};
 pub use health::Probe;
 pub use hosts::HostCheck;
 pub use parts::{Gateway, GatewayConfig, GatewayParts};
+pub use tools::ToolCatalogue;

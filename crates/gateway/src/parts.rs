@@ -12,7 +12,8 @@ use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    Catalogue, HostCheck, KeyRing, Probe,
+    Catalogue, HostCheck, KeyRing, Probe, ToolCatalogue,
+    admission::Offer,
     dispatch::{DispatchLoop, Dispatcher},
     problem::ApiError,
     routes,
@@ -28,6 +29,7 @@ pub struct GatewayParts {
     pub links: Arc<dyn GuestLink>,
     pub pools: Arc<dyn Pools>,
     pub catalogue: Arc<dyn Catalogue>,
+    pub tools: Arc<dyn ToolCatalogue>,
     pub keys: KeyRing,
     /// Of components that the gateway does not know itself, by name: `workers` and others.
     pub probes: Vec<(String, Arc<dyn Probe>)>,
@@ -139,6 +141,10 @@ impl std::ops::Deref for App {
 impl Shared {
     pub(crate) fn store(&self) -> &dyn Store {
         &*self.parts.store
+    }
+
+    pub(crate) fn offer(&self) -> Offer<'_> {
+        Offer { catalogue: &*self.parts.catalogue, tools: &*self.parts.tools }
     }
 
     /// A place for something that goes on after its handler has answered.

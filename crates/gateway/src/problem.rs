@@ -102,7 +102,7 @@ impl ApiError {
         });
         let mut error = Self::from(fault);
         error.0.task_id = Some(task.id);
-        error.0.vm_id = Some(task.vm_id);
+        error.0.vm_id = task.vm_id;
         error
     }
 

@@ -35,7 +35,7 @@ pub(crate) fn new_task(kind: TaskKind) -> NewTask {
         | TaskKind::VmSnapshot
         | TaskKind::VmExecute => Priority::Default,
         // It takes minutes, and nobody's VM waits for it.
-        TaskKind::TemplateBuild => Priority::Low,
+        TaskKind::TemplateBuild | TaskKind::ToolBuild => Priority::Low,
     };
     NewTask { id: TaskId::new(), kind, priority, max_attempts: limits::TASK_ATTEMPTS_MAX }
 }
@@ -120,7 +120,11 @@ async fn set_going(app: &App, accepted: &Accepted) {
         | TaskKind::VmDelete
         | TaskKind::TemplateBuild => app.publish(vm_event(vm)).await,
         // They change no state yet.
-        TaskKind::VmPause | TaskKind::VmResume | TaskKind::VmSnapshot | TaskKind::VmExecute => {}
+        TaskKind::VmPause
+        | TaskKind::VmResume
+        | TaskKind::VmSnapshot
+        | TaskKind::ToolBuild
+        | TaskKind::VmExecute => {}
     }
     app.dispatcher.dispatch(task, vm.worker_id).await;
     for other in cancelled {

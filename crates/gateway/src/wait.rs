@@ -60,6 +60,21 @@ impl TaskWatch {
         }
     }
 
+    /// The task may have changed. Cancel-safe.
+    pub(crate) async fn changed(&mut self, task: TaskId) {
+        loop {
+            if self.is_closed {
+                return std::future::pending().await;
+            }
+            match self.events.next().await {
+                Received::Event(Event::Task { task_id, .. }) if task_id == task => return,
+                Received::Missed(_) => return,
+                Received::Event(_) => {}
+                Received::Closed => self.is_closed = true,
+            }
+        }
+    }
+
     /// What came of all these tasks within the limit.
     pub(crate) async fn all_within(
         &mut self,

@@ -150,15 +150,31 @@ fn make_file<T>(
     })
 }
 
+/// Makes `to`, which must not exist, a file of `size` bytes with the first bytes of each part at its
+/// place: shared with it where the file system can, copied elsewhere. Mode 0600. Not flushed.
+pub fn compose(to: &Path, size: u64, parts: &[(File, u64, u64)]) -> Result<(), ImageError> {
+    make_file(to, "put layers together in", |target| {
+        target.set_len(size)?;
+        for (part, offset, bytes) in parts {
+            copy_to(part, target, (0, *bytes), *offset)?;
+        }
+        Ok(())
+    })
+}
+
 fn copy_range(source: &File, target: &File, start: u64, end: u64) -> io::Result<()> {
-    let (mut from, mut to) = (start, start);
+    copy_to(source, target, (start, end), start)
+}
+
+fn copy_to(source: &File, target: &File, (start, end): (u64, u64), place: u64) -> io::Result<()> {
+    let (mut from, mut to) = (start, place);
     while from < end {
         let length = usize::try_from(end - from).unwrap_or(usize::MAX);
         match rustix::fs::copy_file_range(source, Some(&mut from), target, Some(&mut to), length) {
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
             Ok(_) | Err(Errno::INTR) => {}
             Err(Errno::XDEV | Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS | Errno::PERM) => {
-                return copy_by_hand(source, target, from, end);
+                return copy_by_hand(source, target, (from, end), to);
             }
             Err(error) => return Err(error.into()),
         }
@@ -167,14 +183,20 @@ fn copy_range(source: &File, target: &File, start: u64, end: u64) -> io::Result<
 }
 
 /// Between file systems, on some kernels.
-fn copy_by_hand(source: &File, target: &File, start: u64, end: u64) -> io::Result<()> {
+fn copy_by_hand(
+    source: &File,
+    target: &File,
+    (start, end): (u64, u64),
+    mut place: u64,
+) -> io::Result<()> {
     let mut buffer = vec![0; 128 << 10];
     let mut position = start;
     while position < end {
         let length = usize::try_from(end - position).unwrap_or(usize::MAX).min(buffer.len());
         source.read_exact_at(&mut buffer[..length], position)?;
-        target.write_all_at(&buffer[..length], position)?;
+        target.write_all_at(&buffer[..length], place)?;
         position += length as u64;
+        place += length as u64;
     }
     Ok(())
 }

@@ -38,7 +38,7 @@ mod store;
 
 pub use build::{BuildRequest, Mirror, agent_in};
 pub use digest::Digest;
-pub use disk::{Cloned, Placement, clone_sparse, write_placement, write_qcow2_overlay};
+pub use disk::{Cloned, Placement, clone_sparse, compose, write_placement, write_qcow2_overlay};
 pub use error::ImageError;
 pub use manifest::{Blob, BootSet, Image, Kernel, KernelFlavour};
 pub use seed::DiskSeed;

@@ -54,6 +54,10 @@ pub struct Image {
     /// The driver modules, kept to make the initramfs again when only the agent changes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub modules: Option<Blob>,
+    /// All of the kernel's modules as a layer of `/usr`, for VMs with a tool that needs more of the
+    /// kernel than a guest starts with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub module_layer: Option<Blob>,
     /// The distribution's suite, such as `bookworm`.
     pub suite: String,
     /// Every package of the root file system, as `name=version`.
@@ -65,7 +69,10 @@ pub struct Image {
 impl Image {
     /// Every blob that the image is made of, the manifest excepted.
     pub(crate) fn blobs(&self) -> impl Iterator<Item = &Blob> {
-        [&self.kernel.blob, &self.initrd, &self.rootfs].into_iter().chain(&self.modules)
+        [&self.kernel.blob, &self.initrd, &self.rootfs]
+            .into_iter()
+            .chain(&self.modules)
+            .chain(&self.module_layer)
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use rustix::fs::FlockOperation;
 
 use crate::blobs::{Blobs, replace_file};
-use crate::manifest::{BootSet, Image};
+use crate::manifest::{Blob, BootSet, Image};
 use crate::pins::Pins;
 use crate::program::read_if_there;
 use crate::seed::DiskSeed;
@@ -95,6 +95,14 @@ impl ImageStore {
             digest: image.digest.to_string(),
             image: image.name,
         })
+    }
+
+    /// The layer with the kernel's modules, checked; see [`Image::module_layer`].
+    pub fn module_layer(&self, name: &str) -> Result<Option<(Blob, PathBuf)>, ImageError> {
+        let image = self.get(name)?;
+        let Some(blob) = image.module_layer else { return Ok(None) };
+        let path = self.blobs.checked_path(&image.name, &blob.digest)?;
+        Ok(Some((blob, path)))
     }
 
     /// Builds what the request asks for, or finds that it is there. Takes about a minute and root

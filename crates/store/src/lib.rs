@@ -16,8 +16,8 @@ use aether_types::{
     DriverKind, Execution, ExecutionId, ExecutionSpec, ExecutionState, ExitStatus, Fault, KeyId,
     OutputStream, Priority, RetainedOutput, Snapshot, SnapshotId, SnapshotPurpose, SnapshotState,
     StartReport, StateChange, Task, TaskId, TaskKind, TaskState, Template, TemplateId,
-    TemplateProgress, TemplateSpec, TemplateState, Timestamp, Vm, VmEvent, VmId, VmSpec, VmState,
-    WorkerId,
+    TemplateProgress, TemplateSpec, TemplateState, Timestamp, ToolRequest, Vm, VmEvent, VmId,
+    VmSpec, VmState, VmTool, WorkerId,
 };
 use async_trait::async_trait;
 
@@ -102,12 +102,22 @@ pub struct Accepted {
     pub cancelled: Vec<Task>,
 }
 
+/// The answer to a request for layers, which is of no VM.
+#[derive(Debug, Clone)]
+pub struct AcceptedBuild {
+    pub task: Task,
+    /// This is the answer to an earlier request with the same idempotency key.
+    pub repeated: bool,
+}
+
 /// Facts about a VM that a worker learns.
 #[derive(Debug, Clone, Default)]
 pub struct VmPatch {
     pub worker_id: Option<WorkerId>,
     pub address: Option<std::net::IpAddr>,
     pub start: Option<StartReport>,
+    /// What it got of what its specification asks for.
+    pub tools: Option<Vec<VmTool>>,
 }
 
 #[derive(Debug, Clone)]
@@ -151,6 +161,8 @@ pub struct AttemptEnd {
     /// The digest of what the task's template was built from: the template is ready, and takes its
     /// name from an older one. A task that fails fails its template.
     pub template: Option<String>,
+    /// What a `tool:build` came to.
+    pub tools: Option<Vec<VmTool>>,
 }
 
 #[derive(Debug, Clone)]
@@ -290,6 +302,14 @@ pub trait Store: Send + Sync + 'static {
         idempotency: Option<Idempotency>,
     ) -> Result<(Accepted, Template), StoreError>;
 
+    /// Records a `tool:build`, which is of no VM.
+    async fn build_tools(
+        &self,
+        tools: Vec<ToolRequest>,
+        task: NewTask,
+        idempotency: Option<Idempotency>,
+    ) -> Result<AcceptedBuild, StoreError>;
+
     /// Deletes a user's snapshot; its files go a little later. Repeating it is harmless. Fails with
     /// `SnapshotNotReady` while it is being made, or a VM that is being created begins as it, and
     /// for one that is not a user's, which goes with what it is for.
@@ -375,6 +395,16 @@ pub trait Store: Send + Sync + 'static {
         epoch: i64,
         progress: TemplateProgress,
     ) -> Result<Template, StoreError>;
+
+    /// How far a task has come that waits for tools, or builds them: what is done now, and the end
+    /// of what the installers said. `Fenced` as for the end of an attempt.
+    async fn task_progress(
+        &self,
+        task: TaskId,
+        epoch: i64,
+        now: String,
+        log: String,
+    ) -> Result<Task, StoreError>;
 
     /// A change that no task asked for: the guest died, a paused VM was found running.
     /// `WrongState` where the state machine has no such transition.

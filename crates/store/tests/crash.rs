@@ -102,7 +102,7 @@ async fn check(path: &Path, said: &[String]) {
         let vm = store.vm(vm).await.unwrap().unwrap();
         let task = store.task(task).await.unwrap().unwrap();
         match *what {
-            "made" | "asked" => assert_eq!(task.vm_id, vm.id),
+            "made" | "asked" => assert_eq!(task.vm_id, Some(vm.id)),
             "runs" => {
                 let later = [VmState::Stopping, VmState::Stopped];
                 assert!(vm.state == VmState::Running || later.contains(&vm.state), "{vm:?}");

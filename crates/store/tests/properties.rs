@@ -51,7 +51,10 @@ fn done(kind: TaskKind) -> Option<VmEvent> {
         TaskKind::VmPause => Some(VmEvent::PauseDone),
         TaskKind::VmResume => Some(VmEvent::ResumeDone),
         TaskKind::VmDelete => Some(VmEvent::Deleted),
-        TaskKind::VmExecute | TaskKind::VmSnapshot | TaskKind::TemplateBuild => None,
+        TaskKind::VmExecute
+        | TaskKind::VmSnapshot
+        | TaskKind::TemplateBuild
+        | TaskKind::ToolBuild => None,
     }
 }
 

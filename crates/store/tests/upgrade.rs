@@ -35,7 +35,9 @@ async fn first_version(path: &Path) {
          insert into vm_changes (vm_id, generation, state, at) values ($1, 2, 'running', 2); \
          insert into tasks (id, kind, state, priority, vm_id, attempts, max_attempts, epoch, \
          cancel_requested, created_at) \
-         values ($2, 'vm:create', 'completed', 'default', $1, 1, 3, 1, 0, 1)",
+         values ($2, 'vm:create', 'completed', 'default', $1, 1, 3, 1, 0, 1); \
+         insert into idempotency (key, digest, task_id, created_at) values ('k', x'00', $2, 1); \
+         insert into outbox (task_id) values ($2)",
     )
     .bind(VM)
     .bind(TASK)
@@ -56,7 +58,9 @@ async fn a_store_of_the_first_version_is_brought_up_to_date() {
     assert_eq!((vm.state, vm.spec.origin), (VmState::Running, Origin::Image));
     assert_eq!((vm.start.clone(), vm.memory), (None, None));
     let task = store.task(TASK.parse().unwrap()).await.unwrap().unwrap();
-    assert_eq!(task.snapshot_id, None);
+    assert_eq!((task.snapshot_id, task.vm_id), (None, Some(vm.id)));
+    assert_eq!((&task.tools[..], &task.progress), (&[][..], &None));
+    assert_eq!(vm.tools, []);
     let listed = store.vms(VmFilter::default(), PageRequest::default()).await.unwrap();
     assert_eq!(listed.items, std::slice::from_ref(&vm));
     // It counts, and does what a new one does.
@@ -68,6 +72,21 @@ async fn a_store_of_the_first_version_is_brought_up_to_date() {
     support::begin(&store, asked.task.id, 1).await;
     store.end_attempt(asked.task.id, 1, support::made(Some(VmEvent::Stopped))).await.unwrap();
     assert_eq!(store.vm(vm.id).await.unwrap().unwrap().memory, Some(memory.id));
+    let built = store.build_tools(Vec::new(), support::new_task(TaskKind::ToolBuild), None);
+    let built = built.await.unwrap().task;
+    assert_eq!(store.task(built.id).await.unwrap().unwrap().vm_id, None);
     store.close().await.unwrap();
+    references_hold(&path).await;
     SqliteStore::open(&path, Durability::Process).await.unwrap();
+}
+
+/// Tables that were rebuilt are still what others refer to.
+async fn references_hold(path: &Path) {
+    let options = SqliteConnectOptions::new().filename(path).foreign_keys(true);
+    let mut connection = SqliteConnection::connect_with(&options).await.unwrap();
+    let broken = sqlx::query("pragma foreign_key_check").fetch_all(&mut connection).await.unwrap();
+    assert!(broken.is_empty());
+    let nobody = sqlx::query("insert into outbox (task_id) values ('nobody')");
+    assert!(nobody.execute(&mut connection).await.is_err());
+    connection.close().await.unwrap();
 }

@@ -24,7 +24,7 @@ pub use id::{ExecutionId, KeyId, MachineId, SnapshotId, TaskId, TemplateId, VmId
 pub use network::{AllowRule, Egress, NetworkPolicy, PortRange, TransportProtocol};
 pub use snapshot::{Snapshot, SnapshotPurpose, SnapshotState};
 pub use start::{StartKind, StartPhase, StartReport};
-pub use task::{Priority, Task, TaskKind, TaskState};
+pub use task::{Priority, Task, TaskKind, TaskProgress, TaskState};
 pub use template::{
     Template, TemplateFile, TemplateProgress, TemplateReady, TemplateSpec, TemplateState,
     TemplateStep,

@@ -10,7 +10,7 @@ use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ExecutionId, Fault, SnapshotId, TaskId, Timestamp, VmId, WorkerId};
+use crate::{ExecutionId, Fault, SnapshotId, TaskId, Timestamp, VmId, VmTool, WorkerId};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum TaskKind {
@@ -32,6 +32,9 @@ pub enum TaskKind {
     /// Build a template in the task's VM, which exists for that.
     #[serde(rename = "template:build")]
     TemplateBuild,
+    /// Build layers of tools, for VMs to come. The one kind that is of no VM.
+    #[serde(rename = "tool:build")]
+    ToolBuild,
     #[serde(rename = "vm:execute")]
     VmExecute,
     #[serde(rename = "vm:delete")]
@@ -48,6 +51,7 @@ impl TaskKind {
         Self::VmSuspend,
         Self::VmSnapshot,
         Self::TemplateBuild,
+        Self::ToolBuild,
         Self::VmExecute,
         Self::VmDelete,
     ];
@@ -63,6 +67,7 @@ impl TaskKind {
             Self::VmSuspend => "vm:suspend",
             Self::VmSnapshot => "vm:snapshot",
             Self::TemplateBuild => "template:build",
+            Self::ToolBuild => "tool:build",
             Self::VmExecute => "vm:execute",
             Self::VmDelete => "vm:delete",
         }
@@ -193,7 +198,8 @@ pub struct Task {
     pub kind: TaskKind,
     pub state: TaskState,
     pub priority: Priority,
-    pub vm_id: VmId,
+    /// Of every kind but `tool:build`.
+    pub vm_id: Option<VmId>,
     pub execution_id: Option<ExecutionId>,
     /// The snapshot that it makes: of `vm:snapshot`, `vm:suspend` and `template:build`.
     pub snapshot_id: Option<SnapshotId>,
@@ -209,4 +215,19 @@ pub struct Task {
     pub started_at: Option<Timestamp>,
     pub finished_at: Option<Timestamp>,
     pub error: Option<Fault>,
+    /// Of `tool:build`: what is to be built, with what came of it once it is done.
+    pub tools: Vec<VmTool>,
+    /// Of work that can take minutes and says how far it is.
+    pub progress: Option<TaskProgress>,
+}
+
+/// How far a task has come: the layers of tools that it waits for or builds.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct TaskProgress {
+    /// What is done now, in words.
+    pub now: String,
+    /// The end of what the installers said.
+    pub log: String,
+    /// Counts every change.
+    pub generation: i64,
 }

@@ -10,8 +10,10 @@ use std::{collections::BTreeMap, fmt, str::FromStr};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    DriverKind, Fault, NetworkPolicy, SnapshotId, TaskId, TemplateId, Timestamp, VmId, limits,
+    DriverKind, Fault, NetworkPolicy, SnapshotId, TaskId, TemplateId, Timestamp, ToolRequest, VmId,
+    limits,
     snapshot::is_plain_name,
+    tool::validate_tools,
     vm::{validate_env, validate_machine},
 };
 
@@ -88,6 +90,9 @@ pub struct TemplateSpec {
     /// What the build may reach.
     #[serde(default)]
     pub network: NetworkPolicy,
+    /// By name, each once; there for the steps, and in every VM made from it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tools: Vec<ToolRequest>,
 }
 
 impl TemplateSpec {
@@ -111,6 +116,7 @@ impl TemplateSpec {
             validate_script("ready.command", &ready.command)?;
             validate_timeout("ready.timeout_s", ready.timeout_s)?;
         }
+        validate_tools("tools", &self.tools)?;
         self.network.validate()
     }
 
@@ -158,9 +164,10 @@ impl TemplateSpec {
             start,
             ready,
             network,
+            tools,
         } = self;
         let content = Content {
-            form: 1,
+            form: if tools.is_empty() { 1 } else { 2 },
             image,
             driver: *driver,
             vcpus: *vcpus,
@@ -172,12 +179,14 @@ impl TemplateSpec {
             start: start.as_deref(),
             ready: ready.as_ref().map(|ready| ready.command.as_str()),
             network,
+            tools,
         };
         serde_json::to_vec(&content).expect("text, numbers and maps by text are always JSON")
     }
 }
 
-/// In this order, which is the order of the bytes. `form` counts changes of it.
+/// In this order, which is the order of the bytes. `form` counts changes of it; what is as it was in
+/// an earlier form keeps that form's bytes, and with them its name.
 #[derive(Serialize)]
 struct Content<'a> {
     form: u32,
@@ -192,6 +201,9 @@ struct Content<'a> {
     start: Option<&'a str>,
     ready: Option<&'a str>,
     network: &'a NetworkPolicy,
+    /// From form 2 on.
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    tools: &'a [ToolRequest],
 }
 
 /// Permission bits, set-id and sticky bits.
@@ -346,6 +358,7 @@ mod tests {
             start: Some("server".into()),
             ready: Some(TemplateReady { command: "check".into(), timeout_s: Some(5) }),
             network: NetworkPolicy::default(),
+            tools: Vec::new(),
         }
     }
 
@@ -370,7 +383,7 @@ mod tests {
     fn a_refusal_names_the_field_and_its_bounds() {
         let step = |run: &str, timeout_s| TemplateStep { run: run.into(), timeout_s };
         let long = "x".repeat(limits::ARG_BYTES_MAX + 1);
-        let cases: [(String, &str); 14] = [
+        let cases: [(String, &str); 15] = [
             (refusal(|s| s.vcpus = 0), "vcpus: 0 is outside 1 to 32"),
             (refusal(|s| s.memory_mb = 1), "memory_mb: 1 is outside 96 to 1048576"),
             (refusal(|s| s.disk_mb = 1), "disk_mb: 1 is outside 64 to 1048576"),
@@ -415,6 +428,10 @@ mod tests {
                     s.network.allow = vec![rule; limits::ALLOW_RULES_MAX + 1];
                 }),
                 "network.allow: at most 64 rules",
+            ),
+            (
+                refusal(|s| s.tools = vec!["go@1".parse().unwrap(), "go@2".parse().unwrap()]),
+                "tools: go is asked for as 1 and as 2; one VM has one version of a tool",
             ),
         ];
         for (refusal, expected) in cases {
@@ -484,7 +501,7 @@ mod tests {
         patient.steps[0].timeout_s = Some(1);
         patient.ready.as_mut().unwrap().timeout_s = None;
         assert_eq!(patient.digest_input(), spec().digest_input());
-        let changes: [fn(&mut TemplateSpec); 11] = [
+        let changes: [fn(&mut TemplateSpec); 12] = [
             |s| s.image.push('x'),
             |s| s.driver = DriverKind::Sim,
             |s| s.vcpus += 1,
@@ -496,12 +513,24 @@ mod tests {
             |s| s.start = None,
             |s| s.ready = None,
             |s| s.network.allow.push("192.0.2.7".parse().unwrap()),
+            |s| s.tools.push("go@1.23.1".parse().unwrap()),
         ];
         for (at, change) in changes.iter().enumerate() {
             let mut other = spec();
             change(&mut other);
             assert_ne!(other.digest_input(), spec().digest_input(), "change {at}");
         }
+
+        let mut with_tools = spec();
+        with_tools.tools = vec!["go@1.23.1".parse().unwrap(), "rust".parse().unwrap()];
+        let bytes = String::from_utf8(with_tools.digest_input()).unwrap();
+        let expected = expected.replace("NETWORK", &network).replace(r#""form":1"#, r#""form":2"#);
+        let expected = expected.trim_end_matches('}');
+        let tools = concat!(
+            r#","tools":[{"name":"go","version":"1.23.1"},"#,
+            r#"{"name":"rust","version":"latest"}]}"#,
+        );
+        assert!(bytes.starts_with(expected) && bytes.ends_with(tools), "{bytes}");
     }
 
     #[test]

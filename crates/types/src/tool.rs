@@ -55,6 +55,33 @@ impl FromStr for ToolRequest {
     }
 }
 
+/// What a specification may have: by name, each once, and no more than one VM has layers.
+pub fn validate_tools(field: &str, tools: &[ToolRequest]) -> Result<(), String> {
+    if tools.len() > limits::TOOLS_MAX {
+        return Err(format!(
+            "{field}: {} tools in all, the defaults included; at most {}",
+            tools.len(),
+            limits::TOOLS_MAX
+        ));
+    }
+    for ToolRequest { name, version } in tools {
+        ToolRequest::new(name, Some(version)).map_err(|text| format!("{field}: {text}"))?;
+    }
+    for pair in tools.windows(2) {
+        let [one, other] = pair else { continue };
+        if one.name == other.name {
+            return Err(format!(
+                "{field}: {} is asked for as {} and as {}; one VM has one version of a tool",
+                one.name, one.version, other.version
+            ));
+        }
+        if one.name > other.name {
+            return Err(format!("{field}: {} stands before {}", one.name, other.name));
+        }
+    }
+    Ok(())
+}
+
 fn is_tool_name(name: &str) -> bool {
     name.len() <= limits::TOOL_NAME_BYTES_MAX
         && name.starts_with(|c: char| c.is_ascii_lowercase())
@@ -78,6 +105,20 @@ pub struct VmTool {
     pub got: Option<String>,
     /// When its layer was built and the tool itself was run to see that it works.
     pub verified_at: Option<Timestamp>,
+}
+
+impl VmTool {
+    /// As it is before anything came of the request.
+    #[must_use]
+    pub fn asked(request: &ToolRequest) -> Self {
+        let ToolRequest { name, version } = request.clone();
+        Self { name, asked: version, got: None, verified_at: None }
+    }
+
+    #[must_use]
+    pub fn request(&self) -> ToolRequest {
+        ToolRequest { name: self.name.clone(), version: self.asked.clone() }
+    }
 }
 
 #[cfg(test)]
@@ -107,5 +148,34 @@ mod tests {
         }
         assert!(ToolRequest::new(&"a".repeat(64), None).is_err());
         assert!(ToolRequest::new("go", Some(&"1".repeat(65))).is_err());
+    }
+
+    #[test]
+    fn a_list_has_each_tool_once_and_in_order() {
+        let list = |texts: &[&str]| -> Vec<ToolRequest> {
+            texts.iter().map(|text| text.parse().unwrap()).collect()
+        };
+        assert_eq!(validate_tools("tools", &list(&["bun", "go@1", "rust"])), Ok(()));
+        for (bad, refusal) in [
+            (&["go@1", "go@2"][..], "tools: go is asked for as 1 and as 2;"),
+            (&["go", "bun"], "tools: go stands before bun"),
+        ] {
+            let error = validate_tools("tools", &list(bad)).unwrap_err();
+            assert!(error.starts_with(refusal), "{error}");
+        }
+        let many: Vec<_> = (0..33).map(|n| format!("t{n:02}").parse().unwrap()).collect();
+        assert_eq!(validate_tools("tools", &many[..32]), Ok(()));
+        let error = validate_tools("tools", &many).unwrap_err();
+        assert_eq!(error, "tools: 33 tools in all, the defaults included; at most 32");
+        let hostile = ToolRequest { name: "go".into(), version: "$(x)".into() };
+        assert!(validate_tools("tools", &[hostile]).is_err());
+    }
+
+    #[test]
+    fn a_tool_begins_as_what_was_asked_for() {
+        let request: ToolRequest = "go@1.23".parse().unwrap();
+        let tool = VmTool::asked(&request);
+        assert_eq!((tool.got.as_deref(), tool.verified_at), (None, None));
+        assert_eq!(tool.request(), request);
     }
 }

@@ -21,7 +21,8 @@ use std::{collections::BTreeMap, fmt, net::IpAddr, str::FromStr};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Fault, NetworkPolicy, SnapshotId, StartReport, TemplateId, Timestamp, VmId, WorkerId, limits,
+    Fault, NetworkPolicy, SnapshotId, StartReport, TemplateId, Timestamp, ToolRequest, VmId,
+    VmTool, WorkerId, limits, tool::validate_tools,
 };
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -267,6 +268,9 @@ pub struct VmSpec {
     pub network: NetworkPolicy,
     #[serde(default)]
     pub origin: Origin,
+    /// By name, each once: the defaults, what the origin has, and what was asked for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tools: Vec<ToolRequest>,
 }
 
 impl VmSpec {
@@ -280,6 +284,7 @@ impl VmSpec {
         }
         validate_env("env", &self.env)?;
         validate_labels(&self.labels)?;
+        validate_tools("tools", &self.tools)?;
         self.network.validate()
     }
 }
@@ -401,6 +406,8 @@ pub struct Vm {
     pub start: Option<StartReport>,
     /// The snapshot that holds its memory while it is stopped with its memory kept.
     pub memory: Option<SnapshotId>,
+    /// Those of its specification, with what it got once it runs.
+    pub tools: Vec<VmTool>,
     /// Counts every change; the store changes a VM only for one who knows the last.
     pub generation: i64,
 }

@@ -13,7 +13,8 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    create::Started, failure::Failure, fault, phases::PhaseClock, reconcile, worker::Core,
+    create::Started, failure::Failure, fault, phases::PhaseClock, reconcile, tool_build::Telling,
+    worker::Core,
 };
 
 /// A task in hand.
@@ -81,6 +82,11 @@ impl Core {
         if attempt.task.kind == TaskKind::VmExecute {
             return self.execute(&attempt).await;
         }
+        if attempt.task.kind == TaskKind::ToolBuild {
+            return self.build_tools(&attempt).await;
+        }
+        let gone = || failed(Fault::new(ErrorCode::VmNotFound, "the VM is gone"));
+        let Some(vm_id) = attempt.task.vm_id else { return self.end(&attempt, gone()).await };
         // Known before the VM's state is read: a deletion that is asked for later cancels this, and
         // one that was asked for before shows in the state.
         self.attempts.is_of(&attempt.task);
@@ -88,13 +94,9 @@ impl Core {
             // It does not wait for a boot, a build or a snapshot to end.
             self.attempts.cancel_others(&attempt.task);
         }
-        let order = self.guests.order(attempt.task.vm_id);
+        let order = self.guests.order(vm_id);
         let _turn = order.lock().await;
-        let Some(vm) = store.vm(attempt.task.vm_id).await? else {
-            return self
-                .end(&attempt, failed(Fault::new(ErrorCode::VmNotFound, "the VM is gone")))
-                .await;
-        };
+        let Some(vm) = store.vm(vm_id).await? else { return self.end(&attempt, gone()).await };
         let boots = matches!(
             attempt.task.kind,
             TaskKind::VmCreate | TaskKind::VmStart | TaskKind::TemplateBuild
@@ -164,9 +166,9 @@ impl Core {
                 self.delete(vm).await?;
                 Ok(completed(change(VmEvent::Deleted, None, VmPatch::default())))
             }
-            TaskKind::VmExecute => Err(Failure::last(Fault::new(
+            TaskKind::VmExecute | TaskKind::ToolBuild => Err(Failure::last(Fault::new(
                 ErrorCode::Internal,
-                "an execution is no operation on a VM",
+                "the task is no operation on a VM",
             ))),
         }
     }
@@ -180,8 +182,10 @@ impl Core {
             return Ok(superseded(vm));
         }
         let clock = PhaseClock::since(attempt.task.created_at);
+        let telling = Telling::default();
+        let create = self.create(vm, clock, &telling);
         let started = tokio::select! {
-            started = self.create(vm, clock) => started?,
+            started = self.told(attempt, &telling, create) => started?,
             () = attempt.cancelled.cancelled() => {
                 self.undo_create(vm).await;
                 let fault = Fault::new(ErrorCode::Cancelled, "the creation was cancelled");
@@ -201,8 +205,10 @@ impl Core {
             return Ok(superseded(vm));
         }
         let clock = PhaseClock::since(attempt.task.created_at);
+        let telling = Telling::default();
+        let start = self.start(vm, clock, &telling);
         let started = tokio::select! {
-            started = self.start(vm, clock) => started?,
+            started = self.told(attempt, &telling, start) => started?,
             () = attempt.cancelled.cancelled() => {
                 // The VM is to be deleted instead. Its disk is the deletion's business.
                 self.undo_start(vm).await;
@@ -276,6 +282,8 @@ impl Core {
             worker_id: Some(self.parts.id),
             address: started.network.addresses.first().map(|(address, _)| *address),
             start: Some(started.report),
+            tools: started.tools,
+            ..VmPatch::default()
         }
     }
 
@@ -297,7 +305,10 @@ impl Core {
     }
 
     async fn after_end(&self, task: &Task, vm_event: bool) -> Result<(), StoreError> {
-        if vm_event && let Some(vm) = self.parts.store.vm(task.vm_id).await? {
+        if vm_event
+            && let Some(vm) = task.vm_id
+            && let Some(vm) = self.parts.store.vm(vm).await?
+        {
             self.publish_vm(&vm).await;
             match vm.state {
                 VmState::Deleted => self.guests.forget(vm.id),
@@ -317,7 +328,8 @@ impl Core {
             self.publish_snapshot(&snapshot).await;
         }
         if task.kind == TaskKind::TemplateBuild
-            && let Some(vm) = self.parts.store.vm(task.vm_id).await?
+            && let Some(vm) = task.vm_id
+            && let Some(vm) = self.parts.store.vm(vm).await?
             && let Origin::Builder(id) = vm.spec.origin
             && let Some(template) = self.parts.store.template(id).await?
         {
@@ -343,6 +355,7 @@ impl Core {
             | TaskKind::VmSuspend
             | TaskKind::VmSnapshot
             | TaskKind::VmDelete
+            | TaskKind::ToolBuild
             | TaskKind::VmExecute => None,
         };
         let end = AttemptEnd {
@@ -444,6 +457,7 @@ pub(crate) fn done() -> AttemptEnd {
         execution: None,
         snapshot: None,
         template: None,
+        tools: None,
     }
 }
 
@@ -451,7 +465,7 @@ pub(crate) fn failed(fault: Fault) -> AttemptEnd {
     AttemptEnd { state: TaskState::Failed, error: Some(fault), ..done() }
 }
 
-fn cancelled(fault: Fault) -> AttemptEnd {
+pub(crate) fn cancelled(fault: Fault) -> AttemptEnd {
     AttemptEnd { state: TaskState::Cancelled, ..failed(fault) }
 }
 

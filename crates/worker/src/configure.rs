@@ -50,6 +50,7 @@ impl Core {
         clock: &mut PhaseClock,
     ) -> Result<(), Failure> {
         let words = Configure {
+            layers: guest.layers(),
             interfaces: vec![interface(network, None)],
             dns: Some(dns(network)),
             ..self.identity(vm, guest.machine, network).await?
@@ -68,6 +69,7 @@ impl Core {
         clock: &mut PhaseClock,
     ) -> Result<(), Failure> {
         let words = Configure {
+            layers: guest.layers(),
             interfaces: vec![interface(network, Some(before.mac))],
             dns: Some(dns(network)),
             ..self.identity(vm, guest.machine, network).await?
@@ -111,7 +113,7 @@ impl Core {
         connection: Option<BoxStream>,
     ) -> Result<(), Failure> {
         let identity = self.identity(vm, guest.machine, network).await?;
-        let words = Configure { machine_id: None, ..identity };
+        let words = Configure { machine_id: None, layers: guest.layers(), ..identity };
         let tokens = [&guest.token, &guest.token];
         self.configure(guest, &tokens, words, connection, None).await
     }
@@ -159,13 +161,13 @@ impl Core {
         for warning in &configured.warnings {
             tracing::warn!(vm.id = %guest.id, warning, "the guest is not wholly configured");
         }
-        if configured.boot_id.is_empty() && !words.restored {
+        if configured.boot_id.is_empty() && !words.restored && words.layers.is_empty() {
             // An agent of an older image does not say it here.
             return self.refresh_boot_id(guest).await.map(|_| ()).ok_or_else(unreachable);
         }
         known_boot(&configured)?;
         guest.set_boot_id(&configured.boot_id);
-        Ok(())
+        known_layers(&words, &configured)
     }
 
     /// Who the guest is, and new randomness; the clock is added at the last moment.
@@ -264,6 +266,18 @@ fn known_boot(configured: &Configured) -> Result<(), Failure> {
     Err(Failure::last(Fault::new(ErrorCode::SnapshotIncompatible, text)))
 }
 
+/// A guest that does not know what layers are has none of its tools.
+fn known_layers(words: &Configure, configured: &Configured) -> Result<(), Failure> {
+    let (wanted, has) = (words.layers.len(), configured.layers);
+    if wanted == 0 || u32::try_from(wanted) == Ok(has) {
+        return Ok(());
+    }
+    let text = format!(
+        "the guest has {has} of {wanted} layers of tools; if its image is old, build it again"
+    );
+    Err(Failure::last(Fault::new(ErrorCode::VmStartFailed, text)))
+}
+
 fn unreachable() -> Failure {
     Failure::again(Fault::new(ErrorCode::GuestUnreachable, "the guest does not answer"))
 }
@@ -272,7 +286,7 @@ fn restored(words: Configure, token: &Token) -> Configure {
     Configure { restored: true, new_token: Some(Bytes::copy_from_slice(token.as_bytes())), ..words }
 }
 
-fn empty() -> Result<Configure, Failure> {
+pub(crate) fn empty() -> Result<Configure, Failure> {
     let mut entropy = vec![0; 64];
     getrandom::fill(&mut entropy).map_err(|_| Failure::last(internal("read randomness")))?;
     Ok(Configure { entropy: entropy.into(), ..Configure::default() })
@@ -306,7 +320,7 @@ fn hosts(name: &str, network: &GuestNetwork) -> Hosts {
     Hosts { entries }
 }
 
-fn unix_time_ns() -> u64 {
+pub(crate) fn unix_time_ns() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }

@@ -12,12 +12,12 @@
 use std::sync::Arc;
 
 use aether_drivers::{
-    Driver, GuestNetwork, MachineSpec, MachineState, Phase, SnapshotFiles, Start,
+    Driver, GuestNetwork, LayerFile, MachineSpec, MachineState, Phase, SnapshotFiles, Start,
 };
-use aether_protocol::Token;
+use aether_protocol::{Layer, Token};
 use aether_types::{
     ErrorCode, Fault, MachineId, NetworkPolicy, Origin, SnapshotId, StartKind, StartReport,
-    Template, TemplateId, Vm,
+    Template, TemplateId, Vm, VmTool,
 };
 use tokio::time::Instant;
 
@@ -29,6 +29,8 @@ use crate::{
     phases::PhaseClock,
     pool::{InHand, Spare, Turn},
     sealed::Sealed,
+    tool_build::Telling,
+    toolset::{self, Toolset},
     worker::Core,
 };
 
@@ -36,6 +38,8 @@ use crate::{
 pub(crate) struct Started {
     pub(crate) network: GuestNetwork,
     pub(crate) report: StartReport,
+    /// What it has of what it asks for, where that was looked at.
+    pub(crate) tools: Option<Vec<VmTool>>,
 }
 
 /// A start in hand.
@@ -45,6 +49,9 @@ pub(crate) struct Starting<'a> {
     pub(crate) clock: PhaseClock,
     /// Nothing is made for a pool while somebody waits for this.
     in_hand: InHand,
+    toolset: Toolset,
+    /// Of the machine, once it is known.
+    layers: Vec<LayerFile>,
     /// Why the faster ways were not taken.
     fallback: Vec<String>,
 }
@@ -52,7 +59,19 @@ pub(crate) struct Starting<'a> {
 impl Starting<'_> {
     pub(crate) fn done(self, network: GuestNetwork, kind: StartKind) -> Started {
         let fallback = (!self.fallback.is_empty()).then(|| self.fallback.join("; "));
-        Started { network, report: self.clock.report(kind, fallback) }
+        let tools = self.toolset.tools;
+        let tools = (!tools.is_empty()).then_some(tools);
+        Started { network, report: self.clock.report(kind, fallback), tools }
+    }
+
+    pub(crate) fn with_layers(mut self, layers: Vec<LayerFile>) -> Self {
+        self.layers = layers;
+        self
+    }
+
+    /// As the guest is told of its layers.
+    pub(crate) fn places(&self) -> Result<Vec<Layer>, Failure> {
+        toolset::places(&self.layers)
     }
 
     fn falls_back(&mut self, from: &str, why: &Fault) {
@@ -69,7 +88,15 @@ impl Core {
         clock: PhaseClock,
     ) -> Result<Starting<'a>, Failure> {
         let (driver, in_hand) = (self.driver(vm)?, self.pools.begin());
-        Ok(Starting { vm, driver, clock, in_hand, fallback: Vec::new() })
+        Ok(Starting {
+            vm,
+            driver,
+            clock,
+            in_hand,
+            toolset: Toolset::default(),
+            layers: Vec::new(),
+            fallback: Vec::new(),
+        })
     }
 
     /// Makes the machine, brings its guest to run and configures it. On failure nothing is left of
@@ -78,12 +105,29 @@ impl Core {
         self: &Arc<Self>,
         vm: &Vm,
         clock: PhaseClock,
+        telling: &Telling,
     ) -> Result<Started, Failure> {
-        let made = self.make(self.starting(vm, clock)?).await;
+        let made = self.make_with_tools(vm, clock, telling).await;
         if made.is_err() {
             self.undo_create(vm).await;
         }
         made
+    }
+
+    /// Nothing is made for a VM before its tools are there.
+    async fn make_with_tools(
+        self: &Arc<Self>,
+        vm: &Vm,
+        clock: PhaseClock,
+        telling: &Telling,
+    ) -> Result<Started, Failure> {
+        let toolset = self.toolset_of(vm, telling).await?;
+        let mut starting = self.starting(vm, clock)?;
+        if !toolset.layers.is_empty() {
+            starting.clock.mark("tools");
+        }
+        starting.toolset = toolset;
+        self.make(starting).await
     }
 
     async fn make(self: &Arc<Self>, mut starting: Starting<'_>) -> Result<Started, Failure> {
@@ -117,6 +161,7 @@ impl Core {
             (booted, machine.state, machine.spec, machine.network)
         {
             let guest = Guest::new(vm.id, id, Arc::clone(&starting.driver), parse_token(&spec)?);
+            guest.set_layers(toolset::places(&spec.layers)?);
             let clock = &mut starting.clock;
             if self.configure_booted(vm, &guest, &network, clock).await.is_ok() {
                 self.admit(guest);
@@ -209,11 +254,17 @@ impl Core {
         spare: Spare,
     ) -> Result<GuestNetwork, Failure> {
         let vm = starting.vm;
-        let Spare { machine, driver, token, network, boot_id, connections } = spare;
+        let Spare { machine, driver, token, network, boot_id, layers, connections } = spare;
         // Known before it is the VM's, so that whoever gives up deletes it.
         self.guests.set_machine(vm.id, machine);
         let guest = Guest::new(vm.id, machine, driver, token);
         guest.set_boot_id(&boot_id);
+        let wanted = starting.toolset.over(&layers);
+        if wanted.len() > layers.len() {
+            let added = guest.driver.add_layers(machine, &wanted).await;
+            added.map_err(|e| Failure::driver(&e, vm.id))?;
+            guest.set_layers(toolset::places(&wanted)?);
+        }
         let mut connections = connections.into_iter();
         let (first, second) = (connections.next(), connections.next());
         // Rules that are the VM's own are there before it runs. Else only the record is to be
@@ -290,8 +341,10 @@ impl Core {
         let _place = self.restores.acquire().await;
         starting.clock.mark("wait");
         let id = MachineId::from(vm.id);
-        let spec = spec_of(sealed, id, Some(vm))?;
+        let mut spec = spec_of(sealed, id, Some(vm))?;
+        spec.layers = starting.toolset.over(&spec.layers);
         let guest = Guest::new(vm.id, id, Arc::clone(&starting.driver), parse_token(&spec)?);
+        guest.set_layers(toolset::places(&spec.layers)?);
         let failed = |e| Failure::driver(&e, vm.id);
         let network = starting.driver.create(spec).await.map_err(failed)?;
         starting.clock.mark("create");
@@ -312,7 +365,9 @@ impl Core {
         disk_from: Option<&SnapshotFiles>,
     ) -> Result<GuestNetwork, Failure> {
         let vm = starting.vm;
-        let spec = self.machine_spec(vm, disk_from).await?;
+        let mut spec = self.machine_spec(vm, disk_from).await?;
+        spec.layers = starting.toolset.over(&spec.layers);
+        starting.layers.clone_from(&spec.layers);
         let token = parse_token(&spec)?;
         let created = starting.driver.create(spec).await;
         created.map_err(|e| Failure::driver(&e, vm.id))?;
@@ -343,7 +398,8 @@ impl Core {
             network: vm.spec.network.clone(),
             token: new_token()?.to_hex(),
             disk_from: disk_from.cloned(),
-            layers: Vec::new(),
+            // What was written over them is on the disk.
+            layers: disk_from.map(SnapshotFiles::layers).unwrap_or_default(),
             output_mb: None,
         })
     }
@@ -357,6 +413,7 @@ impl Core {
         let vm = starting.vm;
         let id = self.machine(vm.id);
         let guest = Guest::new(vm.id, id, Arc::clone(&starting.driver), token);
+        guest.set_layers(starting.places()?);
         {
             let _place = self.boots.acquire().await;
             starting.clock.mark("wait");
@@ -396,7 +453,7 @@ impl Core {
         let sealed = self.sealed(&self.parts.templates, digest).await?;
         sealed.check_format(&driver).map_err(Failure::last)?;
         let spec = spec_of(&sealed, id, None)?;
-        let token = parse_token(&spec)?;
+        let (token, layers) = (parse_token(&spec)?, spec.layers.clone());
         let failed = |e: aether_drivers::DriverError| Failure::machine(&e, id);
         turn.pass().await;
         let network = driver.create(spec).await.map_err(failed)?;
@@ -406,7 +463,8 @@ impl Core {
         driver.start(id, Start::Restore(sealed.files.clone()), limit).await.map_err(failed)?;
         turn.pass().await;
         let boot_id = self.configure_spare(&driver, id, &network, &token, sealed.before()).await?;
-        Ok(Spare { machine: id, driver, token, network, boot_id, connections: Vec::new() })
+        let connections = Vec::new();
+        Ok(Spare { machine: id, driver, token, network, boot_id, layers, connections })
     }
 }
 

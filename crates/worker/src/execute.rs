@@ -109,6 +109,9 @@ impl Core {
         &self,
         attempt: &Attempt,
     ) -> Result<Result<Arc<Guest>, Fault>, StoreError> {
+        let Some(vm_id) = attempt.task.vm_id else {
+            return Ok(Err(Fault::new(ErrorCode::VmNotFound, "the VM is gone")));
+        };
         let mut changes = self.guests.changes();
         loop {
             changes.mark_unchanged();
@@ -116,11 +119,11 @@ impl Core {
                 return Ok(Err(cancelled()));
             }
             // A guest that was adopted while it was paused says who it is when it runs again.
-            let guest = self.guests.get(attempt.task.vm_id).filter(|g| !g.boot_id().is_empty());
+            let guest = self.guests.get(vm_id).filter(|g| !g.boot_id().is_empty());
             if let Some(guest) = guest {
                 return Ok(Ok(guest));
             }
-            let vm = self.parts.store.vm(attempt.task.vm_id).await?;
+            let vm = self.parts.store.vm(vm_id).await?;
             match vm {
                 Some(vm) if vm.state.takes_commands() || vm.state == VmState::Paused => {}
                 Some(vm) => {

@@ -3,6 +3,7 @@
 use aether_drivers::DriverError;
 use aether_images::SnapshotError;
 use aether_store::StoreError;
+use aether_tools::ToolError;
 use aether_types::{ErrorCode, Fault, MachineId, VmId};
 
 use crate::{fault, guest::AskError};
@@ -48,6 +49,12 @@ impl Failure {
         tracing::warn!(error = fault::chain(error), "store");
         let text = "the worker could not read its records; its log says why";
         Self { fault: Fault::new(ErrorCode::Internal, text), retryable: error.is_retryable() }
+    }
+
+    pub(crate) fn tool(error: &ToolError) -> Self {
+        tracing::warn!(error = fault::chain(error), "tools");
+        let retryable = matches!(error, ToolError::BuilderUnavailable { .. });
+        Self { fault: error.to_fault(), retryable }
     }
 
     pub(crate) fn snapshot(error: &SnapshotError) -> Self {

@@ -32,6 +32,7 @@ pub(crate) fn from_driver(error: &DriverError) -> Fault {
         | DriverError::NoAddress { .. }
         | DriverError::RangeOverlaps { .. }
         | DriverError::Incompatible { .. }
+        | DriverError::Layers(_)
         | DriverError::Unavailable(_)
         | DriverError::Injected(_) => error.to_string(),
     };
@@ -56,6 +57,7 @@ pub(crate) fn is_disk_full(error: &DriverError) -> bool {
         | DriverError::RangeOverlaps { .. }
         | DriverError::Incompatible { .. }
         | DriverError::Damaged { .. }
+        | DriverError::Layers(_)
         | DriverError::Unavailable(_)
         | DriverError::Injected(_) => false,
     }

@@ -11,7 +11,7 @@ use std::{
 
 use aether_drivers::{Driver, ExitReason};
 use aether_protocol::{
-    AGENT_PORT, Token,
+    AGENT_PORT, Layer, Token,
     host::{BoxStream, ClientError},
     limits::HANDSHAKE_LIMIT,
 };
@@ -56,6 +56,8 @@ pub(crate) struct Guest {
     /// Changes when the guest boots and when its agent is replaced.
     pub(crate) boot_id: Mutex<String>,
     pub(crate) places: Semaphore,
+    /// Its tools, as it is told of them.
+    layers: Mutex<Vec<Layer>>,
     /// Opened ahead for the first command, and when the guest came to know of it.
     early: Mutex<Option<(Instant, BoxStream)>>,
 }
@@ -75,8 +77,18 @@ impl Guest {
             ending: watch::Sender::new(Ending::default()),
             boot_id: Mutex::default(),
             places: Semaphore::new(limits::EXECUTIONS_PER_VM_MAX),
+            layers: Mutex::default(),
             early: Mutex::default(),
         })
+    }
+
+    pub(crate) fn layers(&self) -> Vec<Layer> {
+        self.layers.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Before it is configured.
+    pub(crate) fn set_layers(&self, layers: Vec<Layer>) {
+        *self.layers.lock().unwrap_or_else(PoisonError::into_inner) = layers;
     }
 
     pub(crate) fn boot_id(&self) -> String {

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   claims ──► attempt ──► create (pool, restore, boot), lifecycle, snapshot, template
-//!     │           └──────► execute ──► pump (guest ⇄ session)
+//!     │           ├──────► execute ──► pump (guest ⇄ session)
+//!     │           └──────► tool_build: layers of tools, for VMs and ahead of them
 //!     │
 //!   reconcile: at the start and whenever a lease, a time to live or a VMM ends
 //!   garbage:   the files of snapshots that nothing needs any more
@@ -19,6 +20,7 @@
 //! is legal; the store did, with the state machines of `aether-types`.
 
 mod attempt;
+mod builder;
 mod claims;
 mod configure;
 mod create;
@@ -35,16 +37,19 @@ mod reconcile;
 mod sealed;
 mod snapshot;
 mod template;
+mod tool_build;
+mod toolset;
 mod worker;
 
 use std::{fmt, path::Path, sync::Arc, time::Duration};
 
-use aether_drivers::{BootSource, Driver, DriverError};
+use aether_drivers::{BootSource, Driver, DriverError, LayerFile};
 use aether_events::EventBus;
 use aether_images::SnapshotStore;
 use aether_queue::{Queue, QueueError};
 use aether_store::{Store, StoreError};
 use aether_streams::Sessions;
+use aether_tools::{BaseImage, Tools};
 use aether_types::{Fault, WorkerId};
 
 pub use garbage::Retention;
@@ -60,6 +65,13 @@ pub trait ImageSource: Send + Sync + 'static {
 
     /// What the name means now, as it stands after the `@`. Called off the async threads.
     fn digest(&self, image: &str) -> Result<String, Fault>;
+
+    /// What tools depend on of an image. Called off the async threads.
+    fn base(&self, image: &str) -> Result<BaseImage, Fault>;
+
+    /// All modules of the image's kernel as a layer of `/usr`, where it has some. Called off the
+    /// async threads.
+    fn module_layer(&self, image: &str) -> Result<Option<LayerFile>, Fault>;
 
     /// Keeps the files of `name@digest` for as long as the file or folder `holder` is there, which
     /// is about to be made. Called off the async threads.
@@ -80,6 +92,8 @@ pub struct WorkerParts {
     pub snapshots: Arc<SnapshotStore>,
     /// By template digest.
     pub templates: Arc<SnapshotStore>,
+    /// Where layers of tools come from.
+    pub tools: Tools,
     pub config: WorkerConfig,
 }
 

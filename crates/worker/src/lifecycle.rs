@@ -18,6 +18,7 @@ use crate::{
     fault,
     guest::Guest,
     phases::PhaseClock,
+    tool_build::Telling,
     worker::Core,
 };
 
@@ -66,17 +67,18 @@ impl Core {
         self: &Arc<Self>,
         vm: &Vm,
         clock: PhaseClock,
+        telling: &Telling,
     ) -> Result<Started, Failure> {
         let driver = self.driver(vm)?;
         let inspected = driver.inspect(self.machine(vm.id)).await;
         let Some(machine) = inspected.map_err(|e| Failure::driver(&e, vm.id))? else {
             // A creation that failed left nothing; start it from the beginning.
-            return self.create(vm, clock).await;
+            return self.create(vm, clock, telling).await;
         };
         let (Some(spec), Some(network)) = (machine.spec, machine.network) else {
             return Err(Failure::last(internal("read the VM's record")));
         };
-        let starting = self.starting(vm, clock)?;
+        let starting = self.starting(vm, clock)?.with_layers(spec.layers.clone());
         let own = Own { token: parse_token(&spec)?, network, state: machine.state };
         let started = match vm.memory {
             Some(memory) => self.wake(starting, own, memory).await,
@@ -97,6 +99,7 @@ impl Core {
         if own.state == MachineState::Running {
             let machine = self.machine(vm.id);
             let guest = Guest::new(vm.id, machine, Arc::clone(&starting.driver), own.token.clone());
+            guest.set_layers(starting.places()?);
             let clock = &mut starting.clock;
             if self.configure_booted(vm, &guest, &own.network, clock).await.is_ok() {
                 self.admit(guest);
@@ -119,6 +122,7 @@ impl Core {
         let vm = starting.vm;
         let id = self.machine(vm.id);
         let guest = Guest::new(vm.id, id, Arc::clone(&starting.driver), own.token.clone());
+        guest.set_layers(starting.places()?);
         // A memory is for its own machine, which has the same token before and after.
         let mac = own.network.mac.clone();
         let before = Before { token: &own.token, mac: &mac };

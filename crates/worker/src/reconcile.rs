@@ -28,7 +28,7 @@ struct Busy {
 impl Busy {
     fn new(open: &[Task]) -> Self {
         let of = |wanted: &dyn Fn(TaskKind) -> bool| {
-            open.iter().filter(|task| wanted(task.kind)).map(|task| task.vm_id).collect()
+            open.iter().filter(|task| wanted(task.kind)).filter_map(|task| task.vm_id).collect()
         };
         Self {
             operated: of(&|kind| kind != TaskKind::VmExecute),
@@ -263,7 +263,10 @@ async fn sweep(core: &Arc<Core>) -> Result<(), WorkerError> {
 pub(crate) async fn dispatch(core: &Core, tasks: Vec<Task>) -> Result<(), WorkerError> {
     let mut entries = Vec::with_capacity(tasks.len());
     for task in &tasks {
-        let vm = core.parts.store.vm(task.vm_id).await?;
+        let vm = match task.vm_id {
+            Some(id) => core.parts.store.vm(id).await?,
+            None => None,
+        };
         let worker = vm.and_then(|vm| vm.worker_id);
         let lane = worker.map_or(Lane::Shared, Lane::Worker);
         entries.push(Entry { task: task.id, lane, priority: task.priority, delay: Duration::ZERO });

@@ -51,7 +51,7 @@ pub(crate) struct Core {
     pub(crate) parts: WorkerParts,
     pub(crate) guests: Arc<Guests>,
     pub(crate) attempts: Attempts,
-    pub(crate) boots: Semaphore,
+    pub(crate) boots: Arc<Semaphore>,
     pub(crate) restores: Semaphore,
     pub(crate) pools: Arc<PoolSet>,
     pub(crate) builds: Builds,
@@ -91,14 +91,14 @@ impl Attempts {
 
     pub(crate) fn is_of(&self, task: &Task) {
         if let Some(in_hand) = self.lock().get_mut(&task.id) {
-            in_hand.vm = Some(task.vm_id);
+            in_hand.vm = task.vm_id;
         }
     }
 
     /// All others of the task's VM.
     pub(crate) fn cancel_others(&self, task: &Task) {
         for (id, in_hand) in self.lock().iter() {
-            if *id != task.id && in_hand.vm == Some(task.vm_id) {
+            if *id != task.id && in_hand.vm.is_some() && in_hand.vm == task.vm_id {
                 in_hand.cancelled.cancel();
             }
         }
@@ -145,7 +145,7 @@ impl Worker {
         let core = Arc::new(Core {
             guests: Arc::new(Guests::default()),
             attempts: Attempts::default(),
-            boots: Semaphore::new(parts.config.boots_at_once),
+            boots: Arc::new(Semaphore::new(parts.config.boots_at_once)),
             restores: Semaphore::new(parts.config.restores_at_once),
             pools: Arc::new(PoolSet::new(
                 parts.config.pools.clone(),

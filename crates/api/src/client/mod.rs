@@ -21,6 +21,7 @@ mod http;
 mod snapshots;
 mod templates;
 mod terminal;
+mod tools;
 
 use std::{fmt, time::Duration};
 

@@ -4,7 +4,7 @@ use super::version::Version;
 
 /// Of what this driver makes of a VM: devices, their order and names, and what a snapshot's files
 /// are. To be raised when one of them changes.
-const LAYOUT: u32 = 1;
+const LAYOUT: u32 = 2;
 /// The first that lets a restored VM have another TAP.
 const FIRST: Version = Version::new(1, 12, 0);
 
@@ -40,7 +40,7 @@ mod tests {
         let version = Version::new(1, 12, 1);
         assert_eq!(
             of(version, cpuinfo).unwrap(),
-            "firecracker 1.12.1, GenuineIntel 6/85/7, layout 1"
+            "firecracker 1.12.1, GenuineIntel 6/85/7, layout 2"
         );
         assert_eq!(of(version, "processor : 0\n"), None);
         assert_eq!(of(Version::new(1, 11, 9), cpuinfo), None);

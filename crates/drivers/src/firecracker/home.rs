@@ -27,14 +27,14 @@ use tokio::io::unix::AsyncFd;
 use super::{
     API_SOCKET,
     api::Session,
-    machine::{Files, MEMORY_NAME, ROOTFS_NAME, STATE_NAME},
+    machine::{Files, MEMORY_NAME, ROOTFS_NAME, STATE_NAME, TOOLS_NAME},
     scratch, snapshot, vsock,
 };
 use crate::{
     BootSource, DriverError,
     host::{DISK_FILE, Host, Record, file_error, make_folder, remove_file, remove_tree, unmount},
     journal::Resource,
-    process,
+    process, tools,
 };
 
 const JAIL: &str = "jail";
@@ -72,6 +72,7 @@ impl Home {
         if self.path != host.directory(id) {
             self.bring(host, id, &host.disk(id), DISK_FILE)?;
         }
+        self.bring(host, id, &tools::composed(host, id), TOOLS_NAME)?;
         scratch::make(host, record, self)
     }
 
@@ -171,7 +172,9 @@ pub(super) fn clean(host: &Host, id: MachineId) -> Result<(), DriverError> {
         remove_tree(&folder)?;
     }
     let ready = vsock::ready_socket();
-    for name in [API_SOCKET, vsock::SOCKET, &ready, ROOTFS_NAME, MEMORY_NAME, STATE_NAME] {
+    for name in
+        [API_SOCKET, vsock::SOCKET, &ready, ROOTFS_NAME, TOOLS_NAME, MEMORY_NAME, STATE_NAME]
+    {
         remove_file(&directory.join(name))?;
     }
     snapshot::forget_base(&directory)

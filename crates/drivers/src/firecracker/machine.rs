@@ -8,6 +8,8 @@ use crate::{DriverError, GuestNetwork, KernelFlavour, MachineSpec, host::DISK_FI
 /// ([`super::format`]).
 const INTERFACE_ID: &str = "net";
 pub(super) const ROOTFS_NAME: &str = "rootfs";
+/// Layers of tools, put together; there is a file also where there are none.
+pub(super) const TOOLS_NAME: &str = "tools";
 /// In a VMM's home, while it loads them.
 pub(super) const MEMORY_NAME: &str = "memory";
 pub(super) const STATE_NAME: &str = "state";
@@ -146,6 +148,10 @@ pub(super) fn requests(
         // What the guest has synced is on the host's disk.
         "cache_type": "Writeback",
     });
+    let tools = json!({
+        "drive_id": "tools", "path_on_host": TOOLS_NAME,
+        "is_root_device": false, "is_read_only": true,
+    });
     let mut network = json!({
         "iface_id": INTERFACE_ID, "host_dev_name": tap, "guest_mac": guest.mac,
     });
@@ -160,6 +166,7 @@ pub(super) fn requests(
     requests.extend([
         ("/drives/rootfs", rootfs),
         ("/drives/disk", disk),
+        ("/drives/tools", tools),
         ("/network-interfaces/net", network),
         ("/vsock", json!({ "guest_cid": GUEST_CID, "uds_path": super::vsock::SOCKET })),
         ("/entropy", json!({})),
@@ -203,6 +210,7 @@ mod tests {
                 "/boot-source",
                 "/drives/rootfs",
                 "/drives/disk",
+                "/drives/tools",
                 "/network-interfaces/net",
                 "/vsock",
                 "/entropy"

@@ -52,6 +52,7 @@ use crate::{
     process::{self, Ended, Launch, Process},
     qemu::shows_panic,
     stream::GuestStream,
+    tools,
 };
 
 const API_SOCKET: &str = "api.sock";
@@ -380,6 +381,12 @@ impl Vmm for Firecracker {
         remove_file(&path)?;
         snapshot::copy_disk(&from.directory.join(snapshot::DISK_NAME), &path)?;
         host.give(&path, record)
+    }
+
+    fn keep_layers(&self, host: &Host, record: &Record, have: usize) -> Result<(), DriverError> {
+        let spec = &record.spec;
+        tools::keep(host, spec.id, have, &spec.layers[have..])?;
+        tools::compose(host, record)
     }
 
     async fn boot(&self, place: &Place) -> Result<Booted<Control>, DriverError> {

@@ -210,8 +210,15 @@ impl Firecracker {
         let paused = if was_running { begun.elapsed() } else { Duration::ZERO };
         fault.hit("snapshot: goes on")?;
         let into = into.to_owned();
+        let with_disk = disk == SnapshotDisk::Include;
         let (collected, ()) = tokio::join!(
-            blocking_at(place, move |place| collect(place, &base, &into)),
+            blocking_at(place, move |place| {
+                if with_disk {
+                    let layers = place.record.spec.layers.len();
+                    tools::keep_in_snapshot(&place.host, place.id(), layers, &into)?;
+                }
+                collect(place, &base, &into)
+            }),
             control.regain_channel(goes_on),
         );
         collected?;

@@ -32,10 +32,10 @@ impl<V: Vmm> Machines<V> {
         }
         layer_places(&layers)?;
         self.host.fault.hit("add layers")?;
-        let (host, added) = (Arc::clone(&self.host), layers[have..].to_vec());
-        blocking(move || tools::keep(&host, id, have, &added)).await?;
-        self.host.fault.hit("add layers: kept")?;
         record.spec.layers = layers;
+        let (host, vmm, with) = (Arc::clone(&self.host), Arc::clone(&self.vmm), record.clone());
+        blocking(move || vmm.keep_layers(&host, &with, have)).await?;
+        self.host.fault.hit("add layers: kept")?;
         let live = slot.running();
         if let Some(live) = live {
             let place = self.place(&record).ok_or(DriverError::UnknownVm(id))?;

@@ -209,7 +209,7 @@ impl<V: Vmm> Machines<V> {
             host.fault.hit("make directory: made")?;
             host.fault.hit("make disk")?;
             vmm.make_disk(&host, &made)?;
-            tools::keep(&host, made.spec.id, 0, &made.spec.layers)?;
+            vmm.keep_layers(&host, &made, 0)?;
             tools::make_output(&host, &made)?;
             host.fault.hit("make disk: made")
         })

@@ -17,6 +17,7 @@ use crate::{
     host::{Host, Record},
     network::Attachment,
     process::Process,
+    tools,
 };
 
 /// A VM, as its driver sees it while it acts.
@@ -111,6 +112,12 @@ pub(crate) trait Vmm: Send + Sync + 'static {
             None => host.make_disk(record),
             Some(_) => Err(no_snapshots("make a disk of a snapshot")),
         }
+    }
+
+    /// Makes the machine's own links to the layers of its specification after the first `have`.
+    /// Blocks. Repeating it is harmless.
+    fn keep_layers(&self, host: &Host, record: &Record, have: usize) -> Result<(), DriverError> {
+        tools::keep(host, record.spec.id, have, &record.spec.layers[have..])
     }
 
     /// Puts layers over those that a VMM that runs has: `place.record` has all, of which the first

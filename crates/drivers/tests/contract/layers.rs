@@ -143,6 +143,12 @@ pub(crate) async fn tools(rig: Rig) {
     // Its agent ends, and another one finds what is mounted.
     if rig.kind() != Kind::Sim {
         rig.sh_last(&other, "kill -9 $(cat /proc/1/task/1/children)").await;
+        let answers = async {
+            while rig.opens(&other, &other.token).await != Some(true) {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(rig.guest_limit(), answers).await.expect("another agent");
         assert_eq!(tell(&rig, &other, &more).await.layers, 4);
         assert_eq!(says(&rig, &other, "grep -c ' /usr ' /proc/mounts; one").await, "1\none 2\n");
     }

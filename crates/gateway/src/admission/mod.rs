@@ -2,13 +2,14 @@
 
 mod names;
 mod template;
+mod tools;
 
 use std::collections::BTreeMap;
 
 use aether_api::{CreateVm, ForkVm};
 use aether_store::NewVm;
 use aether_types::{
-    DriverKind, ErrorCode, Origin, Snapshot, SnapshotId, Template, Vm, VmId, VmSpec,
+    DriverKind, ErrorCode, Origin, Snapshot, SnapshotId, Template, ToolRequest, Vm, VmId, VmSpec,
     limits::{DISK_MB_DEFAULT, FORK_COUNT_MAX, MEMORY_MB_DEFAULT, VCPUS_DEFAULT},
     template::NO_TEMPLATE,
     vm::validate_name,
@@ -16,9 +17,10 @@ use aether_types::{
 
 pub(crate) use names::{TemplateName, snapshot_name};
 pub(crate) use template::admit_template;
+pub(crate) use tools::{AskedTools, admit_tools, default_tools};
 
 use crate::{
-    Catalogue, HostLimits,
+    Catalogue, HostLimits, ToolCatalogue,
     problem::{ApiError, ApiResult},
 };
 
@@ -27,7 +29,18 @@ use crate::{
 pub(crate) enum Source<'a> {
     Image,
     Template(&'a Template),
-    Snapshot(&'a Snapshot),
+    Snapshot {
+        snapshot: &'a Snapshot,
+        /// Of the VM that it was taken of.
+        tools: &'a [ToolRequest],
+    },
+}
+
+/// What this installation offers.
+#[derive(Clone, Copy)]
+pub(crate) struct Offer<'a> {
+    pub(crate) catalogue: &'a dyn Catalogue,
+    pub(crate) tools: &'a dyn ToolCatalogue,
 }
 
 /// Refuses two origins at once.
@@ -35,8 +48,20 @@ pub(crate) fn check_origin(request: &CreateVm) -> ApiResult<()> {
     let refuse = |field: &str, other: &str| {
         Err(ApiError::invalid(format!("{field}: not together with {other}")))
     };
-    let CreateVm { template, snapshot, image, .. } = request;
+    let CreateVm { template, snapshot, image, default_tools, .. } = request;
     let template = template.as_deref().filter(|name| *name != NO_TEMPLATE);
+    if default_tools.is_some() {
+        // What they have is mounted before anyone asks.
+        match (template, snapshot) {
+            (Some(_), _) => {
+                return refuse("default_tools", "template, which has the tools that it has");
+            }
+            (None, Some(_)) => {
+                return refuse("default_tools", "snapshot, which has the tools that it has");
+            }
+            (None, None) => {}
+        }
+    }
     match (template.is_some(), snapshot.is_some(), image.is_some()) {
         (true, true, _) => refuse("snapshot", "template"),
         (true, false, true) => refuse("image", "template"),
@@ -50,9 +75,10 @@ pub(crate) fn admit(
     request: CreateVm,
     id: VmId,
     source: Source<'_>,
-    catalogue: &dyn Catalogue,
+    offer: Offer<'_>,
 ) -> ApiResult<(String, VmSpec)> {
-    if let Source::Snapshot(snapshot) = source {
+    let catalogue = offer.catalogue;
+    if let Source::Snapshot { snapshot, .. } = source {
         check_snapshot(&request, snapshot)?;
     }
     if let Source::Template(template) = source {
@@ -71,6 +97,10 @@ pub(crate) fn admit(
         labels,
         timeout_s,
         network,
+        tools,
+        additional_tools,
+        tool_versions,
+        default_tools: wants_defaults,
     } = request;
     let name = name.unwrap_or_else(|| name_of(id));
     validate_name(&name).map_err(ApiError::invalid)?;
@@ -81,6 +111,7 @@ pub(crate) fn admit(
             disk_mb: DISK_MB_DEFAULT,
             image: image.unwrap_or_else(|| catalogue.default_image()),
             driver: catalogue.default_driver(),
+            tools: default_tools(wants_defaults, offer.tools),
             ..empty()
         },
         Source::Template(template) => VmSpec {
@@ -91,18 +122,22 @@ pub(crate) fn admit(
             driver: template.spec.driver,
             env: template.spec.env.clone(),
             origin: Origin::Template(template.id),
+            tools: template.spec.tools.clone(),
             ..empty()
         },
-        Source::Snapshot(snapshot) => VmSpec {
+        Source::Snapshot { snapshot, tools } => VmSpec {
             vcpus: snapshot.vcpus,
             memory_mb: snapshot.memory_mb,
             disk_mb: snapshot.disk_mb,
             image: snapshot.image.clone(),
             driver: snapshot.driver,
             origin: Origin::Snapshot(snapshot.id),
+            tools: tools.to_vec(),
             ..empty()
         },
     };
+    let asked =
+        AskedTools { tools: &tools, additional: &additional_tools, versions: &tool_versions };
     let spec = VmSpec {
         vcpus: vcpus.unwrap_or(base.vcpus),
         memory_mb: memory_mb.unwrap_or(base.memory_mb),
@@ -114,6 +149,7 @@ pub(crate) fn admit(
         timeout_s,
         network: network.unwrap_or_default(),
         origin: base.origin,
+        tools: admit_tools(asked, &base.tools, offer.tools)?,
     };
     check(&spec, catalogue)?;
     Ok((name, spec))
@@ -143,6 +179,7 @@ fn empty() -> VmSpec {
         timeout_s: None,
         network: aether_types::NetworkPolicy::default(),
         origin: Origin::Image,
+        tools: Vec::new(),
     }
 }
 
@@ -161,7 +198,8 @@ pub(crate) fn begin_as(spec: &VmSpec, template: &Template) -> Option<VmSpec> {
         && spec.driver == of.driver
         && spec.vcpus == of.vcpus
         && spec.memory_mb == of.memory_mb
-        && spec.disk_mb == of.disk_mb;
+        && spec.disk_mb == of.disk_mb
+        && has_all(&spec.tools, &of.tools);
     let begun = same.then(|| VmSpec {
         origin: Origin::Template(template.id),
         env: over(of.env.clone(), spec.env.clone()),
@@ -169,6 +207,11 @@ pub(crate) fn begin_as(spec: &VmSpec, template: &Template) -> Option<VmSpec> {
     });
     // With the template's, the environment may have become too large.
     begun.filter(|spec| spec.validate().is_ok())
+}
+
+/// Another version of a tool goes over the template's; a tool of the template cannot go.
+fn has_all(tools: &[ToolRequest], of: &[ToolRequest]) -> bool {
+    of.iter().all(|needed| tools.iter().any(|tool| tool.name == needed.name))
 }
 
 /// A memory fits the machine that it was taken of, and no other.

@@ -11,16 +11,13 @@ use aether_types::{
     },
 };
 
-use super::{TemplateName, check, check_snapshots};
-use crate::{
-    Catalogue,
-    problem::{ApiError, ApiResult},
-};
+use super::{AskedTools, Offer, TemplateName, admit_tools, check, check_snapshots, default_tools};
+use crate::problem::{ApiError, ApiResult};
 
 /// The template, and the VM in which it is built.
 pub(crate) fn admit_template(
     request: BuildTemplate,
-    catalogue: &dyn Catalogue,
+    offer: Offer<'_>,
 ) -> ApiResult<(NewTemplate, NewVm)> {
     let BuildTemplate {
         name,
@@ -36,7 +33,11 @@ pub(crate) fn admit_template(
         network,
         files,
         steps,
+        tools,
+        default_tools: wants_defaults,
     } = request;
+    let catalogue = offer.catalogue;
+    let defaults = default_tools(wants_defaults, offer.tools);
     let TemplateName { name, tag } = TemplateName::new(name, tag)?;
     let spec = TemplateSpec {
         image: image.unwrap_or_else(|| catalogue.default_image()),
@@ -50,6 +51,7 @@ pub(crate) fn admit_template(
         start,
         ready,
         network: network.unwrap_or_default(),
+        tools: admit_tools(AskedTools::of(&tools), &defaults, offer.tools)?,
     };
     validate(&spec).map_err(ApiError::invalid)?;
     let template = NewTemplate { id: TemplateId::new(), name, tag, spec };
@@ -75,6 +77,7 @@ fn builder(template: &NewTemplate) -> NewVm {
         timeout_s: Some(TEMPLATE_BUILD_TIMEOUT_S),
         network: spec.network.clone(),
         origin: Origin::Builder(template.id),
+        tools: spec.tools.clone(),
     };
     NewVm { id, name: format!("build-{}", id.to_string().replace('-', "")), spec }
 }

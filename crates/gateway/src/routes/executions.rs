@@ -73,7 +73,7 @@ pub(super) async fn execute(
     let recorded = record(&app, vm, id, spec, idempotency).await?;
     match watch.zip(wait) {
         Some((watch, limit)) => execute_wait(&app, recorded, watch, limit).await,
-        None => Ok(accepted(Accepted::new(&recorded.accepted.task))),
+        None => Ok(accepted(Accepted::new(&recorded.accepted.task, vm))),
     }
 }
 
@@ -83,11 +83,12 @@ async fn execute_wait(
     mut watch: TaskWatch,
     limit: Duration,
 ) -> ApiResult<Response> {
-    let task = recorded.accepted.task;
+    let Recorded { accepted: asked, made: execution, .. } = recorded;
+    let task = asked.task;
     let ended = task.state.is_end() || watch.ended_within(task.id, limit).await?.is_some();
     if !ended {
         let now = app.store().task(task.id).await?.unwrap_or(task);
-        return Ok(accepted(Accepted::new(&now)));
+        return Ok(accepted(Accepted::new(&now, execution.vm_id)));
     }
     let id = task.execution_id.ok_or_else(ApiError::internal)?;
     let view = view_with_output(app, id).await?.ok_or_else(|| not_found(&id.to_string()))?;

@@ -68,7 +68,7 @@ fn open(task: &Task, recorded: &Recorded<Snapshot>) -> Response {
     };
     let answer = ForkAccepted {
         task_id: task.id,
-        vm_id: task.vm_id,
+        vm_id: recorded.made.vm_id,
         status: task.state,
         snapshot_id: recorded.made.id,
         vms: recorded.clones.iter().map(clone).collect(),

@@ -7,6 +7,7 @@ mod snapshots;
 mod tasks;
 mod templates;
 mod terminal;
+mod tools;
 mod vms;
 
 use axum::{
@@ -77,6 +78,12 @@ pub(crate) fn table() -> Vec<Route> {
         get("/templates/{template}", templates::show),
         delete("/templates/{template}", templates::delete),
         get("/pools", templates::pools),
+        get("/tools", tools::list),
+        get("/tools/{tool}/versions", tools::versions),
+        get("/tools/lock", tools::lock),
+        post("/tools/builds", tools::build),
+        post("/tools/refresh", tools::refresh),
+        post("/tools/prune", tools::prune),
         post("/vms/{vm}/execute", executions::execute),
         get("/vms/{vm}/executions", executions::list),
         get("/vms/{vm}/executions/{execution}", executions::show_of_vm),

@@ -99,7 +99,7 @@ pub(super) async fn create(
     .await?;
     let Recorded { accepted: recorded, made, .. } = recorded;
     match settle(&app, recorded.task, watch.zip(wait)).await? {
-        Settled::Open(task) => Ok(accepted(Accepted::new(&task))),
+        Settled::Open(task) => Ok(accepted(Accepted::new(&task, made.vm_id))),
         Settled::Completed(_) => {
             let found = app.store().snapshot(made.id).await?.unwrap_or(made);
             let location = [("location", format!("{PREFIX}/snapshots/{}", found.id))];

@@ -1,3 +1,5 @@
+use std::time::Duration;
+
 use aether_api::{Page, TaskView};
 use aether_events::Event;
 use aether_store::{CancelOutcome, TaskFilter};
@@ -8,6 +10,7 @@ use axum::{
     http::StatusCode,
     response::{IntoResponse as _, Response},
 };
+use tokio::time::{Instant, sleep_until};
 
 use crate::{
     extract::Params,
@@ -33,7 +36,7 @@ pub(super) async fn list(
     };
     let filter = TaskFilter { states, kind, vm_id, worker_id: None };
     let found = app.store().tasks(filter, page).await?;
-    let items = found.items.into_iter().map(TaskView::from).collect();
+    let items = found.items.into_iter().map(TaskView::brief).collect();
     Ok(JsonAnswer(Page { items, next_cursor: found.next.map(|c| c.to_string()) }))
 }
 
@@ -50,19 +53,52 @@ fn not_found(text: &str) -> ApiError {
     ApiError::new(ErrorCode::TaskNotFound, format!("there is no task `{shown}`"))
 }
 
+/// With `wait`, when it has ended, or its progress has passed `generation` where that is given, or
+/// the time is over.
 pub(super) async fn show(
     State(app): State<App>,
     Path(task): Path<String>,
     mut params: Params,
 ) -> ApiResult<JsonAnswer<TaskView>> {
     let wait = params.wait()?;
+    let since = params.number::<i64>("generation")?;
     params.finish()?;
+    if since.is_some() && wait.is_none() {
+        return Err(ApiError::invalid("generation: only together with wait".into()));
+    }
     let watch = wait.map(|_| TaskWatch::new(&app));
     let mut found = find(&app, &task).await?;
     if let Some((watch, limit)) = watch.zip(wait) {
-        found = ended_task(&app, watch, found, limit).await?;
+        found = match since {
+            Some(generation) => await_news(&app, watch, found, generation, limit).await?,
+            None => ended_task(&app, watch, found, limit).await?,
+        };
     }
     Ok(JsonAnswer(found.into()))
+}
+
+/// The task when its progress has passed `generation`, or it has ended, or the time is over.
+async fn await_news(
+    app: &App,
+    mut watch: TaskWatch,
+    mut task: Task,
+    generation: i64,
+    limit: Duration,
+) -> ApiResult<Task> {
+    let deadline = Instant::now() + limit;
+    loop {
+        let has_news = task.progress.as_ref().is_some_and(|p| p.generation > generation);
+        if has_news || task.state.is_end() {
+            return Ok(task);
+        }
+        // Nothing is lost where an arm is dropped: what counts is read from the store.
+        tokio::select! {
+            () = watch.changed(task.id) => {}
+            () = app.closing.cancelled() => return Ok(task),
+            () = sleep_until(deadline) => return Ok(task),
+        }
+        task = app.store().task(task.id).await?.unwrap_or(task);
+    }
 }
 
 /// 200 with the task where it has ended, 202 where its worker was told.
@@ -115,7 +151,8 @@ async fn cancel_and_tell(app: &App, id: TaskId) -> ApiResult<CancelOutcome> {
 async fn tell_what_went_with(app: &App, task: &Task) -> ApiResult<()> {
     let store = app.store();
     if matches!(task.kind, TaskKind::VmCreate | TaskKind::TemplateBuild)
-        && let Some(vm) = store.vm(task.vm_id).await?
+        && let Some(vm) = task.vm_id
+        && let Some(vm) = store.vm(vm).await?
     {
         app.publish(vm_event(&vm)).await;
         if let Origin::Builder(template) = vm.spec.origin

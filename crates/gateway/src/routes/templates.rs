@@ -95,7 +95,7 @@ pub(super) async fn build(
 ) -> ApiResult<Response> {
     let wait = params.wait()?;
     params.finish()?;
-    let (new, builder) = admission::admit_template(body.value, &*app.parts.catalogue)?;
+    let (new, builder) = admission::admit_template(body.value, app.offer())?;
     let snapshot =
         NewSnapshot { id: SnapshotId::new(), name: None, purpose: SnapshotPurpose::Template };
     let (task, idempotency) = (new_task(TaskKind::TemplateBuild), once.idempotency(&body.bytes));
@@ -109,9 +109,10 @@ pub(super) async fn build(
     .await?;
     let Recorded { accepted: recorded, made, .. } = recorded;
     match settle(&app, recorded.task, watch.zip(wait)).await? {
-        Settled::Open(task) => {
-            Ok(accepted(Accepted { template_id: Some(made.id), ..Accepted::new(&task) }))
-        }
+        Settled::Open(task) => Ok(accepted(Accepted {
+            template_id: Some(made.id),
+            ..Accepted::new(&task, made.builder_id)
+        })),
         Settled::Completed(_) => {
             let found = app.store().template(made.id).await?.unwrap_or(made);
             let location = [("location", format!("{PREFIX}/templates/{}", found.id))];

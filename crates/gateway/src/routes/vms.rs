@@ -99,23 +99,27 @@ struct Creation {
 impl Creation {
     async fn admit(app: &App, request: CreateVm) -> ApiResult<Self> {
         admission::check_origin(&request)?;
-        let (id, catalogue) = (VmId::new(), &*app.parts.catalogue);
+        let (id, offer) = (VmId::new(), app.offer());
         let origin = (request.template.clone(), request.snapshot.clone());
         let mut without_default = None;
         let (name, spec) = match origin {
             (Some(none), None) if none == NO_TEMPLATE => {
-                admission::admit(request, id, Source::Image, catalogue)?
+                admission::admit(request, id, Source::Image, offer)?
             }
             (Some(template), _) => {
                 let template = templates::find_ready(app, &template).await?;
-                admission::admit(request, id, Source::Template(&template), catalogue)?
+                admission::admit(request, id, Source::Template(&template), offer)?
             }
             (None, Some(snapshot)) => {
                 let snapshot = snapshots::find_usable(app, &snapshot).await?;
-                admission::admit(request, id, Source::Snapshot(&snapshot), catalogue)?
+                // Its record outlives the VM.
+                let of = app.store().vm(snapshot.vm_id).await?;
+                let tools = of.map(|vm| vm.spec.tools).unwrap_or_default();
+                let source = Source::Snapshot { snapshot: &snapshot, tools: &tools };
+                admission::admit(request, id, source, offer)?
             }
             (None, None) => {
-                let (name, mut spec) = admission::admit(request, id, Source::Image, catalogue)?;
+                let (name, mut spec) = admission::admit(request, id, Source::Image, offer)?;
                 if let Some(template) = app.templates.default(app.store()).await?
                     && let Some(begun) = admission::begin_as(&spec, &template)
                 {
@@ -264,8 +268,12 @@ async fn answer(
     done: StatusCode,
 ) -> ApiResult<Response> {
     match settle(app, task, wait).await? {
-        Settled::Open(task) => Ok(accepted(Accepted::new(&task))),
+        Settled::Open(task) => {
+            let vm = task.vm_id.ok_or_else(ApiError::internal)?;
+            Ok(accepted(Accepted::new(&task, vm)))
+        }
         Settled::Completed(vm) => {
+            let vm = vm.ok_or_else(ApiError::internal)?;
             let view = view_with_history(app, vm).await?;
             let location = [("location", format!("{PREFIX}/vms/{}", view.id))];
             Ok((done, location, JsonAnswer(view)).into_response())
@@ -277,8 +285,8 @@ async fn answer(
 pub(super) enum Settled {
     /// Nobody waits, or the time is over first.
     Open(Task),
-    /// With this VM.
-    Completed(VmId),
+    /// With this VM, where the task is of one.
+    Completed(Option<VmId>),
 }
 
 /// Waits as long as the client does; a task that ended badly is a problem.

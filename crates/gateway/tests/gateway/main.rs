@@ -15,4 +15,5 @@ mod snapshots;
 mod streams;
 mod templates;
 mod terminal;
+mod tools;
 mod worker;

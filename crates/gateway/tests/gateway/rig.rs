@@ -23,7 +23,7 @@ use tempfile::TempDir;
 use tokio::{net::TcpListener, task::JoinHandle, time::timeout};
 use tokio_util::sync::CancellationToken;
 
-use crate::{guest::ScriptedLink, worker::ScriptedWorker};
+use crate::{guest::ScriptedLink, tools::ScriptedTools, worker::ScriptedWorker};
 
 /// Nothing in these tests takes long; what does not come by then does not come.
 pub(crate) const SOON: Duration = Duration::from_secs(20);
@@ -58,6 +58,7 @@ pub(crate) struct Rig {
     pub(crate) bus: Arc<dyn EventBus>,
     pub(crate) sessions: Sessions,
     pub(crate) worker: Arc<ScriptedWorker>,
+    pub(crate) tools: Arc<ScriptedTools>,
     pub(crate) shutdown: CancellationToken,
     pub(crate) served: JoinHandle<std::io::Result<()>>,
     http: reqwest::Client,
@@ -83,6 +84,7 @@ impl Rig {
         let (key, _) = keys.create(&*store, "test").await.unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
+        let tools = Arc::new(ScriptedTools::default());
         let gateway = Gateway::new(GatewayParts {
             store: Arc::clone(&store),
             queue: Arc::clone(&queue),
@@ -91,6 +93,7 @@ impl Rig {
             links: Arc::new(ScriptedLink::default()),
             pools: Arc::new(options.pools),
             catalogue: Arc::new(Offer),
+            tools: Arc::clone(&tools) as _,
             keys,
             probes: options.probes,
             hosts: HostCheck::for_listener(address),
@@ -115,6 +118,7 @@ impl Rig {
             bus,
             sessions,
             worker,
+            tools,
             shutdown,
             served,
             http,

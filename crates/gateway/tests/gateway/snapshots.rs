@@ -196,7 +196,7 @@ async fn a_fork_is_told_at_once_to_who_does_not_wait() {
     assert_eq!(accepted.vms.iter().map(|c| c.name.as_str()).collect::<Vec<_>>(), ["c-1", "c-2"]);
     for clone in &accepted.vms {
         let task = rig.client.task(clone.task_id, Some(SOON)).await.unwrap();
-        assert_eq!((task.status, task.vm_id), (TaskState::Completed, clone.vm_id));
+        assert_eq!((task.status, task.vm_id), (TaskState::Completed, Some(clone.vm_id)));
     }
     let snapshot = rig.client.task(accepted.task_id, None).await.unwrap();
     assert_eq!(snapshot.snapshot_id, Some(accepted.snapshot_id));

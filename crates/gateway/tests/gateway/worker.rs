@@ -9,7 +9,7 @@ use aether_streams::{SessionInput, SessionOutput, Sessions, WorkerEnd};
 use aether_types::{
     ErrorCode, Execution, ExecutionState, ExitStatus, Fault, Origin, OutputStream, RetainedOutput,
     SnapshotId, SnapshotState, StartKind, StartPhase, StartReport, Task, TaskKind, TaskState,
-    TemplateProgress, Timestamp, VmEvent, WorkerId,
+    TemplateProgress, Timestamp, ToolRequest, VmEvent, VmTool, WorkerId,
 };
 use bytes::Bytes;
 use tokio::sync::{Semaphore, watch};
@@ -88,6 +88,7 @@ impl ScriptedWorker {
             match task.kind {
                 TaskKind::VmExecute => self.execute(&task, &lease).await,
                 TaskKind::TemplateBuild => self.build(&task, &lease).await,
+                TaskKind::ToolBuild => self.build_tools(&task, &lease).await,
                 _ => self.operate(&task, &lease).await,
             }
         }
@@ -111,9 +112,15 @@ impl ScriptedWorker {
     }
 
     async fn operate(&self, task: &Task, lease: &Lease) {
-        let vm = self.store.vm(task.vm_id).await.unwrap().unwrap();
+        let vm = self.store.vm(task.vm_id.unwrap()).await.unwrap().unwrap();
         let mut fault = (task.kind == TaskKind::VmCreate && vm.name.starts_with("broken"))
             .then(|| Fault::new(ErrorCode::VmStartFailed, "the kernel is missing"));
+        let tools = if starts(task.kind) {
+            let got = self.get_tools(task, lease, &vm.spec.tools).await;
+            got.map_err(|error| fault = Some(error)).ok()
+        } else {
+            None
+        };
         if let Origin::Snapshot(id) = vm.spec.origin {
             fault = fault.or(self.wait_for_snapshot(id).await);
         }
@@ -127,11 +134,14 @@ impl ScriptedWorker {
             TaskKind::VmPause => Some(VmEvent::PauseDone),
             TaskKind::VmResume => Some(VmEvent::ResumeDone),
             TaskKind::VmDelete => Some(VmEvent::Deleted),
-            TaskKind::VmSnapshot | TaskKind::TemplateBuild | TaskKind::VmExecute => None,
+            TaskKind::VmSnapshot
+            | TaskKind::TemplateBuild
+            | TaskKind::ToolBuild
+            | TaskKind::VmExecute => None,
         };
         let takes_snapshot = matches!(task.kind, TaskKind::VmSnapshot | TaskKind::VmSuspend);
         let start = (event == Some(VmEvent::Started)).then(|| start(vm.spec.origin));
-        let patch = VmPatch { worker_id: Some(self.id), start, ..VmPatch::default() };
+        let patch = VmPatch { worker_id: Some(self.id), start, tools, ..VmPatch::default() };
         let end = AttemptEnd {
             state: if fault.is_some() { TaskState::Failed } else { TaskState::Completed },
             error: fault.clone(),
@@ -139,6 +149,62 @@ impl ScriptedWorker {
             vm: event.map(|event| VmChange { event, reason: fault, patch }),
             execution: None,
             template: None,
+            tools: None,
+        };
+        self.end(task, lease, end).await;
+    }
+
+    /// Each tool gets the version that was asked for. `slow` says something, waits for a permit of
+    /// the gate, and says more; `go@0` fails.
+    async fn get_tools(
+        &self,
+        task: &Task,
+        lease: &Lease,
+        wanted: &[ToolRequest],
+    ) -> Result<Vec<VmTool>, Fault> {
+        for tool in wanted {
+            if tool.version == "slow" {
+                self.say(task, lease, "rust 1.90.0: install", "one\n").await;
+                self.noticed.send_replace("gate".into());
+                self.gate.acquire().await.unwrap().forget();
+                self.say(task, lease, "rust 1.90.0: verify", "one\ntwo\n").await;
+            }
+            if tool.version == "0" {
+                let detail = "go 0 could not be built: it exits with 1; its last lines:\nno room";
+                return Err(Fault::new(ErrorCode::ToolBuildFailed, detail));
+            }
+        }
+        let got = |tool: &ToolRequest| VmTool {
+            got: Some(format!("{}.9", tool.version)),
+            verified_at: Some(Timestamp::from_unix_ms(0)),
+            ..VmTool::asked(tool)
+        };
+        Ok(wanted.iter().map(got).collect())
+    }
+
+    async fn say(&self, task: &Task, lease: &Lease, now: &str, log: &str) {
+        let (id, epoch) = (task.id, lease.epoch);
+        let told = self.store.task_progress(id, epoch, now.into(), log.into()).await.unwrap();
+        let (task_id, vm_id, state) = (told.id, told.vm_id, told.state);
+        let event = Event::Task { task_id, vm_id, state, at: Timestamp::now() };
+        self.bus.publish(event).await.unwrap();
+    }
+
+    async fn build_tools(&self, task: &Task, lease: &Lease) {
+        let wanted: Vec<ToolRequest> = task.tools.iter().map(VmTool::request).collect();
+        let (tools, error) = match self.get_tools(task, lease, &wanted).await {
+            Ok(tools) => (Some(tools), None),
+            Err(fault) => (None, Some(fault)),
+        };
+        let state = if error.is_some() { TaskState::Failed } else { TaskState::Completed };
+        let end = AttemptEnd {
+            state,
+            error,
+            vm: None,
+            execution: None,
+            snapshot: None,
+            template: None,
+            tools,
         };
         self.end(task, lease, end).await;
     }
@@ -160,7 +226,7 @@ impl ScriptedWorker {
 
     /// One step done for each permit of the gate; `exit 1` fails.
     async fn build(&self, task: &Task, lease: &Lease) {
-        let vm = self.store.vm(task.vm_id).await.unwrap().unwrap();
+        let vm = self.store.vm(task.vm_id.unwrap()).await.unwrap().unwrap();
         let Origin::Builder(template) = vm.spec.origin else { panic!("not a builder") };
         let template = self.store.template(template).await.unwrap().unwrap();
         let steps = u32::try_from(template.spec.steps.len()).unwrap();
@@ -189,6 +255,7 @@ impl ScriptedWorker {
             execution: None,
             snapshot: (!failed).then(facts),
             template: (!failed).then(|| "d".repeat(64)),
+            tools: None,
         };
         self.end(task, lease, end).await;
         let told = self.store.template(template.id).await.unwrap().unwrap();
@@ -223,6 +290,7 @@ impl ScriptedWorker {
             }),
             snapshot: None,
             template: None,
+            tools: None,
         };
         self.end(task, lease, end).await;
         if let Some(session) = session
@@ -323,6 +391,10 @@ async fn say(session: Option<&WorkerEnd>, ran: &mut Ran, data: impl Into<Bytes>)
         let stream = OutputStream::Stdout;
         let _ = session.output.send(SessionOutput::Data { stream, data }).await;
     }
+}
+
+fn starts(kind: TaskKind) -> bool {
+    matches!(kind, TaskKind::VmCreate | TaskKind::VmStart)
 }
 
 fn facts() -> SnapshotFacts {

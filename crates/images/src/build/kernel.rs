@@ -56,14 +56,18 @@ pub(crate) fn debian(
         .find(|folder| folder.is_dir())
         .unwrap_or_else(|| tree.join("lib/modules"));
     let segment = modules::segment(&folder, &scratch)?;
+    progress("pack the kernel's modules");
+    let module_layer = modules::layer(&folder, &version, &scratch)?;
 
     let parts = KernelParts {
         vmlinux: store.blobs.put_bytes(&vmlinux)?,
         flavour: KernelFlavour::Debian,
         version,
         modules: Some(store.blobs.put_bytes(&segment)?),
+        module_layer: Some(store.blobs.put_file(&module_layer)?),
     };
-    let blobs: Vec<_> = [&parts.vmlinux].into_iter().chain(&parts.modules).collect();
+    let blobs: Vec<_> =
+        [&parts.vmlinux].into_iter().chain(&parts.modules).chain(&parts.module_layer).collect();
     stage::keep(store, "kernel", &key, &blobs, &parts)?;
     remove(&scratch)?;
     Ok(parts)
@@ -96,6 +100,7 @@ pub(crate) fn test(
         flavour: KernelFlavour::FirecrackerTest,
         version,
         modules: None,
+        module_layer: None,
     };
     stage::keep(store, "test-kernel", &key, &[&parts.vmlinux], &parts)?;
     remove(&scratch)?;

@@ -31,7 +31,7 @@ pub use initramfs::agent_in;
 pub(crate) use stage::forget as forget_stages;
 
 /// Part of every key: raised when a recipe changes, so that what the old one made is not reused.
-const RECIPE: u32 = 3;
+const RECIPE: u32 = 4;
 
 /// Where packages come from, as in a `sources.list`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -132,6 +132,9 @@ struct KernelParts {
     flavour: KernelFlavour,
     version: String,
     modules: Option<Blob>,
+    /// See [`Image::module_layer`].
+    #[serde(default)]
+    module_layer: Option<Blob>,
 }
 
 /// What the images of one build share.
@@ -152,6 +155,7 @@ impl Parts<'_> {
             name,
             &kernel.vmlinux.digest,
             &kernel.modules,
+            &kernel.module_layer,
             &self.rootfs.blob.digest,
             &guest_agent,
         ))?;
@@ -191,6 +195,7 @@ impl Parts<'_> {
             rootfs: self.rootfs.blob.clone(),
             guest_agent,
             modules: kernel.modules.clone(),
+            module_layer: kernel.module_layer.clone(),
             suite: self.request.suite.clone(),
             packages: self.rootfs.packages.clone(),
             build_key,

@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 
 use super::initramfs::MODULE_ORDER;
 use super::kernel::decompress_file;
+use super::rootfs::EPOCH;
 use crate::ImageError;
 use crate::cpio::Segment;
-use crate::program::read;
+use crate::program::{Program, read};
 
 /// What is wanted; what these depend on comes by itself, and what is built in is left out.
 ///
@@ -28,6 +29,9 @@ pub(super) const WANTED: [&str; 11] = [
     "tcp_diag",
     "udp_diag",
 ];
+
+/// Of the layer with all modules: equal modules give equal bytes.
+const UUID: &str = "ae7e0000-0000-4000-8000-0000000000f7";
 
 const SIGNATURE_MARK: &[u8] = b"~Module signature appended~\n";
 /// The block between signature and mark; its last four bytes are the signature's length.
@@ -58,6 +62,51 @@ pub(crate) fn segment(tree: &Path, scratch: &Path) -> Result<Vec<u8>, ImageError
     }
     segment.file(MODULE_ORDER, 0o644, order.as_bytes());
     Ok(segment.into_bytes())
+}
+
+/// Packs all modules of a tree as a layer of `/usr`; returns its file, in the scratch folder.
+///
+/// Compressed, it takes 33 MiB instead of 88, and a guest reads few of them.
+pub(crate) fn layer(tree: &Path, version: &str, scratch: &Path) -> Result<PathBuf, ImageError> {
+    let usr = scratch.join("module-layer/usr");
+    let folder = usr.join("lib/modules").join(version);
+    fs::create_dir_all(&folder).map_err(ImageError::io("make the folder", &folder))?;
+    for name in ["modules.builtin", "modules.builtin.modinfo", "modules.order"] {
+        let (from, to) = (tree.join(name), folder.join(name));
+        match fs::copy(&from, to) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(ImageError::io("copy", from)(error));
+            }
+            Ok(_) | Err(_) => {}
+        }
+    }
+    for path in files(&tree.join("kernel"))?.values() {
+        let bytes = match path.extension().and_then(|extension| extension.to_str()) {
+            Some("ko") => read(path)?,
+            _ => decompress_file(path, scratch)?,
+        };
+        let mut module = without_signature(&bytes).to_vec();
+        hide_types(&mut module);
+        let inside = path.strip_prefix(tree).unwrap_or(path);
+        // `name.ko.xz` is `name.ko` now, and `name.ko` is itself.
+        let inside = match inside.extension() {
+            Some(extension) if extension != "ko" => folder.join(inside).with_extension(""),
+            Some(_) | None => folder.join(inside),
+        };
+        if let Some(parent) = inside.parent() {
+            fs::create_dir_all(parent).map_err(ImageError::io("make the folder", parent))?;
+        }
+        fs::write(&inside, module).map_err(ImageError::io("write", &inside))?;
+    }
+    Program::new("depmod", "kmod")?.arg("-b").arg(&usr).arg(version).output()?;
+    let file = scratch.join("modules.erofs");
+    Program::new("mkfs.erofs", "erofs-utils")?
+        .env("SOURCE_DATE_EPOCH", EPOCH)
+        .args(["-T", EPOCH, "-U", UUID, "-zlz4hc", "--all-root"])
+        .arg(&file)
+        .arg(scratch.join("module-layer"))
+        .output()?;
+    Ok(file)
 }
 
 struct Modules<'a> {

@@ -16,12 +16,16 @@ use crate::store::ImageStore;
 use crate::{Digest, ImageError};
 
 /// What there is besides `minbase`: what agents and installers of tools expect to find.
-const PACKAGES: [&str; 15] = [
+const PACKAGES: [&str; 17] = [
     "ca-certificates",
     "curl",
+    // Packs what an installer of a tool has made, in the VM where it ran.
+    "erofs-utils",
     "git",
     "iproute2",
     "iputils-ping",
+    // The kernel asks it for modules that come with a tool.
+    "kmod",
     "less",
     "login",
     "netcat-openbsd",
@@ -47,7 +51,7 @@ const CA_BUNDLE: &str = "/etc/ssl/certs/ca-certificates.crt";
 const LOCAL_CAS: &str = "/usr/local/share/ca-certificates";
 
 /// The time that every file has, and a UUID, so that the same packages give the same bytes.
-const EPOCH: &str = "1735689600";
+pub(super) const EPOCH: &str = "1735689600";
 const UUID: &str = "ae7e0000-0000-4000-8000-0000000000f5";
 
 /// The user besides root.

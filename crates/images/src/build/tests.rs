@@ -13,6 +13,7 @@ fn parts_of(store: &ImageStore) -> (KernelParts, rootfs::Rootfs) {
         flavour: KernelFlavour::Debian,
         version: "6.1".to_owned(),
         modules: Some(blob(b"")),
+        module_layer: None,
     };
     (kernel, rootfs::Rootfs { blob: blob(b"rootfs"), packages: vec!["git=1".to_owned()] })
 }

@@ -55,13 +55,33 @@ fn copy_goes_from_one_file_system_to_another() {
 }
 
 #[test]
+fn parts_are_put_together_at_their_places() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let content: Vec<u8> = (0..200_000_u32).map(|i| (i / 3) as u8).collect();
+    fs::write(path("part"), &content).unwrap();
+    let part = |offset, bytes| (File::open(path("part")).unwrap(), offset, bytes);
+    compose(&path("all"), 64 << 30, &[part(MIB, 4096), part(3 * MIB, 200_000)]).unwrap();
+    let all = File::open(path("all")).unwrap();
+    assert_eq!(all.metadata().unwrap().len(), 64 << 30);
+    let read = |offset, length| {
+        let mut bytes = vec![1; length];
+        all.read_exact_at(&mut bytes, offset).unwrap();
+        bytes
+    };
+    assert!(read(0, 4096) == [0; 4096] && read(MIB, 4096) == content[..4096]);
+    assert!(read(MIB + 4096, 4096) == [0; 4096] && read(3 * MIB, 200_000) == content);
+    assert!(compose(&path("all"), MIB, &[]).is_err(), "it is there");
+}
+
+#[test]
 fn copy_by_hand_is_the_same() {
     let folder = tempfile::tempdir().unwrap();
     let (from, to) = (folder.path().join("from"), folder.path().join("to"));
     sparse(&from, MIB, &[(0, &vec![9; 1 << 20])]);
     sparse(&to, MIB, &[]);
     let target = File::options().write(true).open(&to).unwrap();
-    copy_by_hand(&File::open(&from).unwrap(), &target, 4096, MIB - 1).unwrap();
+    copy_by_hand(&File::open(&from).unwrap(), &target, (4096, MIB - 1), 4096).unwrap();
     let copied = fs::read(&to).unwrap();
     let range = 4096..copied.len() - 1;
     assert!(copied[range.clone()].iter().all(|byte| *byte == 9));

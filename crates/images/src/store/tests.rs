@@ -20,6 +20,7 @@ fn fake_image(store: &ImageStore, name: &str, rootfs: &[u8]) -> Image {
         initrd: blob(b"initrd"),
         rootfs: blob(rootfs),
         guest_agent: Digest::of_bytes(b"agent"),
+        module_layer: None,
         modules: Some(blob(b"modules")),
         suite: "bookworm".to_owned(),
         packages: vec!["git=1".to_owned()],

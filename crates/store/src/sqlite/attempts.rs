@@ -2,7 +2,7 @@
 
 use aether_types::{
     ErrorCode, ExecutionId, ExecutionState, Fault, RetainedOutput, SnapshotId, Task, TaskId,
-    TaskKind, TaskState, Timestamp, VmEvent, VmState, WorkerId,
+    TaskKind, TaskState, Timestamp, VmEvent, VmState, VmTool, WorkerId,
 };
 use sqlx::Connection;
 
@@ -82,6 +82,7 @@ fn exhausted(task: &Task) -> AttemptEnd {
         TaskKind::VmPause
         | TaskKind::VmResume
         | TaskKind::VmSnapshot
+        | TaskKind::ToolBuild
         | TaskKind::VmExecute
         | TaskKind::VmDelete => None,
     };
@@ -102,6 +103,7 @@ fn exhausted(task: &Task) -> AttemptEnd {
         execution: Some(execution),
         snapshot: None,
         template: None,
+        tools: None,
     }
 }
 
@@ -172,8 +174,8 @@ pub(super) async fn end(
         let known = write::task(&mut tx, id).await?.is_some();
         return Err(if known { StoreError::Fenced } else { StoreError::TaskNotFound });
     };
-    let task = rows::task(row)?;
-    effects(&mut tx, &task, end, now).await?;
+    let mut task = rows::task(row)?;
+    effects(&mut tx, &mut task, end, now).await?;
     tx.commit().await.context("commit the end of an attempt")?;
     Ok(task)
 }
@@ -225,6 +227,7 @@ fn cancelled(mut end: AttemptEnd) -> AttemptEnd {
     end.state = TaskState::Cancelled;
     end.snapshot = None;
     end.template = None;
+    end.tools = None;
     if let Some(vm) = &mut end.vm {
         vm.reason = Some(fault.clone());
     }
@@ -243,22 +246,25 @@ async fn finish(
     now: Timestamp,
 ) -> Result<Task, StoreError> {
     write::end_task(tx, &mut task, end.state, end.error.clone(), now).await?;
-    effects(tx, &task, end, now).await?;
+    effects(tx, &mut task, end, now).await?;
     Ok(task)
 }
 
 /// What the end of a task does to its execution, to what it was to make, and to its VM.
 async fn effects(
     tx: &mut Tx<'_>,
-    task: &Task,
+    task: &mut Task,
     end: AttemptEnd,
     now: Timestamp,
 ) -> Result<(), StoreError> {
+    if let Some(tools) = end.tools {
+        set_tools(tx, task, tools).await?;
+    }
     write::end_execution(tx, task, end.execution, now).await?;
     let made = snapshots::settle(tx, task, end.snapshot, end.template, now).await?;
     let memory = made.filter(|_| task.kind == TaskKind::VmSuspend);
     let Some(change) = end.vm else { return settle_memory(tx, task, memory, now).await };
-    let mut vm = write::vm(tx, task.vm_id).await?.ok_or(StoreError::Corrupt("task"))?;
+    let mut vm = write::vm_of(tx, task).await?;
     // A failed attempt at a start says nothing about a VM that came to run meanwhile.
     let on_its_way = match (task.kind, change.event) {
         (TaskKind::VmCreate | TaskKind::VmStart, VmEvent::Failed) => {
@@ -271,6 +277,18 @@ async fn effects(
     };
     vm.memory = memory.or(vm.memory);
     write::move_vm(tx, &mut vm, next, change.reason, &change.patch, now).await
+}
+
+/// What the task built.
+async fn set_tools(tx: &mut Tx<'_>, task: &mut Task, tools: Vec<VmTool>) -> Result<(), StoreError> {
+    sqlx::query("update tasks set tools = $2 where id = $1")
+        .bind(task.id.to_string())
+        .bind(rows::json(&tools, "tools to record")?)
+        .execute(&mut **tx)
+        .await
+        .context("record what was built")?;
+    task.tools = tools;
+    Ok(())
 }
 
 /// The memory of a VM whose state the end of the task leaves as it is: a suspended VM whose machine
@@ -288,7 +306,7 @@ async fn settle_memory(
         "update vms set memory = $2, updated_at = $3, generation = generation + 1 \
          where id = $1 and ($2 is null and memory is not null or $2 is not null and state = 'stopped')",
     )
-    .bind(task.vm_id.to_string())
+    .bind(task.vm_id.map(|vm| vm.to_string()))
     .bind(memory.map(|id| id.to_string()))
     .bind(now.unix_ms())
     .execute(&mut **tx)

@@ -2,7 +2,7 @@
 
 use aether_types::{
     Origin, Snapshot, SnapshotId, SnapshotPurpose, SnapshotState, Task, TaskKind, TemplateId,
-    TemplateState, Timestamp, Vm, VmId, VmState,
+    TemplateState, Timestamp, Vm, VmId, VmState, VmTool,
 };
 use sqlx::Connection;
 
@@ -138,6 +138,7 @@ async fn forked(tx: &mut Tx<'_>, accepted: Accepted) -> Result<Forked, StoreErro
 pub(super) fn creating(new: NewVm, now: Timestamp) -> Vm {
     let timeout_ms =
         new.spec.timeout_s.map(|s| i64::try_from(s).unwrap_or(i64::MAX).saturating_mul(1000));
+    let tools = new.spec.tools.iter().map(VmTool::asked).collect();
     Vm {
         id: new.id,
         name: new.name,
@@ -151,6 +152,7 @@ pub(super) fn creating(new: NewVm, now: Timestamp) -> Vm {
         expires_at: timeout_ms.map(|ms| now.plus_ms(ms)),
         start: None,
         memory: None,
+        tools,
         generation: 1,
     }
 }

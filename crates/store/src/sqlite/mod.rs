@@ -27,7 +27,8 @@ use std::{fs::OpenOptions, os::unix::fs::OpenOptionsExt, path::Path, time::Durat
 
 use aether_types::{
     Execution, ExecutionId, Fault, OutputStream, RetainedOutput, Snapshot, SnapshotId, StateChange,
-    Task, TaskId, Template, TemplateId, TemplateProgress, Timestamp, Vm, VmId, WorkerId,
+    Task, TaskId, Template, TemplateId, TemplateProgress, Timestamp, ToolRequest, Vm, VmId,
+    WorkerId,
 };
 use async_trait::async_trait;
 use sqlx::{
@@ -37,9 +38,10 @@ use sqlx::{
 use tokio::sync::Mutex;
 
 use crate::{
-    Accepted, ApiKey, AttemptEnd, Begin, CancelOutcome, Capacity, Forked, Idempotency,
-    NewExecution, NewSnapshot, NewTask, NewTemplate, NewVm, Page, PageRequest, SnapshotFilter,
-    Store, StoreError, TaskFilter, TemplateFilter, VmChange, VmFilter, VmPatch, error::Context,
+    Accepted, AcceptedBuild, ApiKey, AttemptEnd, Begin, CancelOutcome, Capacity, Forked,
+    Idempotency, NewExecution, NewSnapshot, NewTask, NewTemplate, NewVm, Page, PageRequest,
+    SnapshotFilter, Store, StoreError, TaskFilter, TemplateFilter, VmChange, VmFilter, VmPatch,
+    error::Context,
 };
 
 /// Enough for a gateway on a few processors; each costs a thread and a page cache.
@@ -186,6 +188,15 @@ impl Store for SqliteStore {
         templates::build(self, template, snapshot, builder, task, idempotency).await
     }
 
+    async fn build_tools(
+        &self,
+        tools: Vec<ToolRequest>,
+        task: NewTask,
+        idempotency: Option<Idempotency>,
+    ) -> Result<AcceptedBuild, StoreError> {
+        requests::build_tools(self, &tools, task, idempotency).await
+    }
+
     async fn delete_snapshot(&self, id: SnapshotId) -> Result<Snapshot, StoreError> {
         snapshots::delete(self, id).await
     }
@@ -201,6 +212,16 @@ impl Store for SqliteStore {
         progress: TemplateProgress,
     ) -> Result<Template, StoreError> {
         templates::progress(self, task, epoch, progress).await
+    }
+
+    async fn task_progress(
+        &self,
+        task: TaskId,
+        epoch: i64,
+        now: String,
+        log: String,
+    ) -> Result<Task, StoreError> {
+        tasks::progress(self, task, epoch, now, log).await
     }
 
     async fn snapshot(&self, id: SnapshotId) -> Result<Option<Snapshot>, StoreError> {

@@ -2,8 +2,8 @@
 //! dispatch is owed, in one transaction.
 
 use aether_types::{
-    ErrorCode, Execution, ExecutionState, Fault, Task, TaskId, TaskKind, TaskState, Timestamp, Vm,
-    VmEvent, VmId, VmState,
+    ErrorCode, Execution, ExecutionState, Fault, Task, TaskId, TaskKind, TaskState, Timestamp,
+    ToolRequest, Vm, VmEvent, VmId, VmState, VmTool,
 };
 use sqlx::Connection;
 
@@ -14,8 +14,8 @@ use super::{
     write::{self, Tx},
 };
 use crate::{
-    Accepted, CancelOutcome, Idempotency, NewExecution, NewTask, StoreError, VmPatch,
-    error::Context,
+    Accepted, AcceptedBuild, CancelOutcome, Idempotency, NewExecution, NewTask, StoreError,
+    VmPatch, error::Context,
 };
 
 /// How long an idempotency key is kept: 24 hours.
@@ -51,7 +51,8 @@ pub(super) async fn request_on_vm(
         | TaskKind::VmExecute
         | TaskKind::VmSuspend
         | TaskKind::VmSnapshot
-        | TaskKind::TemplateBuild => {
+        | TaskKind::TemplateBuild
+        | TaskKind::ToolBuild => {
             return Err(StoreError::WrongKind { kind: new.kind });
         }
     };
@@ -74,6 +75,7 @@ pub(super) async fn request_on_vm(
         | TaskKind::VmSuspend
         | TaskKind::VmSnapshot
         | TaskKind::TemplateBuild
+        | TaskKind::ToolBuild
         | TaskKind::VmExecute => Vec::new(),
     };
     let task = write::pending(&new, id, now);
@@ -188,6 +190,30 @@ pub(super) async fn request_execution(
     Ok((Accepted { vm, task, repeated: false, cancelled: Vec::new() }, execution))
 }
 
+pub(super) async fn build_tools(
+    store: &SqliteStore,
+    tools: &[ToolRequest],
+    task: NewTask,
+    idempotency: Option<Idempotency>,
+) -> Result<AcceptedBuild, StoreError> {
+    expect_kind(&task, task.kind == TaskKind::ToolBuild)?;
+    let mut writer = store.writer.lock().await;
+    let mut tx = writer.begin_with("begin immediate").await.context("begin a transaction")?;
+    let now = Timestamp::now();
+    if let Some(task) = earlier_task(&mut tx, idempotency.as_ref(), now).await? {
+        if task.kind != TaskKind::ToolBuild {
+            return Err(StoreError::IdempotencyConflict);
+        }
+        return Ok(AcceptedBuild { task, repeated: true });
+    }
+    let tools = tools.iter().map(VmTool::asked).collect();
+    let task = Task { tools, ..write::pending(&task, None, now) };
+    write::insert_task(&mut tx, &task).await?;
+    remember(&mut tx, idempotency, task.id, now).await?;
+    tx.commit().await.context("commit a request to build tools")?;
+    Ok(AcceptedBuild { task, repeated: false })
+}
+
 async fn execution_of(tx: &mut Tx<'_>, task: &Task) -> Result<Execution, StoreError> {
     const OF_TASK: &str =
         concat!("select ", execution_columns!(), " from executions where id = $1");
@@ -215,7 +241,8 @@ pub(super) async fn cancel_task(
         TaskKind::VmCreate
         | TaskKind::VmExecute
         | TaskKind::VmSnapshot
-        | TaskKind::TemplateBuild => {}
+        | TaskKind::TemplateBuild
+        | TaskKind::ToolBuild => {}
         TaskKind::VmStart
         | TaskKind::VmSuspend
         | TaskKind::VmStop
@@ -244,7 +271,7 @@ pub(super) async fn cancel_task(
     write::end_execution(&mut tx, &task, None, now).await?;
     snapshots::settle(&mut tx, &task, None, None, now).await?;
     if matches!(task.kind, TaskKind::VmCreate | TaskKind::TemplateBuild) {
-        let mut vm = write::vm(&mut tx, task.vm_id).await?.ok_or(StoreError::Corrupt("task"))?;
+        let mut vm = write::vm_of(&mut tx, &task).await?;
         if let Some(next) = vm.state.apply(VmEvent::Failed) {
             let patch = VmPatch::default();
             write::move_vm(&mut tx, &mut vm, next, Some(fault), &patch, now).await?;
@@ -264,6 +291,18 @@ pub(super) async fn earlier(
     idempotency: Option<&Idempotency>,
     now: Timestamp,
 ) -> Result<Option<Accepted>, StoreError> {
+    let Some(task) = earlier_task(tx, idempotency, now).await? else { return Ok(None) };
+    // The same key with a request that is of no VM.
+    let id = task.vm_id.ok_or(StoreError::IdempotencyConflict)?;
+    let vm = write::vm(tx, id).await?.ok_or(StoreError::Corrupt("idempotency key"))?;
+    Ok(Some(Accepted { vm, task, repeated: true, cancelled: Vec::new() }))
+}
+
+async fn earlier_task(
+    tx: &mut Tx<'_>,
+    idempotency: Option<&Idempotency>,
+    now: Timestamp,
+) -> Result<Option<Task>, StoreError> {
     let Some(Idempotency { key, request_digest }) = idempotency else { return Ok(None) };
     let row =
         sqlx::query("select digest, task_id from idempotency where key = $1 and created_at > $2")
@@ -277,9 +316,7 @@ pub(super) async fn earlier(
     if r.get::<&[u8]>(0)? != request_digest.as_slice() {
         return Err(StoreError::IdempotencyConflict);
     }
-    let task = write::task(tx, r.parsed(1)?).await?.ok_or_else(|| r.corrupt())?;
-    let vm = write::vm(tx, task.vm_id).await?.ok_or_else(|| r.corrupt())?;
-    Ok(Some(Accepted { vm, task, repeated: true, cancelled: Vec::new() }))
+    write::task(tx, r.parsed(1)?).await?.ok_or_else(|| r.corrupt()).map(Some)
 }
 
 /// Keeps a key with the task that it asked for, and drops the keys that are too old.

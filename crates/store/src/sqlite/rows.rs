@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use aether_types::{
     Execution, ExecutionState, ExitStatus, Fault, OutputStream, Priority, Snapshot, StateChange,
-    Task, Template, Timestamp, Vm,
+    Task, Template, Timestamp, Vm, VmSpec, VmTool,
 };
 use sqlx::{Row, sqlite::SqliteRow};
 
@@ -14,7 +14,7 @@ use crate::{Cursor, StoreError};
 macro_rules! vm_columns {
     () => {
         "id, name, state, reason_code, reason_message, spec, worker_id, address, created_at, \
-         updated_at, expires_at, generation, start, memory"
+         updated_at, expires_at, generation, start, memory, tools"
     };
 }
 
@@ -22,7 +22,7 @@ macro_rules! task_columns {
     () => {
         "id, kind, state, priority, vm_id, execution_id, attempts, max_attempts, worker_id, epoch, \
          cancel_requested, created_at, started_at, finished_at, error_code, error_message, \
-         snapshot_id"
+         snapshot_id, tools, progress"
     };
 }
 
@@ -51,12 +51,15 @@ pub(super) use {execution_columns, snapshot_columns, task_columns, template_colu
 
 pub(super) fn vm(row: &SqliteRow) -> Result<Vm, StoreError> {
     let r = Reader { row, noun: "VM" };
+    let spec: VmSpec = r.json(5)?;
+    let got: Option<Vec<VmTool>> = r.json_option(14)?;
     Ok(Vm {
         id: r.parsed(0)?,
         name: r.get(1)?,
         state: r.parsed(2)?,
         reason: r.fault(3, 4)?,
-        spec: r.json(5)?,
+        tools: got.unwrap_or_else(|| spec.tools.iter().map(VmTool::asked).collect()),
+        spec,
         worker_id: r.parsed_option(6)?,
         address: r.parsed_option(7)?,
         created_at: r.time(8)?,
@@ -75,7 +78,7 @@ pub(super) fn task(row: &SqliteRow) -> Result<Task, StoreError> {
         kind: r.parsed(1)?,
         state: r.parsed(2)?,
         priority: r.parsed::<Priority>(3)?,
-        vm_id: r.parsed(4)?,
+        vm_id: r.parsed_option(4)?,
         execution_id: r.parsed_option(5)?,
         snapshot_id: r.parsed_option(16)?,
         attempts: r.unsigned(6)?,
@@ -87,6 +90,8 @@ pub(super) fn task(row: &SqliteRow) -> Result<Task, StoreError> {
         started_at: r.time_option(12)?,
         finished_at: r.time_option(13)?,
         error: r.fault(14, 15)?,
+        tools: r.json_option(17)?.unwrap_or_default(),
+        progress: r.json_option(18)?,
     })
 }
 

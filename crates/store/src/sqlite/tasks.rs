@@ -1,6 +1,6 @@
 //! Tasks as they are read, and the outbox.
 
-use aether_types::{Task, TaskId};
+use aether_types::{Task, TaskId, TaskProgress};
 use sqlx::{Connection, QueryBuilder, Sqlite};
 
 use super::{SqliteStore, rows, rows::task_columns};
@@ -30,6 +30,37 @@ pub(super) async fn get(store: &SqliteStore, id: TaskId) -> Result<Option<Task>,
         .as_ref()
         .map(rows::task)
         .transpose()
+}
+
+pub(super) async fn progress(
+    store: &SqliteStore,
+    id: TaskId,
+    epoch: i64,
+    now: String,
+    log: String,
+) -> Result<Task, StoreError> {
+    const PROGRESS: &str = concat!(
+        "update tasks set progress = json_set($3, '$.generation', \
+         coalesce(json_extract(progress, '$.generation'), 0) + 1) \
+         where id = $1 and epoch = $2 and state = 'running' returning ",
+        task_columns!()
+    );
+    let progress = TaskProgress { now, log, generation: 0 };
+    let progress = rows::json(&progress, "progress to record")?;
+    let mut writer = store.writer.lock().await;
+    let found = sqlx::query(PROGRESS)
+        .bind(id.to_string())
+        .bind(epoch)
+        .bind(progress)
+        .fetch_all(&mut *writer)
+        .await
+        .context("record the progress of a task")?;
+    drop(writer);
+    if let Some(row) = found.first() {
+        return rows::task(row);
+    }
+    get(store, id).await?.ok_or(StoreError::TaskNotFound)?;
+    Err(StoreError::Fenced)
 }
 
 pub(super) async fn list(

@@ -30,16 +30,19 @@ pub(super) async fn change(
 
 pub(super) async fn patch(store: &SqliteStore, id: VmId, patch: VmPatch) -> Result<(), StoreError> {
     let start = patch.start.map(|start| rows::json(&start, "start to record")).transpose()?;
+    let tools = patch.tools.map(|tools| rows::json(&tools, "tools to record")).transpose()?;
     let mut writer = store.writer.lock().await;
     let done = sqlx::query(
         "update vms set worker_id = coalesce($2, worker_id), address = coalesce($3, address), \
-         start = coalesce($5, start), updated_at = $4, generation = generation + 1 where id = $1",
+         start = coalesce($5, start), tools = coalesce($6, tools), updated_at = $4, \
+         generation = generation + 1 where id = $1",
     )
     .bind(id.to_string())
     .bind(patch.worker_id.map(|w| w.to_string()))
     .bind(patch.address.map(|a| a.to_string()))
     .bind(Timestamp::now().unix_ms())
     .bind(start)
+    .bind(tools)
     .execute(&mut *writer)
     .await
     .context("patch a VM")?;

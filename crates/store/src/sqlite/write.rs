@@ -29,6 +29,15 @@ pub(super) async fn vm(tx: &mut Tx<'_>, id: VmId) -> Result<Option<Vm>, StoreErr
         .transpose()
 }
 
+/// The VM of a task that is known to have one.
+pub(super) async fn vm_of(tx: &mut Tx<'_>, task: &Task) -> Result<Vm, StoreError> {
+    let found = match task.vm_id {
+        Some(id) => vm(tx, id).await?,
+        None => None,
+    };
+    found.ok_or(StoreError::Corrupt("task"))
+}
+
 pub(super) async fn task(tx: &mut Tx<'_>, id: TaskId) -> Result<Option<Task>, StoreError> {
     sqlx::query(TASK)
         .bind(id.to_string())
@@ -72,15 +81,20 @@ pub(super) async fn move_vm(
     if patch.start.is_some() {
         vm.start.clone_from(&patch.start);
     }
+    if let Some(tools) = &patch.tools {
+        vm.tools.clone_from(tools);
+    }
     vm.memory = vm.memory.filter(|_| next.keeps_memory());
     // The address of a deleted VM goes to another.
     vm.address = if next == VmState::Deleted { None } else { patch.address.or(vm.address) };
     let start = vm.start.as_ref().map(|start| rows::json(start, "start to record")).transpose()?;
+    let tools =
+        patch.tools.as_ref().map(|tools| rows::json(tools, "tools to record")).transpose()?;
     let (reason_code, reason_message) = rows::fault_columns(vm.reason.as_ref());
     sqlx::query(
         "update vms set state = $2, reason_code = $3, reason_message = $4, worker_id = $7, \
-         address = $8, updated_at = $5, generation = $6, start = $9, memory = $10 \
-         where id = $1; \
+         address = $8, updated_at = $5, generation = $6, start = $9, memory = $10, \
+         tools = coalesce($11, tools) where id = $1; \
          insert into vm_changes (vm_id, state, reason_code, reason_message, at, generation) \
          values ($1, $2, $3, $4, $5, $6)",
     )
@@ -94,20 +108,21 @@ pub(super) async fn move_vm(
     .bind(vm.address.map(|a| a.to_string()))
     .bind(start)
     .bind(vm.memory.map(|s| s.to_string()))
+    .bind(tools)
     .execute(&mut **tx)
     .await
     .context("change a VM")?;
     Ok(())
 }
 
-/// A task as it begins.
-pub(super) fn pending(new: &NewTask, vm: VmId, now: Timestamp) -> Task {
+/// A task as it begins; `vm` is `None` of the one kind that is of no VM.
+pub(super) fn pending(new: &NewTask, vm: impl Into<Option<VmId>>, now: Timestamp) -> Task {
     Task {
         id: new.id,
         kind: new.kind,
         state: TaskState::Pending,
         priority: new.priority,
-        vm_id: vm,
+        vm_id: vm.into(),
         execution_id: None,
         snapshot_id: None,
         attempts: 0,
@@ -119,25 +134,30 @@ pub(super) fn pending(new: &NewTask, vm: VmId, now: Timestamp) -> Task {
         started_at: None,
         finished_at: None,
         error: None,
+        tools: Vec::new(),
+        progress: None,
     }
 }
 
 /// Records a pending task, and that its dispatch is owed.
 pub(super) async fn insert_task(tx: &mut Tx<'_>, task: &Task) -> Result<(), StoreError> {
+    let tools = Some(&task.tools).filter(|tools| !tools.is_empty());
+    let tools = tools.map(|tools| rows::json(tools, "tools to record")).transpose()?;
     sqlx::query(
         "insert into tasks (id, kind, state, priority, vm_id, execution_id, attempts, \
-         max_attempts, epoch, cancel_requested, created_at, snapshot_id) \
-         values ($1, $2, 'pending', $3, $4, $5, 0, $6, 0, 0, $7, $8); \
+         max_attempts, epoch, cancel_requested, created_at, snapshot_id, tools) \
+         values ($1, $2, 'pending', $3, $4, $5, 0, $6, 0, 0, $7, $8, $9); \
          insert into outbox (task_id) values ($1)",
     )
     .bind(task.id.to_string())
     .bind(task.kind.as_str())
     .bind(task.priority.as_str())
-    .bind(task.vm_id.to_string())
+    .bind(task.vm_id.map(|vm| vm.to_string()))
     .bind(task.execution_id.map(|e| e.to_string()))
     .bind(task.max_attempts)
     .bind(task.created_at.unix_ms())
     .bind(task.snapshot_id.map(|s| s.to_string()))
+    .bind(tools)
     .execute(&mut **tx)
     .await
     .context("record a task")?;
@@ -280,7 +300,7 @@ const END_PENDING: &str = concat!(
     task_columns!()
 );
 
-/// Every kind but a deletion.
+/// Every kind of a VM but a deletion.
 const KINDS_MAX: usize = 9;
 
 /// Ends the pending tasks of these kinds of a VM, with what they were to make or run.

@@ -11,6 +11,7 @@ mod lists;
 mod requests;
 mod snapshots;
 mod templates;
+mod tools;
 
 /// Runs every test of the suite on one implementation.
 macro_rules! contract {
@@ -113,6 +114,15 @@ mod sqlite {
             a_template_is_deleted_with_its_snapshot,
             a_vm_begins_only_as_a_template_that_can_be_ready,
             templates_are_filtered_and_paged,
+        },
+        tools::{
+            a_vm_has_what_it_asks_for_until_it_got_it,
+            a_template_keeps_its_tools_and_they_make_it_another,
+            a_build_of_tools_is_recorded_and_owed_and_of_no_vm,
+            a_build_of_tools_that_fails_says_why,
+            a_build_of_tools_can_be_cancelled,
+            a_repeated_build_of_tools_is_answered_with_the_first,
+            the_progress_of_a_task_is_kept_counted_and_fenced,
         },
         capacity::{
             there_are_no_more_vms_than_there_may_be,

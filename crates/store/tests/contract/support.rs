@@ -23,6 +23,7 @@ pub(crate) fn spec() -> VmSpec {
         timeout_s: None,
         network: NetworkPolicy::default(),
         origin: Origin::Image,
+        tools: Vec::new(),
     }
 }
 
@@ -121,6 +122,7 @@ pub(crate) fn template_spec() -> TemplateSpec {
         start: None,
         ready: None,
         network: NetworkPolicy::default(),
+        tools: Vec::new(),
     }
 }
 
@@ -176,6 +178,7 @@ pub(crate) fn completed(event: Option<VmEvent>) -> AttemptEnd {
         execution: None,
         snapshot: None,
         template: None,
+        tools: None,
     }
 }
 
@@ -191,6 +194,7 @@ pub(crate) fn failed(code: ErrorCode, event: Option<VmEvent>) -> AttemptEnd {
         execution: None,
         snapshot: None,
         template: None,
+        tools: None,
     }
 }
 

@@ -40,7 +40,7 @@ use std::{
     time::Duration,
 };
 
-use aether_drivers::{Driver, GuestNetwork};
+use aether_drivers::{Driver, GuestNetwork, LayerFile};
 use aether_protocol::{Token, host::BoxStream};
 use aether_streams::{PoolStatus, Pools};
 use aether_types::{DriverKind, Fault, MachineId, Template, TemplateId};
@@ -64,6 +64,8 @@ pub(crate) struct Spare {
     pub(crate) network: GuestNetwork,
     /// Of its guest, since it was restored.
     pub(crate) boot_id: String,
+    /// Its template's tools, which its guest has.
+    pub(crate) layers: Vec<LayerFile>,
     /// To its agent, opened before the pause: what is said first after it needs none.
     pub(crate) connections: Vec<BoxStream>,
 }

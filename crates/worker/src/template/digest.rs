@@ -13,6 +13,7 @@ pub(super) fn digest(
     spec: &TemplateSpec,
     image_digest: &str,
     snapshot_format: &str,
+    layers: &[&str],
 ) -> Result<String, Failure> {
     let nameless = TemplateSpec { image: String::new(), ..spec.clone() };
     let spec = serde_json::to_vec(&nameless)
@@ -22,6 +23,11 @@ pub(super) fn digest(
         // With its length, so that no two lists of parts are the same bytes.
         hasher.update(&(part.len() as u64).to_le_bytes());
         hasher.update(part);
+    }
+    // Without tools it is what it always was.
+    for layer in layers {
+        hasher.update(&(layer.len() as u64).to_le_bytes());
+        hasher.update(layer.as_bytes());
     }
     Ok(hasher.finalize().to_hex().to_string())
 }
@@ -47,12 +53,13 @@ mod tests {
             start: None,
             ready: None,
             network: NetworkPolicy::default(),
+            tools: Vec::new(),
         }
     }
 
     #[test]
     fn the_digest_is_that_of_the_content() {
-        let of = |spec: &TemplateSpec, image, format| digest(spec, image, format).unwrap();
+        let of = |spec: &TemplateSpec, image, format| digest(spec, image, format, &[]).unwrap();
         let base = of(&spec(), "blake3:a", "f");
         assert_eq!(base.len(), 64);
         let renamed = TemplateSpec { image: "other".into(), ..spec() };
@@ -63,5 +70,8 @@ mod tests {
         let step = TemplateStep { run: "true".into(), timeout_s: None };
         let stepped = TemplateSpec { steps: vec![step], ..spec() };
         assert_ne!(of(&stepped, "blake3:a", "f"), base);
+        let with = |layers: &[&str]| digest(&spec(), "blake3:a", "f", layers).unwrap();
+        assert_ne!(with(&["blake3:1"]), base);
+        assert_ne!(with(&["blake3:1", "blake3:2"]), with(&["blake3:2", "blake3:1"]));
     }
 }

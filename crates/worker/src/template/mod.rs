@@ -20,9 +20,10 @@ use aether_drivers::{AfterSnapshot, SnapshotDisk};
 use aether_store::{
     AttemptEnd, NewSnapshot, NewTask, NewTemplate, NewVm, SnapshotFacts, StoreError,
 };
+use aether_tools::LockedTool;
 use aether_types::{
     Fault, Origin, Priority, SnapshotId, SnapshotPurpose, TaskId, TaskKind, Template, TemplateId,
-    TemplateSpec, TemplateState, Vm, VmId, VmSpec, limits,
+    TemplateSpec, TemplateState, ToolRequest, Vm, VmId, VmSpec, limits,
     template::{DEFAULT_TAG, DEFAULT_TEMPLATE},
 };
 use tokio::time::timeout;
@@ -36,8 +37,12 @@ use crate::{
     phases::PhaseClock,
     reconcile,
     snapshot::Take,
+    tool_build::Telling,
     worker::Core,
 };
+
+/// A program that starts waits no longer for a source of tools to say what is new.
+const LOOK_UP_LIMIT: Duration = Duration::from_secs(5);
 
 /// An image and a size, and nothing on top: its VMs may as well boot the image.
 pub(crate) fn is_plain(spec: &TemplateSpec) -> bool {
@@ -52,7 +57,9 @@ impl Core {
         vm: &Vm,
     ) -> Result<AttemptEnd, Failure> {
         let template = self.template_of(vm).await?;
-        let digest = self.template_digest(&template.spec).await?;
+        let telling = Telling::default();
+        let digest = self.template_digest(&template.spec, &telling);
+        let digest = self.told(attempt, &telling, digest).await?;
         let _turn = self.builds.turn(&digest).await;
         let _lock = lock::lock(self.build_lock(&digest)).await?;
         let facts = match self.found(&self.parts.templates, &digest).await? {
@@ -89,7 +96,8 @@ impl Core {
         template: &Template,
         digest: &str,
     ) -> Result<SnapshotFacts, Failure> {
-        self.create(vm, PhaseClock::since(attempt.task.created_at)).await?;
+        let telling = Telling::default();
+        self.create(vm, PhaseClock::since(attempt.task.created_at), &telling).await?;
         let guest = self.guests.get(vm.id).ok_or_else(no_guest)?;
         Steps::new(self, attempt, Arc::clone(&guest), template).run().await?;
         guest.will_end(Fault::new(aether_types::ErrorCode::VmStopped, "the template is built"));
@@ -110,7 +118,12 @@ impl Core {
         template.ok_or_else(|| Failure::last(internal("find the template to build")))
     }
 
-    async fn template_digest(&self, spec: &TemplateSpec) -> Result<String, Failure> {
+    /// Builds what there is not of its tools: they are part of what it is.
+    async fn template_digest(
+        &self,
+        spec: &TemplateSpec,
+        telling: &Telling,
+    ) -> Result<String, Failure> {
         let driver = self.driver_of(spec.driver)?;
         let format = driver.capabilities().snapshot_format.ok_or_else(|| {
             let text = format!("the {} driver takes no snapshots on this host", spec.driver);
@@ -118,7 +131,8 @@ impl Core {
         })?;
         let (images, name) = (Arc::clone(&self.parts.images), spec.image.clone());
         let image = blocking("read the image", move || images.digest(&name)).await?;
-        digest::digest(spec, &image.map_err(Failure::last)?, &format)
+        let tools = self.toolset(&spec.tools, &spec.image, spec.driver, telling).await?;
+        digest::digest(spec, &image.map_err(Failure::last)?, &format, &tools.digests())
     }
 
     fn build_lock(&self, digest: &str) -> PathBuf {
@@ -144,7 +158,12 @@ impl Core {
         self: &Arc<Self>,
         spec: TemplateSpec,
     ) -> Result<Template, EnsureError> {
-        let digest = self.template_digest(&spec).await.map_err(|f| EnsureError::Fault(f.fault))?;
+        let Some(digest) = self.digest_at_hand(&spec).await? else {
+            // Its tools are built by the task.
+            return Ok(self
+                .request_build(DEFAULT_TEMPLATE.into(), DEFAULT_TAG.into(), spec)
+                .await?);
+        };
         let known = self.parts.store.template_by_name(DEFAULT_TEMPLATE, DEFAULT_TAG).await?;
         let ready = known.filter(|template| {
             template.state == TemplateState::Ready && template.digest.as_ref() == Some(&digest)
@@ -156,6 +175,23 @@ impl Core {
             }
         }
         Ok(self.request_build(DEFAULT_TEMPLATE.into(), DEFAULT_TAG.into(), spec).await?)
+    }
+
+    /// The digest, unless some of the tools are yet to be built or looked up.
+    async fn digest_at_hand(&self, spec: &TemplateSpec) -> Result<Option<String>, EnsureError> {
+        let known = self.parts.tools.locked().await.unwrap_or_default();
+        let is_there = |tool: &ToolRequest| {
+            let is_it = |at: &LockedTool| at.name == tool.name && at.asked == tool.version;
+            known.iter().any(|at| at.cached && is_it(at))
+        };
+        if !spec.tools.iter().all(is_there) {
+            return Ok(None);
+        }
+        let telling = Telling::default();
+        match timeout(LOOK_UP_LIMIT, self.template_digest(spec, &telling)).await {
+            Ok(digest) => Ok(Some(digest.map_err(|f| EnsureError::Fault(f.fault))?)),
+            Err(_) => Ok(None),
+        }
     }
 
     /// Records the build as a client's request would be.
@@ -178,6 +214,7 @@ impl Core {
             timeout_s: None,
             network: spec.network.clone(),
             origin: Origin::Builder(id),
+            tools: spec.tools.clone(),
         };
         let task = NewTask {
             id: TaskId::new(),

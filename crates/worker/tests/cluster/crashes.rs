@@ -40,7 +40,7 @@ async fn a_creation_that_was_cut_short_is_finished() {
     rig.crash().await;
     rig.start().await;
     assert_eq!(rig.ended(task.id).await.state, TaskState::Completed);
-    let execution = rig.execute(task.vm_id, command(&["echo", "whole"])).await;
+    let execution = rig.execute(task.vm_id.unwrap(), command(&["echo", "whole"])).await;
     assert_eq!(rig.stdout(&execution).await, "whole\n");
 }
 
@@ -93,7 +93,7 @@ async fn a_crash_at_any_moment_leaves_nothing_and_loses_nothing() {
     let mut rig = Rig::new(SimConfig { latency, ..SimConfig::default() }).await;
     for cycle in 0_u32..60 {
         let creation = rig.request_create(&format!("cycle-{cycle}")).await;
-        let vm = creation.vm_id;
+        let vm = creation.vm_id.unwrap();
         let execution = rig.request_execution(vm, command(&["echo", "once"])).await;
         // Moments spread over what a cycle takes; the scheduler does the rest.
         tokio::time::sleep(Duration::from_micros(u64::from(cycle) * 211)).await;

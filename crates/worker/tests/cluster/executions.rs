@@ -50,7 +50,7 @@ async fn commands_see_the_vms_environment_and_their_own() {
 async fn a_command_sent_before_the_vm_runs_waits_for_it() {
     let rig = Rig::new(SimConfig::default()).await;
     let creation = rig.request_create("soon").await;
-    let execution = rig.execute(creation.vm_id, command(&["echo", "ran"])).await;
+    let execution = rig.execute(creation.vm_id.unwrap(), command(&["echo", "ran"])).await;
     assert_eq!(rig.stdout(&execution).await, "ran\n");
 }
 

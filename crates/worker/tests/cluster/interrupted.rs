@@ -74,9 +74,9 @@ async fn a_fork_is_finished() {
             assert_eq!(task.state, TaskState::Completed, "{moment}: {task:?}");
         }
         for task in &tasks[1..] {
-            let execution = rig.execute(task.vm_id, command(&["echo", "here"])).await;
+            let execution = rig.execute(task.vm_id.unwrap(), command(&["echo", "here"])).await;
             assert_eq!(rig.stdout(&execution).await, "here\n");
-            delete(&rig, task.vm_id).await;
+            delete(&rig, task.vm_id.unwrap()).await;
         }
     }
     delete(&rig, vm).await;
@@ -129,9 +129,9 @@ async fn a_build_is_finished_and_its_builder_goes() {
         crash_after(&mut rig, moment).await;
         let task = rig.ended(task.id).await;
         assert_eq!(task.state, TaskState::Completed, "{moment}: {task:?}");
-        let execution = rig.execute(task.vm_id, command(&["cat", "/root/number"])).await;
+        let execution = rig.execute(task.vm_id.unwrap(), command(&["cat", "/root/number"])).await;
         assert_eq!(rig.stdout(&execution).await, format!("{moment}\n"));
-        delete(&rig, task.vm_id).await;
+        delete(&rig, task.vm_id.unwrap()).await;
     }
     rig.assert_clean().await;
 }

@@ -8,7 +8,7 @@ use std::{
 };
 
 use aether_drivers::{
-    BootSource, Driver, KernelFlavour,
+    BootSource, Driver, KernelFlavour, LayerFile,
     sim::{SimConfig, SimDriver, SimHost},
 };
 use aether_events::{Event, LocalBus, Received, Subscription};
@@ -19,6 +19,7 @@ use aether_store::{
     Store,
 };
 use aether_streams::Sessions;
+use aether_tools::{BaseImage, Tools, ToolsConfig};
 use aether_types::{
     DriverKind, Execution, ExecutionId, ExecutionSpec, Fault, NetworkPolicy, Origin, OutputStream,
     Priority, Snapshot, SnapshotId, SnapshotPurpose, Task, TaskId, TaskKind, TaskState, Template,
@@ -47,6 +48,19 @@ impl ImageSource for AnyImage {
             rootfs: PathBuf::from("rootfs"),
             kernel_flavour: KernelFlavour::Debian,
         })
+    }
+
+    fn base(&self, image: &str) -> Result<BaseImage, Fault> {
+        Ok(BaseImage {
+            image: image.to_owned(),
+            digest: self.digest(image)?,
+            suite: "bookworm".to_owned(),
+            packages: Vec::new(),
+        })
+    }
+
+    fn module_layer(&self, _image: &str) -> Result<Option<LayerFile>, Fault> {
+        Ok(None)
     }
 
     fn digest(&self, _image: &str) -> Result<String, Fault> {
@@ -87,6 +101,7 @@ pub(crate) fn vm_spec(origin: Origin) -> VmSpec {
         timeout_s: None,
         network: NetworkPolicy::default(),
         origin,
+        tools: Vec::new(),
     }
 }
 
@@ -104,6 +119,7 @@ pub(crate) fn template_spec() -> TemplateSpec {
         start: None,
         ready: None,
         network: NetworkPolicy::default(),
+        tools: Vec::new(),
     }
 }
 
@@ -130,6 +146,7 @@ impl Rig {
             images: Arc::new(AnyImage),
             snapshots: open("snapshots"),
             templates: open("templates"),
+            tools: Tools::open(ToolsConfig::new(dir.path().join("tools"))).unwrap(),
             config,
         };
         let mut rig = Self { host, parts, worker: None, dir };
@@ -194,7 +211,7 @@ impl Rig {
         let task = self.request_create_from(name, origin).await;
         let task = self.ended(task.id).await;
         assert_eq!(task.state, TaskState::Completed, "{task:?}");
-        self.store().vm(task.vm_id).await.unwrap().unwrap()
+        self.store().vm(task.vm_id.unwrap()).await.unwrap().unwrap()
     }
 
     pub(crate) async fn request_snapshot(&self, vm: VmId, kind: TaskKind) -> (Task, SnapshotId) {
@@ -397,7 +414,7 @@ impl Rig {
         let task = self.request_create(name).await;
         let task = self.ended(task.id).await;
         assert_eq!(task.state, TaskState::Completed, "{task:?}");
-        task.vm_id
+        task.vm_id.unwrap()
     }
 
     pub(crate) async fn execute(&self, vm: VmId, spec: ExecutionSpec) -> Execution {

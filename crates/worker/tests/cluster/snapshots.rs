@@ -90,13 +90,13 @@ async fn clones_wait_for_their_snapshot_and_it_goes_when_they_run() {
     }
     let mut addresses = std::collections::HashSet::new();
     for task in &tasks[1..] {
-        let vm = rig.in_state(task.vm_id, VmState::Running).await;
+        let vm = rig.in_state(task.vm_id.unwrap(), VmState::Running).await;
         assert!(addresses.insert(vm.address));
         assert_eq!(says(&rig, vm.id, &["cat", "/root/file"]).await, "kept\n");
         assert_eq!(says(&rig, vm.id, &["hostname"]).await, format!("{}\n", vm.name));
     }
     rig.no_files("snapshots").await;
-    assert_eq!(says(&rig, tasks[1].vm_id, &["cat", "/root/file"]).await, "kept\n");
+    assert_eq!(says(&rig, tasks[1].vm_id.unwrap(), &["cat", "/root/file"]).await, "kept\n");
 }
 
 #[tokio::test]
@@ -116,7 +116,7 @@ async fn of_eight_clones_one_that_fails_once_is_made_again() {
         assert!(!fault.disarm(), "{point} was not met");
         assert_eq!(attempts, 10, "{point}: each once, and one of them twice");
         for task in &tasks[1..] {
-            let deletion = rig.request(task.vm_id, TaskKind::VmDelete).await;
+            let deletion = rig.request(task.vm_id.unwrap(), TaskKind::VmDelete).await;
             rig.ended(deletion.id).await;
         }
     }
@@ -139,7 +139,7 @@ async fn refused(rig: &Rig, name: &str, snapshot: &Snapshot) -> aether_types::Fa
     let task = rig.request_create_from(name, Origin::Snapshot(snapshot.id)).await;
     let task = rig.ended(task.id).await;
     assert_eq!((task.state, task.attempts), (TaskState::Failed, 1), "{task:?}");
-    rig.in_state(task.vm_id, VmState::Failed).await;
+    rig.in_state(task.vm_id.unwrap(), VmState::Failed).await;
     task.error.unwrap()
 }
 

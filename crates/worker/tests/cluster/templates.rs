@@ -172,7 +172,7 @@ async fn of_size(rig: &Rig, name: &str, template: &Template, memory_mb: u32) -> 
     let task = rig.request_create_of(NewVm { id: VmId::new(), name: name.into(), spec }).await;
     let task = rig.ended(task.id).await;
     assert_eq!(task.state, TaskState::Completed, "{task:?}");
-    rig.in_state(task.vm_id, VmState::Running).await
+    rig.in_state(task.vm_id.unwrap(), VmState::Running).await
 }
 
 #[tokio::test]

@@ -63,9 +63,9 @@ async fn every_step_of_a_creation_may_fail_once_and_leaves_nothing() {
         // The fault is gone at the second attempt.
         let task = rig.ended(task.id).await;
         assert_eq!(task.state, TaskState::Completed, "{point}: {task:?}");
-        let deletion = rig.request(task.vm_id, TaskKind::VmDelete).await;
+        let deletion = rig.request(task.vm_id.unwrap(), TaskKind::VmDelete).await;
         rig.ended(deletion.id).await;
-        let own = task.vm_id.to_string();
+        let own = task.vm_id.unwrap().to_string();
         let left = rig.host.leftovers();
         assert!(!left.iter().any(|holding| holding.contains(&own)), "{point}: {left:?}");
     }
@@ -92,7 +92,7 @@ async fn a_creation_that_never_succeeds_fails_with_its_reason_and_leaves_nothing
         events.next().await;
     };
     if task.state == TaskState::Failed {
-        let vm = rig.in_state(task.vm_id, VmState::Failed).await;
+        let vm = rig.in_state(task.vm_id.unwrap(), VmState::Failed).await;
         assert_eq!(vm.reason.unwrap().code, ErrorCode::VmStartFailed);
         assert_eq!(rig.host.leftovers(), Vec::<String>::new());
     }
@@ -103,10 +103,10 @@ async fn a_vm_that_is_being_created_can_be_deleted() {
     let latency = SimLatency { boot: std::time::Duration::from_hours(1), ..Default::default() };
     let rig = Rig::new(SimConfig { latency, ..SimConfig::default() }).await;
     let creation = rig.request_create("early").await;
-    let deletion = rig.request(creation.vm_id, TaskKind::VmDelete).await;
+    let deletion = rig.request(creation.vm_id.unwrap(), TaskKind::VmDelete).await;
     assert_eq!(rig.ended(deletion.id).await.state, TaskState::Completed);
     assert_eq!(rig.ended(creation.id).await.state, TaskState::Cancelled);
-    rig.in_state(creation.vm_id, VmState::Deleted).await;
+    rig.in_state(creation.vm_id.unwrap(), VmState::Deleted).await;
     rig.assert_clean().await;
 }
 

@@ -42,6 +42,7 @@ fn template_spec() -> TemplateSpec {
         start: None,
         ready: None,
         network: NetworkPolicy::default(),
+        tools: Vec::new(),
     }
 }
 
@@ -171,6 +172,7 @@ impl House {
             timeout_s: None,
             network: NetworkPolicy::default(),
             origin,
+            tools: Vec::new(),
         };
         let vm = NewVm { id: VmId::new(), name: name.to_owned(), spec };
         let (id, kind, priority) = (TaskId::new(), TaskKind::VmCreate, Priority::Default);
@@ -186,7 +188,7 @@ impl House {
     pub(crate) async fn created(&self, task: &Task) -> Vm {
         let task = timeout(LIMIT, self.rig.ended(task.id)).await.unwrap();
         assert_eq!(task.state, TaskState::Completed, "{task:?}");
-        self.rig.store().vm(task.vm_id).await.unwrap().unwrap()
+        self.rig.store().vm(task.vm_id.unwrap()).await.unwrap().unwrap()
     }
 
     /// A VM of the template.

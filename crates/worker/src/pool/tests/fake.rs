@@ -111,6 +111,7 @@ impl Spares for Fake {
                 mtu: 1400,
             },
             boot_id: id.to_string(),
+            layers: Vec::new(),
             connections: Vec::new(),
         })
     }
@@ -160,6 +161,7 @@ pub(super) fn template(memory_mb: u32) -> Template {
             start: None,
             ready: None,
             network: NetworkPolicy::default(),
+            tools: Vec::new(),
         },
         digest: Some("00".repeat(32)),
         snapshot_id: SnapshotId::new(),

@@ -1,0 +1,136 @@
+//! Packages of an npm registry.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+
+use super::{Artefact, Offer, needed};
+use crate::checksum::Checksum;
+use crate::http::{Http, HttpError};
+use crate::recipe::Extra;
+use crate::version::{Version, Wanted};
+
+/// The short form of a listing, which has all that is needed here.
+const ACCEPT: &str = "application/vnd.npm.install-v1+json, application/json;q=0.8";
+
+pub(super) struct Npm<'a> {
+    pub(super) http: &'a Http,
+    pub(super) registry: &'a str,
+}
+
+#[derive(Deserialize)]
+struct Listing {
+    #[serde(default, rename = "dist-tags")]
+    tags: BTreeMap<String, String>,
+    #[serde(default)]
+    versions: BTreeMap<String, Package>,
+}
+
+#[derive(Deserialize)]
+struct Package {
+    #[serde(default)]
+    dist: Dist,
+    /// Very old packages have lists here, which say nothing.
+    #[serde(default)]
+    engines: serde_json::Value,
+    /// Some text, where the package should not be used any more.
+    #[serde(default)]
+    deprecated: serde_json::Value,
+}
+
+#[derive(Deserialize, Default)]
+struct Dist {
+    #[serde(default)]
+    integrity: Option<String>,
+    #[serde(default)]
+    tarball: String,
+}
+
+impl Npm<'_> {
+    /// The versions of a package, or of the one whose versions count.
+    pub(super) async fn offer(
+        &self,
+        package: &str,
+        versions_of: Option<&str>,
+    ) -> Result<Offer, String> {
+        let listing = self.listing(versions_of.unwrap_or(package)).await?;
+        let mut ids: Vec<&String> = listing.versions.keys().collect();
+        let platform = match versions_of {
+            Some(_) => Some(self.listing(package).await?),
+            None => None,
+        };
+        if let Some(platform) = &platform {
+            ids.retain(|id| platform.versions.contains_key(*id));
+        }
+        Ok(Offer {
+            versions: ids.into_iter().filter_map(|id| Version::parse(id)).collect(),
+            latest: listing.tags.get("latest").cloned(),
+        })
+    }
+
+    pub(super) async fn artefact(&self, package: &str, version: &str) -> Result<Artefact, String> {
+        let listing = self.listing(package).await?;
+        let found = listing.versions.get(version);
+        let found = found.ok_or_else(|| format!("npm:{package} has no version {version}"))?;
+        self.artefact_of(package, version, found)
+    }
+
+    /// A package that is fetched besides: the newest that fits the tool's version.
+    pub(super) async fn extra(&self, extra: &Extra, tool: &Version) -> Result<Artefact, String> {
+        let package = &extra.npm;
+        let asked = crate::recipe::fill(&extra.version, tool);
+        let wanted = Wanted::parse(&asked)?;
+        let listing = self.listing(package).await?;
+        let fits = |package: &Package| match &extra.engine {
+            Some(engine) => {
+                package.engines.get(engine).and_then(|range| range.as_str()).is_some_and(|range| {
+                    let tool = std::slice::from_ref(tool);
+                    Wanted::parse(range).is_ok_and(|wanted| wanted.pick(tool, None).is_some())
+                })
+            }
+            None => true,
+        };
+        let is_fine = |package: &Package| !package.deprecated.is_string() && fits(package);
+        let versions: Vec<Version> = listing
+            .versions
+            .iter()
+            .filter(|(_, package)| is_fine(package))
+            .filter_map(|(id, _)| Version::parse(id))
+            .collect();
+        // What the registry calls its latest counts only when it fits.
+        let version = wanted.pick(&versions, None).ok_or_else(|| {
+            format!("npm:{package} has no version {asked} that fits {}", tool.text)
+        })?;
+        self.artefact_of(package, &version.id, &listing.versions[&version.id])
+    }
+
+    fn artefact_of(&self, name: &str, version: &str, found: &Package) -> Result<Artefact, String> {
+        let integrity = found.dist.integrity.as_deref().unwrap_or_default();
+        let checksum = Checksum::of_integrity(integrity).ok_or_else(|| {
+            format!("npm:{name} {version} has no SHA-512 or SHA-256 digest, and cannot be checked")
+        })?;
+        // The registry's own place first: a mirror may list the addresses of what it mirrors.
+        let registry = self.registry.trim_end_matches('/');
+        let plain = name.rsplit('/').next().unwrap_or(name);
+        let mut urls = vec![format!("{registry}/{name}/-/{plain}-{version}.tgz")];
+        if found.dist.tarball.starts_with("http") && !urls.contains(&found.dist.tarball) {
+            urls.push(found.dist.tarball.clone());
+        }
+        let name = format!("{}.tgz", name.trim_start_matches('@').replace('/', "-"));
+        Ok(Artefact { name, urls, checksum, size_bytes: None })
+    }
+
+    async fn listing(&self, package: &str) -> Result<Listing, String> {
+        let registry = self.registry.trim_end_matches('/');
+        let url = format!("{registry}/{}", package.replace('/', "%2f"));
+        let listing = match self.http.listing(&url, ACCEPT).await {
+            Err(HttpError::NotFound(_)) => {
+                return Err(format!("the registry has no package {package}"));
+            }
+            other => needed(other)?,
+        };
+        serde_json::from_slice(&listing.bytes).map_err(|error| {
+            format!("the registry's listing of {package} is not readable: {error}")
+        })
+    }
+}
