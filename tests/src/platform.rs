@@ -74,6 +74,12 @@ impl Setup {
         self.args.extend(args.iter().map(|&arg| arg.to_owned()));
         self
     }
+
+    /// What every VM has has to be fetched and built; only who asks for it waits for that.
+    fn without_tools(&self) -> Option<&'static str> {
+        let wants = self.args.iter().any(|arg| arg.starts_with("--default-tool"));
+        (!wants).then_some("--no-default-tools")
+    }
 }
 
 #[derive(Debug)]
@@ -152,6 +158,7 @@ impl Platform {
             .arg(self.data_dir())
             .args(["--listen", "127.0.0.1:0", "--driver", self.setup.driver])
             .args(&self.setup.args)
+            .args(self.setup.without_tools())
             .env("NOTIFY_SOCKET", &notify)
             .stdin(Stdio::null())
             .stdout(words)

@@ -94,7 +94,7 @@ impl Platform {
         let bus: Arc<dyn EventBus> = Arc::new(LocalBus::new());
         let sessions = Sessions::default();
         let (keys, key) = gateway::keys(&dir, &*store).await?;
-        let tools = ToolsHere::open(&tools, &dir.tools())?;
+        let tools = ToolsHere::open(tools, dir.tools()).await?;
         let machines = Machines::open(&dir, &backend).await?;
         let kept = open_snapshots(dir.snapshots()).await?;
         let templates = match &snapshots.template_dir {

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use aether_api::{
@@ -26,7 +26,12 @@ pub(crate) struct ToolsHere {
 
 impl ToolsHere {
     /// `folder` is where they are kept unless the options say so.
-    pub(crate) fn open(options: &ToolOptions, folder: &Path) -> Result<Self, Failure> {
+    pub(crate) async fn open(options: ToolOptions, folder: PathBuf) -> Result<Self, Failure> {
+        let opened = tokio::task::spawn_blocking(move || Self::read(&options, &folder)).await;
+        opened.map_err(|error| Failure::internal("open the tools", &error))?
+    }
+
+    fn read(options: &ToolOptions, folder: &Path) -> Result<Self, Failure> {
         let folder = options.tools_dir.clone().unwrap_or_else(|| folder.to_owned());
         let config = ToolsConfig {
             catalogue: options.tools_catalogue.clone(),
@@ -222,12 +227,12 @@ mod tests {
     fn no_defaults_need_no_catalogue_and_unknown_ones_are_refused() {
         let folder = tempfile::tempdir().unwrap();
         let none = ToolOptions { no_default_tools: true, ..ToolOptions::default() };
-        assert_eq!(ToolsHere::open(&none, folder.path()).unwrap().defaults(), []);
+        assert_eq!(ToolsHere::read(&none, folder.path()).unwrap().defaults(), []);
         let unknown = ToolOptions {
             default_tools: vec!["no-such-tool".parse().unwrap()],
             ..ToolOptions::default()
         };
-        let failure = ToolsHere::open(&unknown, folder.path()).unwrap_err();
+        let failure = ToolsHere::read(&unknown, folder.path()).unwrap_err();
         assert_eq!((failure.exit, failure.code.as_str()), (Exit::Usage, "tool_not_found"));
     }
 }

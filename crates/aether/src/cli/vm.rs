@@ -270,10 +270,9 @@ fn describe(vm: &VmView) {
     let mut reach = vec![egress.to_owned()];
     reach.extend(vm.network.allow.iter().map(ToString::to_string));
     line("reaches", reach.join(", "));
-    for (index, tool) in vm.tools.iter().enumerate() {
+    for tool in &vm.tools {
         let verified = tool.verified_at.map_or_else(String::new, |at| format!(", verified {at}"));
-        let name = if index == 0 { "tools" } else { "" };
-        line(name, format!("{}{verified}", tools::in_words(tool)));
+        line("tool", format!("{}{verified}", tools::in_words(tool)));
     }
     for (key, value) in &vm.labels {
         line("label", format!("{key}={value}"));

@@ -3,31 +3,12 @@
 use insta::assert_snapshot;
 use serde_json::Value;
 
-use crate::{plain::plain, rig::Rig};
+use crate::{plain::session, rig::Rig};
 
 const WITH_TEMPLATE: (&[&str], &str) = (&["--json", "--pool", "none"], "\"event\":\"template\"");
 
 fn json(text: &str) -> Value {
     serde_json::from_str(text).unwrap()
-}
-
-/// Both streams of each command: what is told about the way, and what came of it.
-fn session(rig: &Rig, lines: &[&[&str]]) -> String {
-    let mut said = String::new();
-    for line in lines {
-        let output = rig.run(line);
-        said.extend(["$ aether ", &line.join(" "), "\n"]);
-        for stream in [&output.stderr, &output.stdout] {
-            let text = plain(&String::from_utf8_lossy(stream));
-            if !text.is_empty() {
-                said.extend([text.as_str(), "\n"]);
-            }
-        }
-        if !output.status.success() {
-            said.extend(["→ ", &output.status.code().unwrap().to_string(), "\n"]);
-        }
-    }
-    said
 }
 
 #[test]

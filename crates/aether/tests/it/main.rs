@@ -10,5 +10,6 @@ mod instant;
 mod plain;
 #[cfg(test)]
 mod rig;
+mod tools;
 #[cfg(test)]
 mod up;

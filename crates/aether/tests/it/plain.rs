@@ -1,5 +1,7 @@
 //! What the program says, without what differs from run to run.
 
+use crate::rig::Rig;
+
 pub(crate) fn plain(text: &str) -> String {
     let mut out: Vec<String> = Vec::new();
     // The steps of a start are the worker's business.
@@ -33,4 +35,23 @@ pub(crate) fn plain(text: &str) -> String {
         out.push(words.iter().enumerate().map(plain).collect::<Vec<_>>().join(" "));
     }
     out.join("\n")
+}
+
+/// Both streams of each command: what is told about the way, and what came of it.
+pub(crate) fn session(rig: &Rig, lines: &[&[&str]]) -> String {
+    let mut said = String::new();
+    for line in lines {
+        let output = rig.run(line);
+        said.extend(["$ aether ", &line.join(" "), "\n"]);
+        for stream in [&output.stderr, &output.stdout] {
+            let text = plain(&String::from_utf8_lossy(stream));
+            if !text.is_empty() {
+                said.extend([text.as_str(), "\n"]);
+            }
+        }
+        if !output.status.success() {
+            said.extend(["→ ", &output.status.code().unwrap().to_string(), "\n"]);
+        }
+    }
+    said
 }

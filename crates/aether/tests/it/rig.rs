@@ -48,7 +48,7 @@ impl Rig {
     pub(crate) fn restart(&mut self) {
         let mut child = command(&self.data())
             .args(["up", "--driver", "sim", "--listen", "127.0.0.1:0", "--log-level", "warn"])
-            .arg("--no-default-tools")
+            .args((!self.options.contains(&"--default-tool")).then_some("--no-default-tools"))
             .args(&self.options)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -141,6 +141,9 @@ pub(crate) fn command(data: &Path) -> Command {
         "AETHER_LISTEN",
         "AETHER_TEMPLATE_DIR",
         "AETHER_POOL",
+        "AETHER_DEFAULT_TOOLS",
+        "AETHER_NO_DEFAULT_TOOLS",
+        "AETHER_TOOLS_DIR",
         "NOTIFY_SOCKET",
     ] {
         command.env_remove(name);
