@@ -32,8 +32,8 @@ async fn burst() -> Result<()> {
     let bound = AT_ONCE.to_string();
     let platform = Platform::start(Setup::qemu().with(&["--max-starting", &bound]))?;
     platform.await_default_template().await?;
-    let each = processor_time(&platform).await?;
     let processors = std::thread::available_parallelism()?.get();
+    let each = processor_time(&platform, processors).await?;
     let mut medians = Times::default();
     for round in 0..samples(5) {
         medians.push(one_burst(&platform, round).await?);
@@ -67,20 +67,28 @@ async fn burst() -> Result<()> {
     Ok(())
 }
 
-/// Of one restore: of the platform and of its machine, until it runs.
-async fn processor_time(platform: &Platform) -> Result<Duration> {
+/// Of one restore: of the platform and of its machine, until it runs, while every processor has
+/// one to do, as in the burst: processors that share caches are slower together.
+async fn processor_time(platform: &Platform, processors: usize) -> Result<Duration> {
     let pid = platform.pid().context("it does not run")?.as_raw_pid();
     platform.create(&vm("first".into())).await?;
     platform.delete("first").await?;
     let mut times = Times::default();
-    for index in 0..5 {
-        let name = format!("cpu-{index}");
+    for round in 0..5 {
+        let names: Vec<_> = (0..processors).map(|index| format!("cpu-{round}-{index}")).collect();
         let before = used(pid)?;
-        platform.create(&vm(name.clone())).await?;
-        let machines = wire::processes_in(&platform.namespace()?)?;
-        let machine = machines.first().context("no machine")?.as_raw_pid();
-        times.push(used(pid)?.saturating_sub(before) + used(machine)?);
-        platform.delete(&name).await?;
+        let requests: Vec<_> = names.iter().cloned().map(vm).collect();
+        for created in join_all(requests.iter().map(|vm| platform.create(vm))).await {
+            created?;
+        }
+        let mut total = used(pid)?.saturating_sub(before);
+        for machine in wire::processes_in(&platform.namespace()?)? {
+            total += used(machine.as_raw_pid())?;
+        }
+        times.push(total / u32::try_from(processors)?);
+        for deleted in join_all(names.iter().map(|name| platform.delete(name))).await {
+            deleted?;
+        }
     }
     Ok(times.quantile(0.5))
 }

@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use aether_protocol::{AGENT_PORT, Run, Token, WriteFile, host};
+use aether_protocol::{AGENT_PORT, Configure, Run, Token, WriteFile, host};
 use anyhow::{Context, Result, bail, ensure};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde_json::{Value, json};
@@ -24,9 +24,15 @@ const READY_PORT: u16 = 1025;
 const HOST: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
 const GUEST: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 2);
 const GUEST_MAC: &str = "02:ae:00:00:00:02";
+/// Of the interface beside the private link.
+pub const NETWORK_MAC: &str = "02:ae:01:00:00:01";
 const HOST_MAC: &str = "02:ae:00:00:00:01";
 /// Far from what is usual.
-const LIMIT: Duration = Duration::from_mins(2);
+pub const LIMIT: Duration = Duration::from_mins(2);
+
+/// As a template's builder does, so that the files are in memory.
+const WARM_UP: &str =
+    "for it in sh bash; do $it -c 'ls -l / | cat; env'; done >/dev/null 2>&1; sync";
 
 /// How a bare machine begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -184,6 +190,22 @@ impl Bare {
             self.command_output(0, &["/bin/sh", "-c", "sync; echo ok"])? == b"o"[0],
             "no agent"
         );
+        self.keep(&machine)
+    }
+
+    /// Boots a machine with nothing in it but our agent, which does what a template's builder does,
+    /// and keeps it.
+    pub fn make_agent_snapshot(&self, words: Configure, last_words: Configure) -> Result<()> {
+        let (machine, _) = self.boot(From::KernelForSnapshot)?;
+        self.configure(words)?;
+        self.agent_run(&["/bin/sh", "-c", WARM_UP])?;
+        rest(Duration::from_secs(1));
+        self.configure(last_words)?;
+        rest(Duration::from_millis(200));
+        self.keep(&machine)
+    }
+
+    fn keep(&self, machine: &Machine) -> Result<()> {
         let mut qmp = Qmp::connect(&machine.qmp)?;
         qmp.capabilities(&["x-ignore-shared", "events"])?;
         let state = self.path("snapshot.state");
@@ -289,6 +311,30 @@ impl Bare {
         })
     }
 
+    /// Has our agent run a command to its end.
+    fn agent_run(&self, command: &[&str]) -> Result<()> {
+        self.runtime.block_on(async {
+            let run = Run {
+                command: command[0].to_owned(),
+                args: command[1..].iter().map(|&arg| arg.to_owned()).collect(),
+                ..Run::default()
+            };
+            let mut run = host::run(self.agent()?, &Token::from_bytes([0; 32]), run, LIMIT).await?;
+            while let host::RunEvent::Output { .. } = run.next().await? {}
+            Ok(())
+        })
+    }
+
+    /// Configures the guest in slot 0.
+    pub fn configure(&self, words: Configure) -> Result<()> {
+        self.runtime.block_on(async {
+            let token = Token::from_bytes([0; 32]);
+            let answer = host::configure(self.agent()?, &token, words, LIMIT).await?;
+            ensure!(answer.warnings.is_empty(), "{:?}", answer.warnings);
+            Ok(())
+        })
+    }
+
     /// A stream to the agent of the guest in slot 0. Within the runtime.
     fn agent(&self) -> Result<host::BoxStream> {
         let stream = self.dial(0, u16::try_from(AGENT_PORT)?)?;
@@ -382,7 +428,8 @@ impl Bare {
             .args(["-device", "virtio-blk-device,drive=d1"])
             .arg("-netdev")
             .arg(format!("tap,id=n1,ifname=net{slot},script=no,downscript=no"))
-            .args(["-device", "virtio-net-device,netdev=n1"])
+            .arg("-device")
+            .arg(format!("virtio-net-device,netdev=n1,mac={NETWORK_MAC}"))
             .arg("-netdev")
             .arg(format!("tap,id=n0,ifname=channel{slot},script=no,downscript=no"))
             .arg("-device")
@@ -449,6 +496,15 @@ impl Qmp {
         }
     }
 
+    /// Blocks of the guest's code that the emulator has translated.
+    pub fn translated_blocks(&mut self) -> Result<i64> {
+        let arguments = json!({ "command-line": "info jit" });
+        let text = self.execute("human-monitor-command", &arguments)?;
+        let text = text.as_str().context("no text")?;
+        let line = text.lines().find(|line| line.starts_with("TB count")).context("no count")?;
+        Ok(line["TB count".len()..].trim().split('/').next().unwrap_or_default().parse()?)
+    }
+
     fn capabilities(&mut self, names: &[&str]) -> Result<()> {
         let list: Vec<Value> =
             names.iter().map(|name| json!({ "capability": name, "state": true })).collect();
@@ -479,6 +535,12 @@ pub fn connect_soon(path: &Path) -> Result<UnixStream> {
             Err(_) => thread::sleep(Duration::from_millis(1)),
         }
     }
+}
+
+/// As long as the builder of a template.
+#[expect(clippy::disallowed_methods, reason = "nothing tells when a kernel has no more to do")]
+fn rest(time: Duration) {
+    thread::sleep(time);
 }
 
 /// What `aether image inspect` says.

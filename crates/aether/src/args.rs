@@ -1,6 +1,7 @@
 //! The command line, and the environment: everything that is configured from outside.
 
 mod template;
+mod tools;
 mod up;
 mod values;
 mod vm;
@@ -14,6 +15,7 @@ use clap::{ArgAction, Parser, Subcommand, ValueEnum};
 pub(crate) use template::{
     Pool, Snapshot, SnapshotCreate, SnapshotList, Template, TemplateBuild, TemplateList,
 };
+pub(crate) use tools::{ToolOptions, ToolVersions, Tools, ToolsBuild, ToolsPrune};
 pub(crate) use up::{Capacity, PoolChoice, PoolSpec, Snapshots, Up};
 use values::{parse_duration, parse_env};
 pub(crate) use vm::{Vm, VmAct, VmCreate, VmFork, VmList, VmNames, VmStop};
@@ -77,6 +79,9 @@ pub(crate) enum Command {
     /// See the machines that wait to become VMs
     #[command(subcommand)]
     Pool(Pool),
+    /// See, build and remove the tools that VMs can have
+    #[command(subcommand, visible_alias = "tool")]
+    Tools(Tools),
     /// Run a command in a VM
     Exec(Exec),
     /// Open a terminal in a VM

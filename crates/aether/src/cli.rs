@@ -20,6 +20,7 @@ pub(crate) mod task;
 pub(crate) mod template;
 mod template_file;
 mod terminal;
+pub(crate) mod tools;
 pub(crate) mod vm;
 
 use std::{
@@ -97,6 +98,23 @@ pub(crate) async fn wait_for_task(client: &Client, id: TaskId) -> Result<TaskVie
         if task.status.is_end() {
             return Ok(task);
         }
+    }
+}
+
+/// As [`wait_for_task`], and shows how far it is.
+async fn follow_task(
+    client: &Client,
+    id: TaskId,
+    progress: &mut build::BuildProgress,
+) -> Result<TaskView, Failure> {
+    let mut generation = 0;
+    loop {
+        let task = client.task_wait(id, generation, WAIT).await?;
+        progress.show_task(&task);
+        if task.status.is_end() {
+            return Ok(task);
+        }
+        generation = task.progress.as_ref().map_or(generation, |progress| progress.generation);
     }
 }
 

@@ -21,7 +21,7 @@ use aether_images::{ImageStore, SnapshotError, SnapshotStore};
 use aether_queue::{Queue, SqliteQueue};
 use aether_store::{Durability, SqliteStore, Store};
 use aether_streams::Sessions;
-use aether_types::{DriverKind, template::DEFAULT_TAG};
+use aether_types::{DriverKind, ToolRequest, template::DEFAULT_TAG};
 use aether_worker::{
     ImageSource, PoolConfig, Retention, ShutdownMode, ShutdownReport, Worker, WorkerConfig,
     WorkerParts,
@@ -29,13 +29,14 @@ use aether_worker::{
 use tokio::{net::TcpListener, time::Instant};
 
 use crate::{
-    args::{Backend, Capacity, DriverChoice, PoolChoice, PoolSpec, Snapshots},
+    args::{Backend, Capacity, DriverChoice, PoolChoice, PoolSpec, Snapshots, ToolOptions},
     datadir::LockedDataDir,
     default_template::{self, DefaultTemplate},
     exit::Exit,
     failure::{Failure, chain},
     gateway::{self, AdminKey, Gateway, ImageNames, Inputs},
     images::{SimulatedImages, StoredImages},
+    tools::ToolsHere,
 };
 
 /// What a platform is made from.
@@ -46,6 +47,7 @@ pub(crate) struct Plan {
     pub(crate) backend: Backend,
     pub(crate) capacity: Capacity,
     pub(crate) snapshots: Snapshots,
+    pub(crate) tools: ToolOptions,
 }
 
 /// Everything, running.
@@ -58,6 +60,8 @@ pub(crate) struct Platform {
     bus: Arc<dyn EventBus>,
     /// The image of the default template; `None`: there shall be none.
     template_image: Option<String>,
+    /// Of every VM, and so of the default template.
+    default_tools: Vec<ToolRequest>,
     /// None under the simulated driver.
     host: Option<Arc<Host>>,
     drivers: Vec<Capabilities>,
@@ -77,7 +81,7 @@ impl Platform {
     /// Opens the data directory's content and starts the parts, those first that others need.
     /// What fails leaves the rest as a crash would: the next start takes it over.
     pub(crate) async fn start(plan: Plan) -> Result<Self, Failure> {
-        let Plan { dir, listener, backend, capacity, snapshots } = plan;
+        let Plan { dir, listener, backend, capacity, snapshots, tools } = plan;
         let address = listener.local_addr().map_err(|e| Failure::io("read the address", &e))?;
         let store = SqliteStore::open(&dir.store(), Durability::default())
             .await
@@ -90,6 +94,7 @@ impl Platform {
         let bus: Arc<dyn EventBus> = Arc::new(LocalBus::new());
         let sessions = Sessions::default();
         let (keys, key) = gateway::keys(&dir, &*store).await?;
+        let tools = ToolsHere::open(&tools, &dir.tools())?;
         let machines = Machines::open(&dir, &backend).await?;
         let kept = open_snapshots(dir.snapshots()).await?;
         let templates = match &snapshots.template_dir {
@@ -107,7 +112,8 @@ impl Platform {
             images: Arc::clone(&machines.images),
             snapshots: kept,
             templates,
-            config: worker_config(&capacity, &snapshots),
+            tools: tools.tools.clone(),
+            config: worker_config(&capacity, &snapshots, backend.driver),
         })
         .await
         .map_err(|e| Failure::internal("start the worker", &e))?;
@@ -115,6 +121,7 @@ impl Platform {
         gateway::warn_of_weak(&drivers);
         let template_image = (!snapshots.no_default_template).then(|| backend.image.clone());
         let offer = gateway::Offer::new(machines.names, backend.image, &drivers, dir.path());
+        let default_tools = tools.defaults().to_vec();
         let gateway = gateway::start(Inputs {
             listener,
             store: Arc::clone(&store),
@@ -125,13 +132,26 @@ impl Platform {
             pools: worker.pools(),
             keys,
             offer,
+            tools,
             capacity: aether_store::Capacity {
                 vms_max: Some(capacity.max_vms),
                 starting_max: Some(capacity.max_starting),
             },
         })?;
         let host = machines.host;
-        Ok(Self { dir, address, gateway, worker, store, bus, template_image, host, drivers, key })
+        Ok(Self {
+            dir,
+            address,
+            gateway,
+            worker,
+            store,
+            bus,
+            template_image,
+            default_tools,
+            host,
+            drivers,
+            key,
+        })
     }
 
     pub(crate) fn dir(&self) -> &LockedDataDir {
@@ -173,10 +193,11 @@ impl Platform {
     /// Makes the default template ready, says what came of that, and completes if the gateway ends
     /// by itself, which it should not.
     pub(crate) async fn run(&mut self, told: impl FnOnce(&DefaultTemplate)) -> Failure {
-        let Self { gateway, worker, store, bus, template_image, drivers, .. } = self;
+        let Self { gateway, worker, store, bus, template_image, default_tools, drivers, .. } = self;
         let template = async {
             if let Some((image, driver)) = template_image.as_ref().zip(drivers.first()) {
-                told(&default_template::ensure(worker, store, bus, driver, image).await);
+                let spec = default_template::spec(image, driver, std::mem::take(default_tools));
+                told(&default_template::ensure(worker, store, bus, driver, spec).await);
             }
             std::future::pending::<Failure>().await
         };
@@ -217,8 +238,10 @@ async fn open_snapshots(root: PathBuf) -> Result<Arc<SnapshotStore>, Failure> {
         .map_err(|error: SnapshotError| Failure::new(error.code(), Exit::Failure, chain(&error)))
 }
 
-fn worker_config(capacity: &Capacity, snapshots: &Snapshots) -> WorkerConfig {
+fn worker_config(capacity: &Capacity, snapshots: &Snapshots, driver: DriverChoice) -> WorkerConfig {
     let config = WorkerConfig::default();
+    // A simulated guest has nothing that it puts off.
+    let is_real = driver != DriverChoice::Sim;
     WorkerConfig {
         retention: Retention {
             snapshots_per_vm_max: snapshots.snapshot_keep,
@@ -227,6 +250,7 @@ fn worker_config(capacity: &Capacity, snapshots: &Snapshots) -> WorkerConfig {
         },
         templates_are_shared: snapshots.template_dir.is_some(),
         pools: pools(config.pools, &capacity.pool),
+        template_rest: if is_real { config.template_rest } else { Duration::ZERO },
         ..config
     }
 }

@@ -74,6 +74,10 @@ impl DataDir {
         self.0.join("templates")
     }
 
+    pub(crate) fn tools(&self) -> PathBuf {
+        self.0.join("tools")
+    }
+
     fn listen(&self) -> PathBuf {
         self.0.join("listen")
     }

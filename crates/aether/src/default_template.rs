@@ -7,7 +7,7 @@ use aether_drivers::Capabilities;
 use aether_events::{Event, EventBus, Received};
 use aether_store::Store;
 use aether_types::{
-    Fault, Template, TemplateSpec, TemplateState, limits, template::DEFAULT_TEMPLATE,
+    Fault, Template, TemplateSpec, TemplateState, ToolRequest, limits, template::DEFAULT_TEMPLATE,
 };
 use aether_worker::Worker;
 use serde::Serialize;
@@ -36,8 +36,8 @@ pub(crate) enum State {
     Unavailable,
 }
 
-/// The default image in the default size, and nothing else in it.
-pub(crate) fn spec(image: &str, driver: &Capabilities) -> TemplateSpec {
+/// The default image in the default size with the default tools, and nothing else in it.
+pub(crate) fn spec(image: &str, driver: &Capabilities, tools: Vec<ToolRequest>) -> TemplateSpec {
     TemplateSpec {
         image: image.to_owned(),
         driver: driver.kind,
@@ -50,6 +50,7 @@ pub(crate) fn spec(image: &str, driver: &Capabilities) -> TemplateSpec {
         start: None,
         ready: None,
         network: aether_types::NetworkPolicy::default(),
+        tools,
     }
 }
 
@@ -60,7 +61,7 @@ pub(crate) async fn ensure(
     store: &Arc<dyn Store>,
     bus: &Arc<dyn EventBus>,
     driver: &Capabilities,
-    image: &str,
+    spec: TemplateSpec,
 ) -> DefaultTemplate {
     let begun = Instant::now();
     let answer = |state, reason| {
@@ -72,7 +73,7 @@ pub(crate) async fn ensure(
         tracing::info!(reason, "there is no default template; VMs boot");
         return answer(State::Unavailable, Some(reason));
     }
-    match ready(worker, store, bus, spec(image, driver)).await {
+    match ready(worker, store, bus, spec).await {
         Ok(()) => {
             let ms = begun.elapsed().as_millis();
             tracing::info!(ms, "the default template is ready");

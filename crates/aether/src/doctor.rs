@@ -14,7 +14,7 @@ use serde::Serialize;
 use tokio::{net::TcpListener, time::Instant};
 
 use crate::{
-    args::{Backend, Capacity, Doctor, DriverChoice, Global, PoolChoice, Snapshots},
+    args::{Backend, Capacity, Doctor, DriverChoice, Global, PoolChoice, Snapshots, ToolOptions},
     cli,
     compose::{self, Plan, Platform},
     datadir::DataDir,
@@ -145,7 +145,8 @@ async fn try_here(backend: Backend, findings: &mut Findings) -> Result<(), Failu
     // One VM, and another from its snapshot; nothing else begins.
     let capacity = Capacity { max_vms: 2, max_starting: 2, pool: vec![PoolChoice::None] };
     let snapshots = Snapshots { no_default_template: true, ..Snapshots::default() };
-    let plan = Plan { dir, listener, backend, capacity, snapshots };
+    let tools = ToolOptions { no_default_tools: true, ..ToolOptions::default() };
+    let plan = Plan { dir, listener, backend, capacity, snapshots, tools };
     let platform = match Box::pin(Platform::start(plan)).await {
         Ok(platform) => platform,
         Err(failure) => {

@@ -21,7 +21,7 @@ use aether_types::{DriverKind, limits};
 use tokio::{net::TcpListener, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 
-use crate::{compose, datadir::LockedDataDir, exit::Exit, failure::Failure};
+use crate::{compose, datadir::LockedDataDir, exit::Exit, failure::Failure, tools::ToolsHere};
 
 const KEY_NAME: &str = "admin";
 
@@ -82,6 +82,7 @@ pub(crate) struct Inputs {
     pub(crate) pools: Arc<dyn Pools>,
     pub(crate) keys: KeyRing,
     pub(crate) offer: Offer,
+    pub(crate) tools: ToolsHere,
     pub(crate) capacity: Capacity,
 }
 
@@ -92,8 +93,19 @@ pub(crate) struct Gateway {
 }
 
 pub(crate) fn start(inputs: Inputs) -> Result<Gateway, Failure> {
-    let Inputs { listener, store, queue, bus, sessions, links, pools, keys, offer, capacity } =
-        inputs;
+    let Inputs {
+        listener,
+        store,
+        queue,
+        bus,
+        sessions,
+        links,
+        pools,
+        keys,
+        offer,
+        tools,
+        capacity,
+    } = inputs;
     let address = listener.local_addr().map_err(|e| Failure::io("read the address", &e))?;
     let gateway = aether_gateway::Gateway::new(GatewayParts {
         store,
@@ -103,6 +115,7 @@ pub(crate) fn start(inputs: Inputs) -> Result<Gateway, Failure> {
         links,
         pools,
         catalogue: Arc::new(offer),
+        tools: Arc::new(tools),
         keys,
         probes: vec![("workers".to_owned(), Arc::new(WorkerHere) as Arc<dyn Probe>)],
         hosts: HostCheck::for_listener(address),

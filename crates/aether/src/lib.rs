@@ -27,6 +27,7 @@ mod logging;
 mod notify;
 mod output;
 mod signals;
+mod tools;
 mod up;
 
 use std::process::ExitCode;
@@ -68,6 +69,7 @@ fn runtime(command: &Command) -> Result<tokio::runtime::Runtime, Failure> {
         | Command::Snapshot(_)
         | Command::Template(_)
         | Command::Pool(_)
+        | Command::Tools(_)
         | Command::Exec(_)
         | Command::Shell(_)
         | Command::Cp(_)
@@ -87,6 +89,7 @@ async fn run(args: Args) -> Result<Exit, Failure> {
         Command::Snapshot(snapshot) => cli::snapshot::run(&global, snapshot).await,
         Command::Template(template) => cli::template::run(&global, template).await,
         Command::Pool(pool) => cli::pool::run(&global, pool).await,
+        Command::Tools(tools) => cli::tools::run(&global, tools).await,
         Command::Exec(exec) => cli::exec::run(&global, exec).await,
         Command::Shell(shell) => cli::shell::run(&global, shell).await,
         Command::Cp(cp) => cli::cp::run(&global, cp).await,

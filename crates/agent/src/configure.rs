@@ -30,12 +30,13 @@ pub(crate) fn configure(
     check(request)?;
     let interfaces = net::Plan::of(&request.interfaces)?;
     let guest = &agent.guest;
-    let mut devices = guest.devices.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut known = guest.known.lock().unwrap_or_else(PoisonError::into_inner);
     if own.is_ended() {
         let message = "the guest was restored by another connection meanwhile";
         return Err(Fail::new(ErrorCode::Unauthorized, message));
     }
     let mut warnings = Vec::new();
+    let state = guest.begin_configuration(|| agent.registry.active() == 0 && guest.is_alone());
     if agent.place == Place::Machine {
         // First of all: a clone must not make one key with its siblings' state.
         if !request.entropy.is_empty() {
@@ -46,11 +47,12 @@ pub(crate) fn configure(
         if let Some(unix_time_ns) = request.unix_time_ns {
             set_clock(unix_time_ns)?;
         }
-        net::apply(&interfaces, request.restored, &mut devices)?;
+        let how = net::How { is_restored: request.restored, is_known: state.is_as_configured };
+        net::apply(&interfaces, how, &mut known.devices)?;
     }
     // Nobody but a process can hold a connection.
     if request.restored
-        && !guest.is_alone()
+        && !state.is_alone
         && let Err(errno) = net::end_connections(agent.link())
     {
         warnings.push(format!("end connections: {errno}"));
@@ -61,7 +63,11 @@ pub(crate) fn configure(
         None if request.restored => guest.set_env(Vec::new()),
         None => {}
     }
-    name(agent.place, request, &mut warnings)?;
+    name(agent.place, request, |path, text| {
+        if let Err(error) = known.texts.write(path, text, state.is_as_configured) {
+            warnings.push(format!("write {path}: {error}"));
+        }
+    })?;
     let layers = apply_layers(agent, request)?;
     if let Some(token) = request.new_token.as_deref().and_then(Token::from_slice) {
         agent.set_token(token);
@@ -70,7 +76,7 @@ pub(crate) fn configure(
         let boot_id = guest.new_boot_id().map_err(Fail::io("read random bytes"))?;
         agent.become_another(boot_id, own);
     }
-    Ok(Configured { warnings, boot_id: agent.boot_id(), layers })
+    Ok(Configured { warnings, boot_id: agent.boot_id(), layers, kept_open: true })
 }
 
 /// How many layers the guest has then. A container's were put on its `/usr` before it began.
@@ -87,12 +93,7 @@ fn apply_layers(agent: &Agent, request: &Configure) -> Result<u32, Fail> {
 }
 
 /// Names and addresses in the kernel and in `/etc`.
-fn name(place: Place, request: &Configure, warnings: &mut Vec<String>) -> Result<(), Fail> {
-    let mut write = |path: &str, text: &str| {
-        if let Err(error) = etc::write_text(path, text) {
-            warnings.push(format!("write {path}: {error}"));
-        }
-    };
+fn name(place: Place, request: &Configure, mut write: impl FnMut(&str, &str)) -> Result<(), Fail> {
     if let Some(machine_id) = &request.machine_id {
         write("/etc/machine-id", &format!("{machine_id}\n"));
     }

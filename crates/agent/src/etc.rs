@@ -1,10 +1,15 @@
 //! The few files in `/etc` that say which VM this is.
+//!
+//! They are links to files in memory, which stay open: a clone that is told who it is changes them
+//! without a look at the disk's file system. A file that took the place of a link, as editors leave
+//! one, is replaced like any other old text; where a link cannot be made, the file itself is changed.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
-use std::path::Path;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _, PermissionsExt as _, symlink};
+use std::path::{Path, PathBuf};
 
 use aether_protocol::{Dns, Hosts};
 
@@ -38,8 +43,89 @@ pub(crate) fn resolver_text(dns: &Dns) -> String {
     text
 }
 
-/// Makes a file have this text. Whoever reads it meanwhile sees the old text or the new.
-pub(crate) fn write_text(path: &str, text: &str) -> io::Result<()> {
+/// Files that were written before.
+#[derive(Debug)]
+pub(crate) struct Texts {
+    /// Where they are, in memory.
+    directory: PathBuf,
+    kept: BTreeMap<String, Kept>,
+}
+
+#[derive(Debug)]
+struct Kept {
+    file: File,
+    text: String,
+    /// To which the name in `/etc` leads.
+    target: PathBuf,
+}
+
+impl Default for Texts {
+    fn default() -> Self {
+        Self::new("/run/aether-etc".into())
+    }
+}
+
+impl Texts {
+    fn new(directory: PathBuf) -> Self {
+        Self { directory, kept: BTreeMap::new() }
+    }
+
+    /// Makes a file have this text. Whoever reads it meanwhile sees the old text or the new.
+    /// `is_known`: nobody can have replaced it since.
+    pub(crate) fn write(&mut self, path: &str, text: &str, is_known: bool) -> io::Result<()> {
+        if let Some(kept) = self.kept.get_mut(path)
+            && (is_known || fs::read_link(path).is_ok_and(|target| target == kept.target))
+        {
+            return kept.change(text);
+        }
+        match self.keep(path, text) {
+            Ok(kept) => {
+                self.kept.insert(path.to_owned(), kept);
+                Ok(())
+            }
+            // A container's engine has mounted its own there, or the directory cannot be made.
+            Err(_) => write_text(path, text),
+        }
+    }
+
+    fn keep(&self, path: &str, text: &str) -> io::Result<Kept> {
+        let path = Path::new(path);
+        let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
+        fs::create_dir_all(&self.directory)?;
+        let target = self.directory.join(name);
+        let flags = libc::O_NOFOLLOW | libc::O_CLOEXEC;
+        let mut options = File::options();
+        let options = options.write(true).create(true).truncate(true).custom_flags(flags);
+        let file = options.open(&target)?;
+        file.set_permissions(fs::Permissions::from_mode(0o644))?;
+        let mut kept = Kept { file, text: String::new(), target };
+        kept.change(text)?;
+        if !fs::read_link(path).is_ok_and(|target| target == kept.target) {
+            let temporary = path.with_extension("aether-new");
+            let _ = fs::remove_file(&temporary);
+            symlink(&kept.target, &temporary)?;
+            fs::rename(&temporary, path).inspect_err(|_| drop(fs::remove_file(&temporary)))?;
+        }
+        Ok(kept)
+    }
+}
+
+impl Kept {
+    fn change(&mut self, text: &str) -> io::Result<()> {
+        if self.text == text {
+            return Ok(());
+        }
+        self.file.write_all_at(text.as_bytes(), 0)?;
+        if text.len() < self.text.len() {
+            self.file.set_len(text.len() as u64)?;
+        }
+        text.clone_into(&mut self.text);
+        Ok(())
+    }
+}
+
+/// Makes a file have this text in its place.
+fn write_text(path: &str, text: &str) -> io::Result<()> {
     match overwrite(path, text) {
         Ok(true) => Ok(()),
         // Not there, a link, or not a file of the usual kind.
@@ -94,6 +180,44 @@ mod tests {
         let entry = HostsEntry { address: "10.0.0.9".into(), names: vec!["git".into()] };
         let text = hosts_text(Some("vm"), Some(&Hosts { entries: vec![entry] }));
         assert!(text.ends_with("127.0.1.1 vm\n10.0.0.9 git\n"));
+    }
+
+    #[test]
+    fn a_name_leads_to_a_file_in_memory_that_is_changed_in_its_place() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("hosts");
+        let name = path.to_str().unwrap();
+        let mut texts = Texts::new(directory.path().join("memory/etc"));
+        fs::write(&path, "of the image, and longer than what follows").unwrap();
+        for text in ["one\n", "longer than one\n", "short\n", "short\n", ""] {
+            texts.write(name, text, false).unwrap();
+            assert!(path.is_symlink());
+            assert_eq!(fs::read_to_string(&path).unwrap(), text);
+        }
+        // An editor has put a file in the place of the link.
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, "edited").unwrap();
+        texts.write(name, "new\n", false).unwrap();
+        assert!(path.is_symlink());
+        assert_eq!(fs::read_to_string(&path).unwrap(), "new\n");
+        // Another agent of the same guest, which has nothing open.
+        let mut texts = Texts::new(directory.path().join("memory/etc"));
+        texts.write(name, "n\n", false).unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "n\n");
+        let left = fs::read_dir(directory.path()).unwrap().count();
+        assert_eq!(left, 2, "the link and the directory in memory");
+    }
+
+    #[test]
+    fn where_no_link_can_be_made_the_file_is_changed() {
+        let directory = tempfile::tempdir().unwrap();
+        let blocked = directory.path().join("file");
+        fs::write(&blocked, "").unwrap();
+        let path = directory.path().join("hosts");
+        let mut texts = Texts::new(blocked.join("etc"));
+        texts.write(path.to_str().unwrap(), "text\n", false).unwrap();
+        assert!(!path.is_symlink());
+        assert_eq!(fs::read_to_string(&path).unwrap(), "text\n");
     }
 
     #[test]

@@ -4,12 +4,14 @@ use std::fs::{self, File};
 use std::io::{self, Read as _};
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::FileExt as _;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError, RwLock};
 
 use aether_protocol::EnvVar;
 use rustix::io::Errno;
 use rustix::process::{WaitId, WaitIdOptions, waitid};
 
+use crate::etc::Texts;
 use crate::layers::Mounted;
 use crate::net::KnownDevices;
 use crate::sys;
@@ -19,8 +21,11 @@ use crate::sys;
 pub(crate) struct Guest {
     env: RwLock<Vec<EnvVar>>,
     /// Held while the guest is configured: two at once would interleave.
-    pub(crate) devices: Mutex<KnownDevices>,
-    /// Changed under the lock of the devices only.
+    pub(crate) known: Mutex<Known>,
+    /// No command has run since the guest was configured, while nothing else was alive in it: its
+    /// network is what it was made then.
+    is_as_configured: AtomicBool,
+    /// Changed under the lock of what is known only.
     pub(crate) layers: Mutex<Mounted>,
     /// The kernel's random generator. It stays open, so that a restored guest need not open it.
     random: OnceLock<File>,
@@ -28,7 +33,31 @@ pub(crate) struct Guest {
     children: OnceLock<Option<File>>,
 }
 
+/// What stays at hand from one configuration to the next.
+#[derive(Debug, Default)]
+pub(crate) struct Known {
+    pub(crate) devices: KnownDevices,
+    pub(crate) texts: Texts,
+}
+
 impl Guest {
+    /// A command is in the registry and about to run.
+    pub(crate) fn will_run(&self) {
+        self.is_as_configured.store(false, Ordering::SeqCst);
+    }
+
+    /// Whether the guest is as it was configured last. From now on it is being configured:
+    /// `is_alone` says that nobody else can change it, unless a command comes.
+    pub(crate) fn begin_configuration(&self, is_alone: impl FnOnce() -> bool) -> State {
+        // In this order: a command that is not seen below comes after this and takes it back.
+        let is_as_configured = self.is_as_configured.swap(true, Ordering::SeqCst);
+        let is_alone = is_alone();
+        if !is_alone {
+            self.will_run();
+        }
+        State { is_alone, is_as_configured: is_alone && is_as_configured }
+    }
+
     pub(crate) fn set_env(&self, vars: Vec<EnvVar>) {
         *self.env.write().unwrap_or_else(PoisonError::into_inner) = vars;
     }
@@ -75,6 +104,15 @@ impl Guest {
     pub(crate) fn env(&self) -> Vec<EnvVar> {
         self.env.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
+}
+
+/// What may have happened to a guest since it was configured.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct State {
+    /// No process is there but ours.
+    pub(crate) is_alone: bool,
+    /// And none has been since the last configuration.
+    pub(crate) is_as_configured: bool,
 }
 
 /// Time since the machine started.

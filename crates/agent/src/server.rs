@@ -13,7 +13,7 @@ use std::time::Instant;
 
 use aether_protocol::limits::{CONNECTIONS_MAX, HANDSHAKE_LIMIT};
 use aether_protocol::{
-    Done, ErrorCode, Failed, FromGuest, Pong, Refused, RequestBody, RequestError, Runs,
+    Configure, Done, ErrorCode, Failed, FromGuest, Pong, Refused, RequestBody, RequestError, Runs,
     TOKEN_BYTES, ToGuestBody, Token, Welcome, check_request, handshake,
 };
 use rustix::io::Errno;
@@ -264,20 +264,48 @@ impl Server {
 }
 
 fn serve_connection(agent: &Agent, mut conn: Conn) -> Thread {
-    match open(agent, &mut conn) {
-        Ok(Some((generation, request))) => {
+    loop {
+        let (generation, request) = match open(agent, &mut conn) {
+            Ok(Some(opened)) => opened,
+            // Gone, or too slow, before it had asked for anything.
+            Ok(None) => return Thread::IsFree,
+            Err(refused) => {
+                conn.queue(refused);
+                conn.finish();
+                return Thread::IsFree;
+            }
+        };
+        if let RequestBody::Configure(configure) = request {
+            match be_configured(agent, conn, generation, &configure) {
+                Some(kept) => conn = kept,
+                None => return Thread::IsFree,
+            }
+        } else {
             let after = after(&request);
             dispatch(agent, conn, generation, request);
             return after;
         }
-        // Gone, or too slow, before it had asked for anything.
-        Ok(None) => {}
-        Err(refused) => {
-            conn.queue(refused);
+    }
+}
+
+/// Gives the connection back for another request: to end it now and to begin another one is a good
+/// part of what a command costs a guest that was just restored.
+fn be_configured(
+    agent: &Agent,
+    mut conn: Conn,
+    generation: u32,
+    request: &Configure,
+) -> Option<Conn> {
+    let answer = configure::configure(agent, conn.socket(), request);
+    conn.queue(agent.welcome(generation));
+    match answer {
+        Ok(configured) => conn.send(configured).is_ok().then_some(conn),
+        Err(fail) => {
+            conn.queue(Failed::from(fail));
             conn.finish();
+            None
         }
     }
-    Thread::IsFree
 }
 
 /// What a request leaves of its thread: files are touched with the rights of their user.
@@ -375,9 +403,8 @@ fn dispatch(agent: &Agent, mut conn: Conn, generation: u32, request: RequestBody
         }
         .into()),
         RequestBody::ListRuns(_) => Ok(Runs { runs: agent.registry.list() }.into()),
-        RequestBody::Configure(configure) => {
-            configure::configure(agent, conn.socket(), &configure).map(Into::into)
-        }
+        // Is answered before it comes here, on a connection that goes on.
+        RequestBody::Configure(_) => return,
         RequestBody::List(list) => files::list(&list).map(Into::into),
         RequestBody::Stat(stat) => files::stat(&stat).map(Into::into),
         RequestBody::Mkdir(mkdir) => files::mkdir(&mkdir).map(Into::into),

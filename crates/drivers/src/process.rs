@@ -66,6 +66,16 @@ pub(crate) struct Launch {
     pub(crate) identity: Option<Identity>,
     /// Both output streams; see [`bounded_log`].
     pub(crate) log: Option<File>,
+    pub(crate) page_size: PageSize,
+}
+
+/// Of what size a program's memory is given to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum PageSize {
+    /// As it asks.
+    Any,
+    /// Not more than it touches: large pages round up what many programs have little of.
+    Small,
 }
 
 /// Where `/proc` says that a process began: with its number, its identity until the next boot.
@@ -220,6 +230,10 @@ pub(crate) fn spawn(
 
     let mut command = Command::new(&launch.program);
     command.args(&launch.args).env_clear().stdin(Stdio::null());
+    if launch.page_size == PageSize::Small {
+        // One heap for all threads, of glibc's.
+        command.env("MALLOC_ARENA_MAX", "1");
+    }
     match &launch.log {
         Some(log) => {
             let copy = || log.try_clone().map(Stdio::from);
@@ -237,6 +251,7 @@ pub(crate) fn spawn(
         directory: launch.directory.as_raw_fd(),
         netns: launch.netns.as_ref().map(AsRawFd::as_raw_fd),
         identity: launch.identity.clone(),
+        page_size: launch.page_size,
     };
     // SAFETY: the closure runs between fork and exec and calls only async-signal-safe functions
     // (system calls) on memory that was allocated before the fork; it allocates nothing.
@@ -310,6 +325,7 @@ struct Child {
     directory: RawFd,
     netns: Option<RawFd>,
     identity: Option<Identity>,
+    page_size: PageSize,
 }
 
 #[expect(unsafe_code, reason = "system calls of a child before exec; std and rustix may allocate")]
@@ -324,6 +340,10 @@ impl Child {
             check(libc::fchdir(self.directory))?;
             if let Some(netns) = self.netns {
                 check(libc::setns(netns, libc::CLONE_NEWNET))?;
+            }
+            if self.page_size == PageSize::Small {
+                // To save memory, and no more: a kernel that does not know it gives large ones.
+                let _ = libc::prctl(libc::PR_SET_THP_DISABLE, 1, 0, 0, 0);
             }
             let core = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
             check(libc::setrlimit(libc::RLIMIT_CORE, &raw const core))?;
@@ -501,6 +521,7 @@ mod tests {
             netns: None,
             identity: None,
             log,
+            page_size: PageSize::Any,
         }
     }
 

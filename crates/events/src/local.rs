@@ -57,7 +57,7 @@ mod tests {
     fn event() -> Event {
         Event::Task {
             task_id: TaskId::new(),
-            vm_id: VmId::new(),
+            vm_id: Some(VmId::new()),
             state: TaskState::Completed,
             at: Timestamp::from_unix_ms(0),
         }

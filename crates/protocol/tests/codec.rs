@@ -75,7 +75,7 @@ fn from_guest() -> impl Strategy<Value = FromGuest> {
             Output { stream: Stream::Stderr.into(), offset, data }.into()
         }),
         (vec(".*", 0..4), ".*").prop_map(|(warnings, boot_id)| {
-            Configured { warnings, boot_id, ..Configured::default() }.into()
+            Configured { warnings, boot_id, kept_open: true, layers: 2 }.into()
         }),
         (any::<Option<i32>>(), any::<Option<i32>>(), any::<u64>()).prop_map(
             |(exit_code, signal, duration_us)| {

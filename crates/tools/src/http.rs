@@ -12,9 +12,9 @@ use crate::checksum::Checksum;
 
 const CONNECT_TIME_LIMIT: Duration = Duration::from_secs(20);
 /// Longest wait for the next bytes.
-const READ_TIME_LIMIT: Duration = Duration::from_secs(60);
+const READ_TIME_LIMIT: Duration = Duration::from_mins(1);
 /// Longest wait for all of a listing.
-const LISTING_TIME_LIMIT: Duration = Duration::from_secs(120);
+const LISTING_TIME_LIMIT: Duration = Duration::from_mins(2);
 /// The listing of a package with thousands of versions is 20 MiB.
 const LISTING_BYTES_MAX: usize = 128 << 20;
 const TRIES: usize = 3;

@@ -100,10 +100,10 @@ impl Mirror {
         }
         let mut entries = Vec::new();
         for name in file_names(&folder).map_err(|error| error.to_string())? {
-            if !name.ends_with(".json") {
+            let path = folder.join(name);
+            if path.extension().is_none_or(|kind| kind != "json") {
                 continue;
             }
-            let path = folder.join(name);
             let bytes = fs::read(&path).map_err(|error| format!("{}: {error}", path.display()))?;
             let entry: Entry = serde_json::from_slice(&bytes)
                 .map_err(|error| format!("{}: {error}", path.display()))?;

@@ -167,10 +167,8 @@ impl Tools {
         for request in requests {
             self.0.catalogue.find(&request.name)?;
         }
-        let mut resolved = Vec::new();
-        for request in requests {
-            resolved.push(self.0.resolve(request, base, progress).await?);
-        }
+        let resolved = requests.iter().map(|request| self.0.resolve(request, base, progress));
+        let resolved = futures::future::try_join_all(resolved).await?;
         let layers = resolved.iter().map(|known| self.0.layer(known, base, builder, progress));
         let layers = futures::future::try_join_all(layers).await?;
         if let Some(budget) = self.0.config.budget_bytes {
@@ -338,7 +336,7 @@ impl Inner {
         let (resolved, resolved_at) = match locked {
             Locked::Fresh(resolved, at) => (resolved, at),
             Locked::Old(resolved, at) => {
-                self.say(progress, &recipe.name, &resolved.version, "resolve");
+                say(progress, &recipe.name, &resolved.version, "resolve");
                 match self.sources.resolve(&recipe, &asked, &wanted, base).await {
                     Ok(newer) => (newer, Timestamp::now()),
                     Err(error) => {
@@ -349,7 +347,7 @@ impl Inner {
                 }
             }
             Locked::None => {
-                self.say(progress, &recipe.name, &asked, "resolve");
+                say(progress, &recipe.name, &asked, "resolve");
                 let resolved = self.sources.resolve(&recipe, &asked, &wanted, base).await?;
                 (resolved, Timestamp::now())
             }
@@ -415,20 +413,14 @@ impl Inner {
         let store = Arc::clone(&self.store);
         blocking(move || store.prune(keep_bytes)).await
     }
+}
 
-    fn say(
-        &self,
-        progress: &(dyn Fn(ToolEvent) + Send + Sync),
-        tool: &str,
-        version: &str,
-        stage: &str,
-    ) {
-        progress(ToolEvent::Stage {
-            tool: tool.to_owned(),
-            version: version.to_owned(),
-            stage: stage.to_owned(),
-        });
-    }
+fn say(progress: &(dyn Fn(ToolEvent) + Send + Sync), tool: &str, version: &str, stage: &str) {
+    progress(ToolEvent::Stage {
+        tool: tool.to_owned(),
+        version: version.to_owned(),
+        stage: stage.to_owned(),
+    });
 }
 
 impl Known {

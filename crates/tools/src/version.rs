@@ -186,7 +186,8 @@ impl Wanted {
 
     /// The versions closest to what was asked for, closest first, no two of one text.
     pub(crate) fn nearest(&self, offered: &[Version], count: usize) -> Vec<String> {
-        let target = self.target().unwrap_or_default();
+        // Nothing is as close to no number at all as the newest.
+        let target = self.target().unwrap_or_else(|| vec![u64::MAX]);
         // By the first number that differs; what follows it says nothing of how close one is.
         let distance = |version: &Version| {
             let number = |place| target.get(place).copied().unwrap_or(0);

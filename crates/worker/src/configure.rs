@@ -98,7 +98,7 @@ impl Core {
         let tokens = [before.token, token, before.token];
         let to = Agent { driver, machine, limit: self.parts.config.guest_limit };
         let asked = to.configure(&tokens, &words, None, None).await;
-        let configured = asked.map_err(|e| Failure::ask(&e))?;
+        let (configured, _kept) = asked.map_err(|e| Failure::ask(&e))?;
         known_boot(&configured)?;
         Ok(configured.boot_id)
     }
@@ -116,6 +116,18 @@ impl Core {
         let words = Configure { machine_id: None, layers: guest.layers(), ..identity };
         let tokens = [&guest.token, &guest.token];
         self.configure(guest, &tokens, words, connection, None).await
+    }
+
+    /// Leaves the guest's interface without an address, as a template's snapshot has it.
+    pub(crate) async fn take_addresses(
+        &self,
+        guest: &Guest,
+        network: &GuestNetwork,
+    ) -> Result<(), Failure> {
+        let bare =
+            Interface { addresses: Vec::new(), gateways: Vec::new(), ..interface(network, None) };
+        let words = Configure { interfaces: vec![bare], ..Configure::default() };
+        self.configure(guest, &[&guest.token], words, None, None).await
     }
 
     /// Best effort: a guest that does not answer now has the time of its pause, and nothing else.
@@ -157,7 +169,7 @@ impl Core {
             limit: self.parts.config.guest_limit,
         };
         let asked = to.configure(tokens, &words, connection, clock).await;
-        let configured = asked.map_err(|error| Failure::ask(&error))?;
+        let (configured, kept) = asked.map_err(|error| Failure::ask(&error))?;
         for warning in &configured.warnings {
             tracing::warn!(vm.id = %guest.id, warning, "the guest is not wholly configured");
         }
@@ -167,6 +179,7 @@ impl Core {
         }
         known_boot(&configured)?;
         guest.set_boot_id(&configured.boot_id);
+        guest.keep_early(kept);
         known_layers(&words, &configured)
     }
 
@@ -214,7 +227,7 @@ impl Agent<'_> {
         words: &Configure,
         mut connection: Option<BoxStream>,
         mut clock: Option<&mut PhaseClock>,
-    ) -> Result<Configured, AskError> {
+    ) -> Result<(Configured, Option<BoxStream>), AskError> {
         let mut left = tokens.len();
         for token in tokens {
             left -= 1;
@@ -230,7 +243,7 @@ impl Agent<'_> {
                 Err(error) => return Err(AskError::Connect(fault::from_driver(&error))),
             };
             let words = Configure { unix_time_ns: Some(unix_time_ns()), ..words.clone() };
-            let answer = host::configure(stream, token, words, limit).await;
+            let answer = host::configure_and_keep(stream, token, words, limit).await;
             mark(&mut clock, "configure");
             match answer {
                 Err(error) if left > 0 && may_be_elsewhere(&error) => {

@@ -254,7 +254,7 @@ impl Core {
         spare: Spare,
     ) -> Result<GuestNetwork, Failure> {
         let vm = starting.vm;
-        let Spare { machine, driver, token, network, boot_id, layers, connections } = spare;
+        let Spare { machine, driver, token, network, boot_id, layers, connection } = spare;
         // Known before it is the VM's, so that whoever gives up deletes it.
         self.guests.set_machine(vm.id, machine);
         let guest = Guest::new(vm.id, machine, driver, token);
@@ -265,8 +265,6 @@ impl Core {
             added.map_err(|e| Failure::driver(&e, vm.id))?;
             guest.set_layers(toolset::places(&wanted)?);
         }
-        let mut connections = connections.into_iter();
-        let (first, second) = (connections.next(), connections.next());
         // Rules that are the VM's own are there before it runs. Else only the record is to be
         // made; until then the machine is a spare one that a next start of the worker removes.
         let has_rules = vm.spec.network != NetworkPolicy::default();
@@ -289,11 +287,10 @@ impl Core {
             Ok(took)
         };
         // The words are on their way before the guest runs, which hears them first of all.
-        let configure = self.configure_claimed(vm, &guest, &network, first);
+        let configure = self.configure_claimed(vm, &guest, &network, connection);
         let (took, ()) = tokio::try_join!(resume, configure)?;
         starting.clock.take(&[Phase { name: "resume", took }]);
         starting.clock.mark("configure");
-        guest.keep_early(second);
         self.admit(guest);
         Ok(network)
     }
@@ -463,8 +460,8 @@ impl Core {
         driver.start(id, Start::Restore(sealed.files.clone()), limit).await.map_err(failed)?;
         turn.pass().await;
         let boot_id = self.configure_spare(&driver, id, &network, &token, sealed.before()).await?;
-        let connections = Vec::new();
-        Ok(Spare { machine: id, driver, token, network, boot_id, layers, connections })
+        let connection = None;
+        Ok(Spare { machine: id, driver, token, network, boot_id, layers, connection })
     }
 }
 

@@ -119,6 +119,9 @@ pub struct WorkerConfig {
     pub stop_grace: Duration,
     /// One exchange with a guest's agent, connection included.
     pub guest_limit: Duration,
+    /// How long the guest of a template comes to rest before its snapshot: what its kernel puts off
+    /// after a boot, and what the last command leaves, is then done once, and not in every clone.
+    pub template_rest: Duration,
     /// A guest that lost a connection has this long to answer again before its command is given
     /// up. With what an exchange takes, a lost guest is reported within two seconds.
     pub reattach_limit: Duration,
@@ -145,6 +148,7 @@ impl Default for WorkerConfig {
             start_limit: Duration::from_mins(2),
             stop_grace: Duration::from_secs(10),
             guest_limit: Duration::from_secs(10),
+            template_rest: Duration::from_secs(1),
             reattach_limit: Duration::from_millis(1500),
             retention: Retention::default(),
             templates_are_shared: false,

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use aether_types::{DriverKind, SnapshotState, TemplateState};
+use aether_types::{DriverKind, SnapshotState, TemplateState, ToolRequest};
 use clap::{ArgAction, Subcommand};
 
 use super::values::{long, parse_env};
@@ -101,6 +101,7 @@ Limits:
   run        100 steps of 128 KiB; each 600 s, in a file up to 3600 s
   copy       100 files of UTF-8 text, 1 MiB in all
   ready      60 s, in a file up to 3600 s
+  tool       32, the defaults included
   the whole  2 hours";
 
 #[derive(Debug, clap::Args)]
@@ -110,6 +111,7 @@ pub(crate) struct TemplateBuild {
     /// --tag and --env
     #[arg(long, short, value_name = "FILE", conflicts_with_all = [
         "image", "driver", "vcpus", "memory", "disk", "run", "copy", "start", "ready",
+        "tools", "no_default_tools",
     ])]
     pub(crate) file: Option<PathBuf>,
     #[arg(long, required_unless_present = "file")]
@@ -144,6 +146,13 @@ pub(crate) struct TemplateBuild {
     /// The template is ready when this succeeds
     #[arg(long, value_name = "COMMAND")]
     pub(crate) ready: Option<String>,
+    /// A tool besides the defaults, or another version of one: NAME, NAME@VERSION; may be given
+    /// several times
+    #[arg(long = "tool", value_name = "TOOL", action = ArgAction::Append)]
+    pub(crate) tools: Vec<ToolRequest>,
+    /// Only the tools that --tool names
+    #[arg(long)]
+    pub(crate) no_default_tools: bool,
     /// Show nothing of the build but how it ended
     #[arg(long, short)]
     pub(crate) quiet: bool,

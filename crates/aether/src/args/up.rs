@@ -4,14 +4,15 @@ use std::{net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::ArgAction;
 
-use super::{Backend, values::parse_duration};
+use super::{Backend, ToolOptions, values::parse_duration};
 use crate::logging::LogFormat;
 
 const EXAMPLES: &str = "\
 Examples:
   aether up
   aether up --pool default=2..8 --pool web:v2=4
-  aether up --pool none --max-vms 50 --snapshot-keep 5 --snapshot-max-age 30d";
+  aether up --pool none --max-vms 50 --snapshot-keep 5 --snapshot-max-age 30d
+  aether up --default-tool nodejs@22 --default-tool go --tools-budget-mb 20000";
 
 #[derive(Debug, Clone, clap::Args)]
 #[command(after_help = EXAMPLES)]
@@ -31,6 +32,8 @@ pub(crate) struct Up {
     pub(crate) capacity: Capacity,
     #[command(flatten)]
     pub(crate) snapshots: Snapshots,
+    #[command(flatten)]
+    pub(crate) tools: ToolOptions,
     #[arg(long, env = "AETHER_LOG_FORMAT", value_enum, default_value = "text")]
     pub(crate) log_format: LogFormat,
     /// What is logged, such as `info` or `warn,aether_worker=debug`

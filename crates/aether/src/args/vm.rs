@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use aether_types::{AllowRule, DriverKind};
+use aether_types::{AllowRule, DriverKind, ToolRequest};
 use clap::{ArgAction, Subcommand};
 
 use super::values::{long, parse_duration, parse_env, parse_pair};
@@ -37,6 +37,7 @@ Examples:
   aether vm create --name web
   aether vm create --template python:3.12 --env TOKEN
   aether vm create --snapshot before-upgrade
+  aether vm create --tool go@1.23.1 --tool rust
   aether vm create --vcpus 2 --memory 1024 --timeout 1h --no-network
 
 What is not said is the default template's, which starts fastest; another image, size or driver is
@@ -51,7 +52,8 @@ Limits:
   env       1024 variables, 128 KiB in all
   label     64
   timeout   1 s to 366 days
-  allow     64 rules";
+  allow     64 rules
+  tool      32, the defaults included; `aether tools list` has them";
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = CREATE_EXAMPLES, after_long_help = long(CREATE_EXAMPLES, CREATE_LIMITS))]
@@ -91,6 +93,13 @@ pub(crate) struct VmCreate {
     /// Close the network, but for what --allow names
     #[arg(long)]
     pub(crate) no_network: bool,
+    /// A tool besides the defaults, or another version of one: NAME, NAME@VERSION; may be given
+    /// several times
+    #[arg(long = "tool", value_name = "TOOL", action = ArgAction::Append)]
+    pub(crate) tools: Vec<ToolRequest>,
+    /// Only the tools that --tool names
+    #[arg(long, conflicts_with_all = ["template", "snapshot"])]
+    pub(crate) no_default_tools: bool,
     /// Return as soon as the request is recorded
     #[arg(long)]
     pub(crate) no_wait: bool,

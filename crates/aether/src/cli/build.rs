@@ -1,7 +1,7 @@
-//! How far the build of a template has come, as it goes: a moving line for a person, lines for a
+//! How far the build of a template, or of tools, has come, as it goes: a moving line for a person, lines for a
 //! log, events for programs. All but the events go to standard error.
 
-use aether_api::TemplateView;
+use aether_api::{TaskView, TemplateView};
 use serde::Serialize;
 
 use super::{progress::Progress, table};
@@ -26,6 +26,7 @@ enum Form {
 #[serde(tag = "event", rename_all = "snake_case")]
 enum Event<'a> {
     Step { template_id: String, done: u32, steps: u32, now: &'a str },
+    Stage { task_id: String, now: &'a str },
     Log { text: &'a str },
 }
 
@@ -45,15 +46,30 @@ impl BuildProgress {
     /// Shows what is new.
     pub(super) fn show(&mut self, template: &TemplateView) {
         let progress = &template.progress;
-        let news = news(&self.log, &progress.log);
-        if !news.is_empty() {
-            self.form.log(news);
-            progress.log.clone_into(&mut self.log);
-        }
+        self.show_log(&progress.log);
         let step = (progress.done, progress.now.clone());
         if !progress.now.is_empty() && self.step.as_ref() != Some(&step) {
             self.form.step(template);
             self.step = Some(step);
+        }
+    }
+
+    /// Of a task that waits for tools, or builds them.
+    pub(super) fn show_task(&mut self, task: &TaskView) {
+        let Some(progress) = &task.progress else { return };
+        self.show_log(&progress.log);
+        let step = (0, progress.now.clone());
+        if !progress.now.is_empty() && self.step.as_ref() != Some(&step) {
+            self.form.stage(task, &progress.now);
+            self.step = Some(step);
+        }
+    }
+
+    fn show_log(&mut self, log: &str) {
+        let news = news(&self.log, log);
+        if !news.is_empty() {
+            self.form.log(news);
+            log.clone_into(&mut self.log);
         }
     }
 }
@@ -73,6 +89,17 @@ impl Form {
             }),
             Self::Lines => output::note(&text),
             Self::Moving(line) => line.say(&text),
+        }
+    }
+
+    fn stage(&self, task: &TaskView, now: &str) {
+        match self {
+            Self::Quiet => {}
+            Self::Events => {
+                output::json_line(&Event::Stage { task_id: task.id.to_string(), now });
+            }
+            Self::Lines => output::note(&table::printable(now)),
+            Self::Moving(line) => line.say(&table::printable(now)),
         }
     }
 

@@ -9,7 +9,7 @@ pub(crate) fn print(header: &[&str], rows: Vec<Vec<String>>) {
     output::line(&render(header, rows));
 }
 
-fn render(header: &[&str], rows: Vec<Vec<String>>) -> String {
+pub(super) fn render(header: &[&str], rows: Vec<Vec<String>>) -> String {
     let mut table = Table::new();
     table.load_style(presets::NOTHING);
     table.set_header(header.to_vec());

@@ -6,7 +6,7 @@ use aether_api::{
 };
 use aether_types::{Timestamp, limits};
 
-use super::{WAIT, connect, table};
+use super::{WAIT, connect, table, tools};
 use crate::{
     args::{Global, Task, TaskList},
     exit::Exit,
@@ -68,7 +68,7 @@ fn print(tasks: Vec<TaskView>) {
             task.id.to_string(),
             task.kind.to_string(),
             task.status.to_string(),
-            task.vm_id.to_string(),
+            table::or_dash(task.vm_id),
             task.attempts.to_string(),
             table::age(task.created_at, now),
             table::or_dash(task.error.map(|error| error.code)),
@@ -91,7 +91,15 @@ fn describe(task: &TaskView, json: bool) {
     line("id", task.id.to_string());
     line("kind", task.kind.to_string());
     line("state", task.status.to_string());
-    line("vm", task.vm_id.to_string());
+    if let Some(vm) = task.vm_id {
+        line("vm", vm.to_string());
+    }
+    if let Some(tools) = tools::of_task(task) {
+        line("tools", tools);
+    }
+    if let Some(progress) = task.progress.as_ref().filter(|_| !task.status.is_end()) {
+        line("now", progress.now.clone());
+    }
     if let Some(id) = task.execution_id {
         line("execution", id.to_string());
     }

@@ -187,6 +187,9 @@ fn describe(template: &TemplateView) {
     if !spec.env.is_empty() {
         line("env", spec.env.join(", "));
     }
+    if !spec.tools.is_empty() {
+        line("tools", spec.tools.join(", "));
+    }
     for file in spec.files.iter().flatten() {
         let size = table::size(file.size_bytes);
         line("file", format!("{} ({:04o}, {size})", file.path, file.mode));

@@ -33,6 +33,9 @@ struct Document {
     files: Vec<FileEntry>,
     #[serde(default)]
     steps: Vec<Step>,
+    #[serde(default)]
+    tools: Vec<String>,
+    default_tools: Option<bool>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -117,6 +120,8 @@ fn read(path: &Path) -> Result<BuildTemplate, Failure> {
             Ready::Full(ready) => ready,
         }),
         network: document.network,
+        tools: document.tools,
+        default_tools: document.default_tools,
         files: files.collect::<Result<_, _>>()?,
         steps: document.steps.into_iter().map(Step::into).collect(),
     })
@@ -175,6 +180,8 @@ fn of_options(args: &TemplateBuild) -> Result<BuildTemplate, Failure> {
         ready: ready.map(|command| TemplateReady { command, timeout_s: None }),
         files: files.collect::<Result<_, _>>()?,
         steps: args.run.iter().map(step).collect(),
+        tools: args.tools.iter().map(ToString::to_string).collect(),
+        default_tools: args.no_default_tools.then_some(false),
         ..BuildTemplate::default()
     })
 }
@@ -215,6 +222,7 @@ mod tests {
         assert_eq!(request.files[1].content, "print('hello')\n");
         assert!(request.start.is_some() && request.ready.is_some() && request.network.is_some());
         assert_eq!(request.env.len(), 2);
+        assert_eq!(request.tools, ["go@1.23.1", "nodejs@22"]);
     }
 
     #[test]

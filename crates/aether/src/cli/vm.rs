@@ -1,5 +1,7 @@
 //! `aether vm`.
 
+use std::time::Duration;
+
 use aether_api::{
     CreateVm, VmView,
     client::{CallOptions, Client, ClientError, PageQuery, VmQuery, Waited},
@@ -8,8 +10,8 @@ use aether_types::{AllowRule, Egress, NetworkPolicy, Timestamp, VmState, limits}
 use futures::{StreamExt as _, stream};
 
 use super::{
-    WAIT, connect, fault_failure, fork, outcome::Outcome, progress::Progress, start, table,
-    task_failure, wait_for_task,
+    WAIT, build::BuildProgress, connect, fault_failure, follow_task, fork, outcome::Outcome,
+    progress::Progress, start, table, task_failure, tools, wait_for_task,
 };
 use crate::{
     args::{Global, Vm, VmAct, VmCreate, VmList, VmNames, VmStop},
@@ -20,6 +22,8 @@ use crate::{
 
 /// Requests in flight when several VMs are named.
 const AT_ONCE: usize = 16;
+/// A creation that takes longer says how far it is.
+const AT_ONCE_WAIT: Duration = Duration::from_secs(1);
 
 pub(crate) async fn run(global: &Global, command: Vm) -> Result<Exit, Failure> {
     let client = connect(global)?;
@@ -44,11 +48,16 @@ pub(crate) async fn run(global: &Global, command: Vm) -> Result<Exit, Failure> {
 async fn create(client: &Client, global: &Global, args: VmCreate) -> Result<Exit, Failure> {
     let no_wait = args.no_wait;
     let request = create_request(args);
-    let options = options(no_wait);
+    let options = if no_wait { CallOptions::default() } else { CallOptions::waiting(AT_ONCE_WAIT) };
     let progress = Progress::spinner("creating the VM", global.json || no_wait);
     let answer = client.create_vm(&request, &options).await?;
-    let vm = settle(client, answer, no_wait).await?;
-    drop(progress);
+    let vm = match answer {
+        Waited::Accepted(accepted) if !no_wait => {
+            drop(progress);
+            follow(client, &accepted, global.json).await?
+        }
+        answer => settle(client, answer, no_wait).await?,
+    };
     match vm {
         Settled::Accepted(accepted) if global.json => output::json(&accepted),
         Settled::Accepted(accepted) => {
@@ -58,6 +67,22 @@ async fn create(client: &Client, global: &Global, args: VmCreate) -> Result<Exit
         Settled::Done(vm) => output::line(&made(&vm)),
     }
     Ok(Exit::Success)
+}
+
+/// It takes longer: says how far the tools are that it waits for.
+async fn follow(
+    client: &Client,
+    accepted: &aether_api::Accepted,
+    json: bool,
+) -> Result<Settled, Failure> {
+    let mut progress = BuildProgress::new(false, json);
+    let task = follow_task(client, accepted.task_id, &mut progress).await?;
+    drop(progress);
+    if let Some(failure) = task_failure(&task) {
+        return Err(failure);
+    }
+    let vm = client.vm(&accepted.vm_id.to_string()).await?;
+    settle(client, Waited::Done(vm), false).await
 }
 
 /// `web is running (ID, ADDRESS), restored in 61 ms`.
@@ -83,6 +108,9 @@ fn create_request(args: VmCreate) -> CreateVm {
         labels: args.label.into_iter().collect(),
         timeout_s: args.timeout.map(|t| t.as_secs()),
         network,
+        tools: args.tools.iter().map(ToString::to_string).collect(),
+        default_tools: args.no_default_tools.then_some(false),
+        ..CreateVm::default()
     }
 }
 
@@ -242,6 +270,11 @@ fn describe(vm: &VmView) {
     let mut reach = vec![egress.to_owned()];
     reach.extend(vm.network.allow.iter().map(ToString::to_string));
     line("reaches", reach.join(", "));
+    for (index, tool) in vm.tools.iter().enumerate() {
+        let verified = tool.verified_at.map_or_else(String::new, |at| format!(", verified {at}"));
+        let name = if index == 0 { "tools" } else { "" };
+        line(name, format!("{}{verified}", tools::in_words(tool)));
+    }
     for (key, value) in &vm.labels {
         line("label", format!("{key}={value}"));
     }

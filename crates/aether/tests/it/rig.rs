@@ -48,6 +48,7 @@ impl Rig {
     pub(crate) fn restart(&mut self) {
         let mut child = command(&self.data())
             .args(["up", "--driver", "sim", "--listen", "127.0.0.1:0", "--log-level", "warn"])
+            .arg("--no-default-tools")
             .args(&self.options)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())

@@ -79,6 +79,8 @@ pub(super) struct Wanted<'a> {
     pub(super) mtu: Option<u32>,
     /// Nothing of what the device has may stay.
     pub(super) is_restored: bool,
+    /// The addresses that it is known to have. It is up then.
+    pub(super) present: Option<Vec<Network>>,
 }
 
 /// The devices, and the way to change them.
@@ -135,7 +137,10 @@ impl Links {
     /// Few messages in few system calls: a restored guest pays for each.
     pub(super) fn make(&mut self, index: u32, wanted: &Wanted<'_>) -> Result<(), Failure> {
         let failed = |what| move |errno| Failure { what, errno };
-        let present = self.addresses(index).map_err(failed("list the addresses"))?;
+        let present = match &wanted.present {
+            Some(known) => known.clone(),
+            None => self.addresses(index).map_err(failed("list the addresses"))?,
+        };
         let wants_v6 = wanted.addresses.iter().any(|network| network.ip.is_ipv6())
             || wanted.gateways.iter().any(IpAddr::is_ipv6);
         let has_v6 = present.iter().any(|it| it.ip.is_ipv6() && !is_link_local(*it));
@@ -206,7 +211,9 @@ pub(super) fn up(index: u32) -> Message {
 /// The device as it shall be, up. Its MAC changes while it is up, which the drivers of virtual
 /// machines' devices allow.
 fn device(index: u32, wanted: &Wanted<'_>) -> Message {
-    let message = link_message("set the MAC or the MTU, or bring up", index, IFF_UP)
+    // To say that it is up makes it hear what it shall receive, once more.
+    let flags = if wanted.present.is_some() { 0 } else { IFF_UP };
+    let message = link_message("set the MAC or the MTU, or bring up", index, flags)
         .with(IFLA_ADDRESS, &wanted.mac.0);
     match wanted.mtu {
         Some(mtu) => message.with(IFLA_MTU, &mtu.to_ne_bytes()),

@@ -25,23 +25,45 @@ use plan::{Network, PlannedInterface};
 #[derive(Debug, Default)]
 pub(crate) struct KnownDevices {
     links: Option<Links>,
-    devices: Vec<(Mac, Device)>,
+    devices: Vec<KnownDevice>,
+}
+
+#[derive(Debug)]
+struct KnownDevice {
+    mac: Mac,
+    device: Device,
+    addresses: Vec<Network>,
+}
+
+/// How a configuration begins.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct How {
+    /// The guest is a clone: nothing of what its devices have may stay.
+    pub(crate) is_restored: bool,
+    /// Nobody can have changed its devices since they were configured.
+    pub(crate) is_known: bool,
 }
 
 impl KnownDevices {
-    /// The planned devices, if each of them still has the MAC by which it was known.
-    fn find_all(&self, plan: &Plan, links: &Links) -> Option<Vec<Device>> {
+    /// The planned devices with the addresses that they are known to have, if each of them still
+    /// has the MAC by which it was known.
+    fn find_all(&self, plan: &Plan, links: &Links, is_known: bool) -> Option<Vec<Found>> {
         let find = |planned: &PlannedInterface| {
-            let (_, device) = self.devices.iter().find(|(mac, _)| *mac == planned.mac)?;
-            links.has_mac(device, planned.mac).then(|| device.clone())
+            let known = self.devices.iter().find(|known| known.mac == planned.mac)?;
+            let found = is_known || links.has_mac(&known.device, planned.mac);
+            let addresses = is_known.then(|| known.addresses.clone());
+            found.then(|| (known.device.clone(), addresses))
         };
         plan.0.iter().map(find).collect()
     }
 }
 
+/// A device, and its addresses where they are known.
+type Found = (Device, Option<Vec<Network>>);
+
 /// Makes every planned interface what it shall be. A restored guest's lose everything that they had
 /// before: an address that stays is given up and taken again, with what hung on it.
-pub(crate) fn apply(plan: &Plan, is_restored: bool, known: &mut KnownDevices) -> Result<(), Fail> {
+pub(crate) fn apply(plan: &Plan, how: How, known: &mut KnownDevices) -> Result<(), Fail> {
     if plan.0.is_empty() {
         return Ok(());
     }
@@ -50,25 +72,28 @@ pub(crate) fn apply(plan: &Plan, is_restored: bool, known: &mut KnownDevices) ->
         Some(links) => links,
         None => Links::unlisted().map_err(Fail::sys("open netlink"))?,
     };
-    let devices = if let Some(devices) = known.find_all(plan, &links) {
+    let devices = if let Some(devices) = known.find_all(plan, &links, how.is_known) {
         devices
     } else {
         links.list().map_err(Fail::sys("list the interfaces"))?;
-        plan.0.iter().map(|planned| listed(&links, planned)).collect::<Result<_, _>>()?
+        let find = |planned| Ok((listed(&links, planned)?, None));
+        plan.0.iter().map(find).collect::<Result<_, Fail>>()?
     };
     known.devices.clear();
-    for (planned, device) in plan.0.iter().zip(devices) {
+    for (planned, (device, present)) in plan.0.iter().zip(devices) {
         let wanted = Wanted {
             mac: planned.new_mac.unwrap_or(planned.mac),
             addresses: &planned.addresses,
             gateways: &planned.gateways,
             mtu: planned.mtu,
-            is_restored,
+            is_restored: how.is_restored,
+            present,
         };
         links.make(device.index, &wanted).map_err(|Failure { what, errno }| {
             Fail::sys(format!("{what} of {}", device.name))(errno)
         })?;
-        known.devices.push((wanted.mac, device));
+        let (mac, addresses) = (wanted.mac, planned.addresses.clone());
+        known.devices.push(KnownDevice { mac, device, addresses });
     }
     known.links = Some(links);
     Ok(())

@@ -60,6 +60,7 @@ pub(crate) fn serve(
         Ok(place) => place,
         Err(fail) => return Err((attachment, fail)),
     };
+    agent.guest.will_run();
     let (process, pipes) = match start(agent, run) {
         Ok(started) => started,
         Err(fail) => return Err((attachment, fail)),

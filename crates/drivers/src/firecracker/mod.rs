@@ -49,7 +49,7 @@ use crate::{
     SnapshotFiles, SnapshotTaken,
     host::{Host, Record, file_error, remove_file},
     machines::{Booted, Links, Machines, Phases, Place, SnapshotWish, Vmm, WasBefore},
-    process::{self, Ended, Launch, Process},
+    process::{self, Ended, Launch, PageSize, Process},
     qemu::shows_panic,
     stream::GuestStream,
     tools,
@@ -265,6 +265,7 @@ impl Firecracker {
             netns: Some(host.network().namespace()?),
             identity,
             log: Some(log.try_clone().map_err(|e| file_error("open", "log".as_ref(), e))?),
+            page_size: PageSize::Any,
         };
         Ok((home, launch, files))
     }

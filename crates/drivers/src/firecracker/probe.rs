@@ -25,7 +25,7 @@ use crate::{
     BootSource, DriverError, KernelFlavour,
     host::{Host, file_error, make_folder, remove_tree},
     journal::Owner,
-    process::{self, Launch},
+    process::{self, Launch, PageSize},
 };
 
 /// The kernel's word that it hands over to the first program.
@@ -138,6 +138,7 @@ async fn launch(
         netns: None,
         identity: None,
         log: Some(writer.into_blocking_fd().map_err(no_pipe)?.into()),
+        page_size: PageSize::Any,
     };
     let process = host.spawn_probe(launch, "firecracker-probe").await?;
     let mut text = Vec::new();

@@ -46,7 +46,7 @@ use crate::{
     host::{Host, Record, blocking, file_error, remove_file},
     machines::{Booted, Links, Machines, Phases, Place, SnapshotWish, Vmm, WasBefore},
     network::ReadyListener,
-    process::{self, LOG_BYTES, Launch, Process},
+    process::{self, LOG_BYTES, Launch, PageSize, Process},
 };
 
 const QMP_SOCKET: &str = "qmp.sock";
@@ -438,6 +438,7 @@ impl Qemu {
             netns: Some(host.network().namespace()?),
             identity: host.identity(place.record.uid),
             log: Some(log.try_clone().map_err(|e| file_error("open", "log".as_ref(), e))?),
+            page_size: self.page_size(begin),
         };
         let process = host.spawn(spec, launch, "qemu").await?;
         host.fault.hit("start process: running")?;
@@ -452,6 +453,15 @@ impl Qemu {
                 Ok(_) => Err(ended_early(&log)),
                 Err(_) => Err(error),
             },
+        }
+    }
+
+    /// A restored guest's memory is a file, which has small pages anyway; what the emulator
+    /// translates for it is then given in these too.
+    fn page_size(&self, begin: Begin) -> PageSize {
+        match (self.accelerator, begin) {
+            (Accelerator::Tcg, Begin::Restore { .. }) => PageSize::Small,
+            (Accelerator::Tcg, Begin::Boot { .. }) | (Accelerator::Kvm, _) => PageSize::Any,
         }
     }
 

@@ -15,7 +15,7 @@ use crate::{
     BootSource, DriverError, KernelFlavour,
     host::{Host, file_error},
     journal::Owner,
-    process::{self, Launch},
+    process::{self, Launch, PageSize},
 };
 
 /// Accelerated, a guest boots in a fraction of this; what takes longer is better emulated.
@@ -165,6 +165,7 @@ async fn launch(
         netns: None,
         identity: None,
         log: Some(log.try_clone().map_err(|e| file_error("open", "log".as_ref(), e))?),
+        page_size: PageSize::Any,
     };
     let process = host.spawn_probe(launch, "qemu-probe").await?;
     let seen = tokio::time::timeout(BOOT_LIMIT, saw(console)).await;

@@ -192,7 +192,8 @@ async fn every_route_but_health_needs_a_key() {
             .replace("{execution}", &VmId::new().to_string())
             .replace("{task}", &TaskId::new().to_string())
             .replace("{snapshot}", "a")
-            .replace("{template}", "a");
+            .replace("{template}", "a")
+            .replace("{tool}", "go");
         let open = path == "/health";
         for key in [None, Some("ae_0000"), Some("")] {
             let mut request = rig.bare(method.clone(), &path);

@@ -31,7 +31,7 @@ pub use initramfs::agent_in;
 pub(crate) use stage::forget as forget_stages;
 
 /// Part of every key: raised when a recipe changes, so that what the old one made is not reused.
-const RECIPE: u32 = 4;
+const RECIPE: u32 = 5;
 
 /// Where packages come from, as in a `sources.list`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -161,11 +161,11 @@ fn customise(
         write(tree, &CA_BUNDLE[1..], 0o644, bundle)?;
     }
 
-    // The agent gives these their content when it knows the VM's name and network.
-    for name in ["etc/resolv.conf", "etc/hostname", "etc/machine-id"] {
-        write(tree, name, 0o644, "")?;
+    // The agent makes these when it knows the VM's name and network: in memory, so that a VM that
+    // is told who it is writes nothing to its disk.
+    for name in ["resolv.conf", "hostname", "machine-id", "hosts"] {
+        replace_with_link(tree, &format!("etc/{name}"), &format!("/run/aether-etc/{name}"))?;
     }
-    write(tree, "etc/hosts", 0o644, "127.0.0.1 localhost\n::1 localhost ip6-localhost\n")?;
     replace_with_link(tree, "etc/mtab", "/proc/self/mounts")?;
 
     for (name, mode) in

@@ -93,6 +93,12 @@ impl GuestClient {
         }
     }
 
+    /// The connection, where nothing of this session is left on it.
+    fn into_stream(self) -> Option<BoxStream> {
+        let (read, write) = (self.reader.into_stream()?, self.writer.into_stream()?);
+        Some(read.unsplit(write))
+    }
+
     /// The next message of the guest. Cancel-safe.
     pub async fn next(&mut self) -> Result<FromGuest, ClientError> {
         next_message(&mut self.reader, "wait for an answer").await
@@ -132,7 +138,7 @@ async fn ask(
     request: RequestBody,
     limit: Duration,
 ) -> Result<FromGuest, ClientError> {
-    exchange(stream, token, request, limit).await.map(|(_welcome, answer)| answer)
+    exchange(stream, token, request, limit).await.map(|(_client, _welcome, answer)| answer)
 }
 
 async fn exchange(
@@ -140,14 +146,14 @@ async fn exchange(
     token: &Token,
     request: RequestBody,
     limit: Duration,
-) -> Result<(Welcome, FromGuest), ClientError> {
+) -> Result<(GuestClient, Welcome, FromGuest), ClientError> {
     let deadline = Instant::now() + limit;
     let request = Request { body: Some(request) };
     let (mut client, welcome) = GuestClient::open_until(stream, token, request, deadline).await?;
     let answer = timeout_at(deadline, client.next())
         .await
         .map_err(|_| ClientError::Timeout { context: "wait for the answer" })??;
-    Ok((welcome, answer))
+    Ok((client, welcome, answer))
 }
 
 macro_rules! question {
@@ -181,12 +187,24 @@ pub async fn configure(
     request: Configure,
     limit: Duration,
 ) -> Result<Configured, ClientError> {
+    configure_and_keep(stream, token, request, limit).await.map(|(configured, _kept)| configured)
+}
+
+/// The same; gives the connection back where the guest has kept it open: another session may begin
+/// on it as on a new one, within the guest's [`HANDSHAKE_LIMIT`](crate::limits::HANDSHAKE_LIMIT).
+pub async fn configure_and_keep(
+    stream: impl GuestStream + 'static,
+    token: &Token,
+    request: Configure,
+    limit: Duration,
+) -> Result<(Configured, Option<BoxStream>), ClientError> {
     let must_be_known = request.restored || request.new_token.is_some();
     let request = RequestBody::Configure(request);
-    let (welcome, answer) = exchange(stream, token, request, limit).await?;
+    let (client, welcome, answer) = exchange(stream, token, request, limit).await?;
     match answer.body {
         Some(FromGuestBody::Configured(configured)) => {
-            checked_configured(configured, welcome, must_be_known)
+            let kept = configured.kept_open.then(|| client.into_stream()).flatten();
+            Ok((checked_configured(configured, welcome, must_be_known)?, kept))
         }
         body => Err(unwanted(FromGuest { body }, "configure")),
     }

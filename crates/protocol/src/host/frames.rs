@@ -30,6 +30,11 @@ impl<R: AsyncRead + Unpin, M: Message + Default> FrameReader<R, M> {
         Self { stream, decoder: Decoder::new(), read_bytes: SMALL_READ_BYTES }
     }
 
+    /// The stream, where no byte of a further message was read from it.
+    pub(super) fn into_stream(self) -> Option<R> {
+        self.decoder.is_at_boundary().then_some(self.stream)
+    }
+
     pub fn set_limit(&mut self, limit: usize) {
         self.decoder.set_limit(limit);
     }
@@ -69,6 +74,11 @@ pub struct FrameWriter<W> {
 impl<W: AsyncWrite + Unpin> FrameWriter<W> {
     pub fn new(stream: W) -> Self {
         Self { stream, queue: VecDeque::new() }
+    }
+
+    /// The stream, where everything was written.
+    pub(super) fn into_stream(self) -> Option<W> {
+        self.queue.is_empty().then_some(self.stream)
     }
 
     /// Queues a message; [`Self::flush`] sends it. Callers flush before they queue more, which

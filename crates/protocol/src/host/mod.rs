@@ -29,8 +29,8 @@ mod guest;
 mod run;
 
 pub use client::{
-    BoxStream, GuestClient, GuestStream, configure, forget, list, list_runs, mkdir, move_, ping,
-    remove, shutdown, stat,
+    BoxStream, GuestClient, GuestStream, configure, configure_and_keep, forget, list, list_runs,
+    mkdir, move_, ping, remove, shutdown, stat,
 };
 pub use error::{ClientError, ProtocolError};
 pub use files::{FileReader, FileWriter, read_file, write_file};

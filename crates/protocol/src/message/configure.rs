@@ -136,4 +136,8 @@ pub struct Configured {
     /// The tool layers that the guest has now. An agent that knows none says zero.
     #[prost(uint32, tag = "3")]
     pub layers: u32,
+    /// The connection takes another hello and request, like one that was just made: a restored
+    /// guest is spared the end of this one and the beginning of the next.
+    #[prost(bool, tag = "4")]
+    pub kept_open: bool,
 }

@@ -97,7 +97,9 @@ pub enum BuildError {
 /// Takes what the installer prints, whole lines or parts, as it comes. Never blocks, and holds a
 /// bounded amount.
 #[derive(Clone)]
-pub struct LogSink(Arc<dyn Fn(&[u8]) + Send + Sync>);
+pub struct LogSink(Arc<Sink>);
+
+type Sink = dyn Fn(&[u8]) + Send + Sync;
 
 impl LogSink {
     pub fn new(sink: impl Fn(&[u8]) + Send + Sync + 'static) -> Self {

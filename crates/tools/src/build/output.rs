@@ -72,7 +72,7 @@ impl Output {
         let line = String::from_utf8_lossy(&line).replace(char::is_control, " ");
         let (tool, version) = (self.tool.clone(), self.version.clone());
         if let Some(stage) = line.strip_prefix(STAGE_PREFIX) {
-            state.stage = stage.to_owned();
+            stage.clone_into(&mut state.stage);
             self.events.push(ToolEvent::Stage { tool, version, stage: stage.to_owned() });
         } else if let Some(size) = line.strip_prefix(SIZE_PREFIX) {
             state.size_bytes = size.trim().parse().ok();

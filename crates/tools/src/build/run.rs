@@ -4,14 +4,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use aether_types::Timestamp;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 use super::flight::Events;
 use super::output::Output;
 use super::{BuildArtefact, BuildError, BuildJob, Builder, LAYOUT_FAILED, VERIFY_FAILED, script};
 use crate::config::BaseImage;
 use crate::error::ToolError;
-use crate::fetch::{Fetcher, Of, blocking};
+use crate::fetch::{Fetched, Fetcher, Of, blocking};
 use crate::recipe::Recipe;
 use crate::sources::Resolved;
 use crate::store::{LayerRecord, PinnedLayer, trim};
@@ -36,14 +36,6 @@ pub(crate) struct Build {
 
 impl Build {
     pub(crate) async fn run(self, events: Arc<Events>) -> Result<PinnedLayer, ToolError> {
-        // Builds of other layers are waited for without a lock, so that nobody waits for us too.
-        let _turn = match self.turns.clone().try_acquire_owned() {
-            Ok(turn) => Ok(turn),
-            Err(_) => {
-                self.stage(&events, "wait for other builds");
-                self.turns.clone().acquire_owned().await
-            }
-        };
         let (store, key) = (Arc::clone(&self.fetcher.store), self.key.clone());
         let (waiting, at) = (Arc::clone(&events), self.event("wait for another builder"));
         let found = blocking(move || {
@@ -56,27 +48,47 @@ impl Build {
             return Ok(layer);
         }
         let output = Output::new(&self.recipe.name, &self.resolved.version, Arc::clone(&events));
-        let deadline = Instant::now() + self.time_limit;
-        let made = tokio::time::timeout_at(deadline, self.make(&events, &output, deadline)).await;
-        made.unwrap_or_else(|_| {
+        let timed_out = || {
             output.end();
-            Err(self.failed(&BuildError::TimedOut { limit: self.time_limit }, &output, &events))
-        })
+            self.failed(&BuildError::TimedOut { limit: self.time_limit }, &output, &events)
+        };
+        let began = Instant::now();
+        let fetched = timeout(self.time_limit, self.fetch(&events));
+        let fetched = fetched.await.unwrap_or_else(|_| Err(timed_out()))?;
+        // Waiting for other builds is nothing that this tool does.
+        let left = self.time_limit.saturating_sub(began.elapsed());
+        let _turn = self.turn(&events).await;
+        let made = timeout(left, self.make(&fetched, &events, &output, left));
+        made.await.unwrap_or_else(|_| Err(timed_out()))
     }
 
-    async fn make(
-        &self,
-        events: &Events,
-        output: &Output,
-        deadline: Instant,
-    ) -> Result<PinnedLayer, ToolError> {
+    /// Waits until there may be one more builder. An error would say that there is no bound.
+    async fn turn(&self, events: &Events) -> Option<tokio::sync::OwnedSemaphorePermit> {
+        if let Ok(turn) = Arc::clone(&self.turns).try_acquire_owned() {
+            return Some(turn);
+        }
+        self.stage(events, "wait for other builds");
+        Arc::clone(&self.turns).acquire_owned().await.ok()
+    }
+
+    async fn fetch(&self, events: &Events) -> Result<Vec<Fetched>, ToolError> {
         let of = Of { tool: self.recipe.name.clone(), version: self.resolved.version.clone() };
         let mut fetched = Vec::new();
         for artefact in &self.resolved.artefacts {
             let began = || self.stage(events, &format!("fetch {}", artefact.name));
             fetched.push(self.fetcher.fetch(&of, artefact, began).await?);
         }
-        let artefacts = self.resolved.artefacts.iter().zip(&fetched);
+        Ok(fetched)
+    }
+
+    async fn make(
+        &self,
+        fetched: &[Fetched],
+        events: &Events,
+        output: &Output,
+        time_limit: Duration,
+    ) -> Result<PinnedLayer, ToolError> {
+        let artefacts = self.resolved.artefacts.iter().zip(fetched);
         let artefacts = artefacts.map(|(artefact, fetched)| BuildArtefact {
             name: artefact.name.clone(),
             path: fetched.path.clone(),
@@ -96,7 +108,7 @@ impl Build {
             output: scratch.path().to_owned(),
             output_bytes_max: self.layer_bytes_max,
             room_bytes: self.recipe.room_mb << 20,
-            time_limit: deadline.duration_since(Instant::now()),
+            time_limit,
         };
         self.stage(events, "start a builder");
         let built = self.builder.build(job, output.sink()).await;

@@ -23,11 +23,12 @@ pub(crate) fn script(recipe: &Recipe, version: &Version) -> String {
     ];
     let mut script = String::new();
     for (name, value) in variables {
-        script += &format!("{name}={}\n", quoted(value));
+        script.extend([name, "=", &quoted(value), "\n"]);
     }
     for (file, content) in [("install.sh", &recipe.install), ("verify.sh", &recipe.verify)] {
         let content = content.trim_end();
-        script += &format!("cat > \"$1/{file}\" <<'{END_OF_SCRIPT}'\n{content}\n{END_OF_SCRIPT}\n");
+        let text = format!("cat > \"$1/{file}\" <<'{END_OF_SCRIPT}'\n{content}\n{END_OF_SCRIPT}\n");
+        script += &text;
     }
     script + BUILDER
 }

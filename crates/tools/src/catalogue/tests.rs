@@ -66,6 +66,14 @@ fn recipe() -> String {
 }
 
 #[test]
+fn recipe_of_the_documentation_is_sound() {
+    let docs = include_str!("../../../../docs/tools.md");
+    let (_, rest) = docs.split_once("```toml\n").unwrap();
+    let (recipe, _) = rest.split_once("```").unwrap();
+    assert_eq!(Recipe::parse(Path::new("docs/tools.md"), recipe).unwrap().aliases, ["hi"]);
+}
+
+#[test]
 fn users_folder_adds_and_replaces() {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("hello.toml"), recipe()).unwrap();

@@ -79,11 +79,10 @@ impl Debian {
             Some(format!("{archive} {}-updates main", self.suite)),
             security.map(|security| format!("{security} {}-security main", self.suite)),
         ];
-        let list: String = lines
-            .into_iter()
-            .flatten()
-            .map(|line| format!("deb [arch=amd64 signed-by={KEYRING}] {line}\n"))
-            .collect();
+        let lines = lines.into_iter().flatten();
+        let lines: Vec<String> =
+            lines.map(|line| format!("deb [arch=amd64 signed-by={KEYRING}] {line}\n")).collect();
+        let list = lines.concat();
         if !Path::new(KEYRING).is_file() {
             return Err(format!(
                 "Debian's keyring {KEYRING} is not there; install debian-archive-keyring"
@@ -214,10 +213,11 @@ fn age(stamp: &Path) -> Option<Duration> {
 fn status_of<'a>(installed: impl Iterator<Item = (&'a str, &'a str)>, described: &str) -> String {
     let mut status = String::new();
     for (name, version) in installed {
-        status += &format!(
+        let stanza = format!(
             "Package: {name}\nStatus: install ok installed\nVersion: {version}\n\
              Architecture: amd64\nMaintainer: none\nDescription: none\n"
         );
+        status += &stanza;
         let heading = format!("Package: {name}\n");
         let known = described.split("\n\n").find(|part| part.trim_start().starts_with(&heading));
         for line in known.unwrap_or_default().lines() {
@@ -238,7 +238,8 @@ fn artefacts_in(text: &str) -> Result<Vec<Artefact>, String> {
         let url = words.next()?.trim_matches('\'');
         let (name, size) = (words.next()?, words.next()?.parse().ok()?);
         let checksum = Checksum::new("sha256", words.next()?.strip_prefix("SHA256:")?)?;
-        let is_plain = name.ends_with(".deb") && !name.contains('/');
+        let is_plain =
+            !name.contains('/') && Path::new(name).extension().is_some_and(|kind| kind == "deb");
         (is_plain && url.starts_with("http")).then(|| Artefact {
             name: name.to_owned(),
             urls: vec![url.to_owned()],

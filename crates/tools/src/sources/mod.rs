@@ -19,7 +19,6 @@ use crate::mirror::Mirror;
 use crate::recipe::{Recipe, Source};
 use crate::version::{Version, Wanted};
 
-
 /// How many versions an error offers.
 const CLOSEST: usize = 5;
 

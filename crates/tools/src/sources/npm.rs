@@ -55,17 +55,17 @@ impl Npm<'_> {
     ) -> Result<Offer, String> {
         let listing = self.listing(versions_of.unwrap_or(package)).await?;
         let mut ids: Vec<&String> = listing.versions.keys().collect();
-        let platform = match versions_of {
-            Some(_) => Some(self.listing(package).await?),
-            None => None,
-        };
-        if let Some(platform) = &platform {
+        let mut latest = listing.tags.get("latest").cloned();
+        if versions_of.is_some() {
+            // A platform's package may come later than the others, or not at all.
+            let platform = self.listing(package).await?;
             ids.retain(|id| platform.versions.contains_key(*id));
+            if latest.as_ref().is_none_or(|latest| !platform.versions.contains_key(latest)) {
+                latest = platform.tags.get("latest").cloned();
+            }
         }
-        Ok(Offer {
-            versions: ids.into_iter().filter_map(|id| Version::parse(id)).collect(),
-            latest: listing.tags.get("latest").cloned(),
-        })
+        let versions = ids.into_iter().filter_map(|id| Version::parse(id)).collect();
+        Ok(Offer { versions, latest })
     }
 
     pub(super) async fn artefact(&self, package: &str, version: &str) -> Result<Artefact, String> {

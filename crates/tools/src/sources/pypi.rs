@@ -59,7 +59,7 @@ pub(super) async fn package(http: &Http, index: &str, name: &str) -> Result<Pack
     } else {
         files_of_html(&String::from_utf8_lossy(&listing.bytes))
     };
-    let wheels = files.into_iter().filter_map(|file| Wheel::of(file, &listing.url)).collect();
+    let wheels = files.iter().filter_map(|file| Wheel::of(file, &listing.url)).collect();
     Ok(Package { name: name.to_owned(), wheels })
 }
 
@@ -88,7 +88,7 @@ impl Package {
 
 impl Wheel {
     /// `None` for what is withdrawn, no wheel, or not for the base image.
-    fn of(file: File, page: &Url) -> Option<Self> {
+    fn of(file: &File, page: &Url) -> Option<Self> {
         if !matches!(file.yanked, serde_json::Value::Null | serde_json::Value::Bool(false)) {
             return None;
         }
@@ -166,7 +166,7 @@ mod tests {
         );
         let at = Url::parse("http://127.0.0.1/simple/x/").unwrap();
         let wheels: Vec<_> =
-            files_of_html(&page).into_iter().filter_map(|file| Wheel::of(file, &at)).collect();
+            files_of_html(&page).iter().filter_map(|file| Wheel::of(file, &at)).collect();
         let package = Package { name: "x".to_owned(), wheels };
         assert_eq!(package.offer().versions.len(), 1);
         let artefact = package.artefact("1.0").unwrap();

@@ -69,7 +69,7 @@ impl Store {
     /// to be built again. Blocks.
     pub(crate) fn find_layer(&self, key: &str) -> Result<Option<PinnedLayer>, ToolError> {
         let record_path = self.record_path(key);
-        let Some(record) = self.read_record(&record_path)? else { return Ok(None) };
+        let Some(record) = read_record(&record_path)? else { return Ok(None) };
         let path = self.layer_path(&record.layer);
         let Some(file) = open_pinned(&path)? else { return Ok(None) };
         if !self.is_sound(&file, &record).map_err(ToolError::io("read", &path))? {
@@ -81,15 +81,6 @@ impl Store {
         let used = File::open(&record_path).and_then(|file| touch(&file));
         used.map_err(ToolError::io("set the time of", record_path))?;
         Ok(Some(PinnedLayer { record, path, pin: Arc::new(file) }))
-    }
-
-    /// A record that cannot be read is as good as none.
-    pub(super) fn read_record(&self, path: &Path) -> Result<Option<LayerRecord>, ToolError> {
-        match fs::read(path) {
-            Ok(bytes) => Ok(serde_json::from_slice(&bytes).ok()),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(ToolError::io("read", path)(error)),
-        }
     }
 
     fn is_sound(&self, file: &File, record: &LayerRecord) -> io::Result<bool> {
@@ -148,6 +139,15 @@ impl Store {
         let record = record(layer, size_bytes);
         self.replace(&self.record_path(key), &record)?;
         Ok(PinnedLayer { record, path, pin: Arc::new(file) })
+    }
+}
+
+/// A record that cannot be read is as good as none.
+pub(super) fn read_record(path: &Path) -> Result<Option<LayerRecord>, ToolError> {
+    match fs::read(path) {
+        Ok(bytes) => Ok(serde_json::from_slice(&bytes).ok()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(ToolError::io("read", path)(error)),
     }
 }
 

@@ -67,7 +67,7 @@ impl Store {
         let mut records: HashMap<String, (SystemTime, Vec<PathBuf>)> = HashMap::new();
         for name in file_names(&self.root.join("records"))? {
             let path = self.root.join("records").join(name);
-            let Some(record) = self.read_record(&path)? else { continue };
+            let Some(record) = super::layers::read_record(&path)? else { continue };
             let Some((used, _)) = examine(&path)? else { continue };
             let layer = records.entry(record.layer.hex().to_owned());
             let (last, paths) = layer.or_insert((used, Vec::new()));

@@ -72,6 +72,7 @@ fn what_is_not_there_gives_the_closest_by_number() {
     assert_eq!(nearest("1.23.0"), ["1.23.1", "1.23.2", "1.23.3.1"]);
     assert_eq!(nearest("2"), ["1.24.3", "1.23.3.1", "1.23.2"], "by the first number, then newest");
     assert_eq!(nearest(">=1.25"), ["1.24.3", "1.23.3.1", "1.23.2"]);
+    assert_eq!(nearest("latest"), ["1.24.3", "1.23.3.1", "1.23.2"]);
     assert!(Wanted::parse("1").unwrap().nearest(&[], 3).is_empty());
 }
 

@@ -19,8 +19,6 @@ use crate::{
     worker::Core,
 };
 
-/// Opened ahead: one for what a claim says, one for the first command.
-const CONNECTIONS: usize = 2;
 /// Run ahead: from the third on, a command costs what it costs for good.
 const COMMANDS: usize = 3;
 /// Name of a guest that is no VM's yet.
@@ -69,11 +67,7 @@ impl Spares for Core {
         let guest = Agent { driver: &spare.driver, machine: id, token: &spare.token, limit };
         guest.warm(turn).await?;
         turn.pass().await;
-        let mut connections = Vec::with_capacity(CONNECTIONS);
-        for _ in 0..CONNECTIONS {
-            connections.push(guest.connect().await?);
-        }
-        spare.connections = connections;
+        spare.connection = Some(guest.connect().await?);
         let failed = |error: DriverError| Failure::machine(&error, id).fault;
         spare.driver.pause(id).await.map_err(failed)?;
         // A paused machine takes no processor, so whoever claims it need not think of this.

@@ -66,8 +66,9 @@ pub(crate) struct Spare {
     pub(crate) boot_id: String,
     /// Its template's tools, which its guest has.
     pub(crate) layers: Vec<LayerFile>,
-    /// To its agent, opened before the pause: what is said first after it needs none.
-    pub(crate) connections: Vec<BoxStream>,
+    /// To its agent, opened before the pause: what a claim says, and the first command, need no
+    /// other.
+    pub(crate) connection: Option<BoxStream>,
 }
 
 // The token must not reach a log.

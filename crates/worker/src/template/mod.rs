@@ -16,7 +16,7 @@ mod steps;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
-use aether_drivers::{AfterSnapshot, SnapshotDisk};
+use aether_drivers::{AfterSnapshot, GuestNetwork, SnapshotDisk};
 use aether_store::{
     AttemptEnd, NewSnapshot, NewTask, NewTemplate, NewVm, SnapshotFacts, StoreError,
 };
@@ -26,7 +26,7 @@ use aether_types::{
     TemplateSpec, TemplateState, ToolRequest, Vm, VmId, VmSpec, limits,
     template::{DEFAULT_TAG, DEFAULT_TEMPLATE},
 };
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use self::steps::{Steps, build_failed, no_guest};
 pub(crate) use self::{cache::TemplateCache, lock::Builds};
@@ -34,6 +34,7 @@ use crate::{
     attempt::{Attempt, done},
     failure::{Failure, blocking, internal},
     fault,
+    guest::Guest,
     phases::PhaseClock,
     reconcile,
     snapshot::Take,
@@ -41,6 +42,8 @@ use crate::{
     worker::Core,
 };
 
+/// Addresses leave less to be done than a boot and commands.
+const LAST_REST_PART: u32 = 5;
 /// A program that starts waits no longer for a source of tools to say what is new.
 const LOOK_UP_LIMIT: Duration = Duration::from_secs(5);
 
@@ -97,9 +100,11 @@ impl Core {
         digest: &str,
     ) -> Result<SnapshotFacts, Failure> {
         let telling = Telling::default();
-        self.create(vm, PhaseClock::since(attempt.task.created_at), &telling).await?;
+        let clock = PhaseClock::since(attempt.task.created_at);
+        let started = self.create(vm, clock, &telling).await?;
         let guest = self.guests.get(vm.id).ok_or_else(no_guest)?;
         Steps::new(self, attempt, Arc::clone(&guest), template).run().await?;
+        self.bring_to_rest(&guest, &started.network).await?;
         guest.will_end(Fault::new(aether_types::ErrorCode::VmStopped, "the template is built"));
         let take = Take {
             store: &self.parts.templates,
@@ -108,6 +113,17 @@ impl Core {
             after: AfterSnapshot::End,
         };
         self.take(vm, take).await
+    }
+
+    /// Lets the guest come to rest, and takes its addresses from it: what is left to be done is done
+    /// once, and not in every clone. A clone that has none to give up is configured in less.
+    async fn bring_to_rest(&self, guest: &Guest, network: &GuestNetwork) -> Result<(), Failure> {
+        // Nothing tells when a kernel has no more to do.
+        let rest = self.parts.config.template_rest;
+        sleep(rest).await;
+        self.take_addresses(guest, network).await?;
+        sleep(rest / LAST_REST_PART).await;
+        Ok(())
     }
 
     async fn template_of(&self, vm: &Vm) -> Result<Arc<Template>, Failure> {

@@ -134,6 +134,7 @@ impl Rig {
             pools: Vec::new(),
             stop_grace: Duration::from_secs(2),
             guest_limit: Duration::from_secs(2),
+            template_rest: Duration::ZERO,
             ..WorkerConfig::default()
         };
         let parts = WorkerParts {

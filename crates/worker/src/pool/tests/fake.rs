@@ -112,7 +112,7 @@ impl Spares for Fake {
             },
             boot_id: id.to_string(),
             layers: Vec::new(),
-            connections: Vec::new(),
+            connection: None,
         })
     }
 
