@@ -64,6 +64,7 @@ pub(crate) struct Global {
 }
 
 #[derive(Debug, Subcommand)]
+#[expect(clippy::large_enum_variant, reason = "one exists in a program")]
 pub(crate) enum Command {
     /// Run the whole platform on this machine
     Up(Up),

@@ -54,10 +54,7 @@ fn run(directory: &Path) -> io::Result<After> {
     let token = take_token(&directory.join(TOKEN_FILE))?;
     // The kernel's own name for a boot is the host's here.
     let boot_id = Guest::default().new_boot_id()?;
-    let after = |status| match power::is_end_of_container(status) {
-        true => After::End,
-        false => After::GoOn,
-    };
+    let after = |status| if power::is_end_of_container(status) { After::End } else { After::GoOn };
     Ok(supervise(
         |legacy, instance| serve(directory, &token, legacy, &format!("{boot_id}.{instance}")),
         after,

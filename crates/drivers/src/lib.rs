@@ -184,6 +184,7 @@ fn same(
 
 /// How a machine's guest comes to run.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[expect(clippy::large_enum_variant, reason = "one at a time exists")]
 pub enum Start {
     /// From its kernel, on its disk.
     Boot,

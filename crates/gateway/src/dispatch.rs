@@ -169,15 +169,16 @@ impl DispatchLoop {
             let worker = match task.vm_id {
                 // Any worker takes it.
                 None => None,
-                Some(id) => match workers.get(&id) {
-                    Some(worker) => *worker,
-                    None => {
+                Some(id) => {
+                    if let Some(worker) = workers.get(&id) {
+                        *worker
+                    } else {
                         let vm = self.store.vm(id).await.map_err(|e| chain(&e))?;
                         let worker = vm.and_then(|vm| vm.worker_id);
                         workers.insert(id, worker);
                         worker
                     }
-                },
+                }
             };
             entries.push(entry(task, worker));
         }

@@ -40,7 +40,7 @@ pub(crate) enum Outcome {
 impl Core {
     pub(crate) async fn attempt(self: Arc<Self>, lease: Lease, place: OwnedSemaphorePermit) {
         let cancelled = self.attempts.begin(&lease);
-        let outcome = self.carry_out(&lease, cancelled).await;
+        let outcome = Box::pin(self.carry_out(&lease, cancelled)).await;
         self.attempts.end(lease.task);
         drop(place);
         match outcome {
@@ -131,7 +131,7 @@ impl Core {
     async fn operate(self: &Arc<Self>, attempt: &Attempt, vm: &Vm) -> Result<AttemptEnd, Failure> {
         match attempt.task.kind {
             TaskKind::VmCreate => self.operate_create(attempt, vm).await,
-            TaskKind::VmStart => self.operate_start(attempt, vm).await,
+            TaskKind::VmStart => Box::pin(self.operate_start(attempt, vm)).await,
             TaskKind::VmStop => {
                 if vm.state != VmState::Stopping {
                     return Ok(superseded(vm));
@@ -283,7 +283,6 @@ impl Core {
             address: started.network.addresses.first().map(|(address, _)| *address),
             start: Some(started.report),
             tools: started.tools,
-            ..VmPatch::default()
         }
     }
 

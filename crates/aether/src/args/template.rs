@@ -64,6 +64,7 @@ pub(crate) struct SnapshotList {
 }
 
 #[derive(Debug, Subcommand)]
+#[expect(clippy::large_enum_variant, reason = "one exists in a program")]
 pub(crate) enum Template {
     /// Build a template, and follow it until it is ready
     Build(TemplateBuild),

@@ -80,7 +80,7 @@ pub(crate) struct ToolsPrune {
 #[derive(Debug, Clone, Default, clap::Args)]
 pub(crate) struct ToolOptions {
     /// A tool that every VM has, such as nodejs@20; may be given several times, in the environment
-    /// parted by `;` [default: git, nodejs@20, bun, claude-code]
+    /// parted by `;` (default: git, nodejs@20, bun, claude-code)
     #[arg(
         long = "default-tool",
         env = "AETHER_DEFAULT_TOOLS",

@@ -10,6 +10,7 @@ mod instant;
 mod plain;
 #[cfg(test)]
 mod rig;
+#[cfg(test)]
 mod tools;
 #[cfg(test)]
 mod up;

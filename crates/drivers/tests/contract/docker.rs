@@ -16,6 +16,7 @@ use crate::{
 use aether_drivers::{DriverError, MachineSpec, Start, docker::DockerConfig};
 
 /// Also of the tests of the whole platform.
+#[expect(unreachable_pub, reason = "it is shown by a library too")]
 #[path = "../../../../tests/src/engine.rs"]
 mod engine;
 

@@ -282,6 +282,7 @@ async fn answer(
 }
 
 /// What a request that made a task is answered with.
+#[expect(clippy::large_enum_variant, reason = "one at a time exists")]
 pub(super) enum Settled {
     /// Nobody waits, or the time is over first.
     Open(Task),

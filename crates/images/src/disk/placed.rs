@@ -67,8 +67,7 @@ pub fn write_placement(
     });
     let outer = Image { begin, tables: first_copy + CLUSTER, virtual_bytes: device_bytes };
     let outer_end = outer.write(metadata, 0, moved)?;
-    let mut first = Vec::new();
-    first.resize(usize::try_from(CLUSTER.min(bytes)).unwrap_or_default(), 0);
+    let mut first = vec![0; usize::try_from(CLUSTER.min(bytes)).unwrap_or_default()];
     layer.read_exact_at(&mut first, 0)?;
     metadata.write_all_at(&first, begin + first_copy)?;
 

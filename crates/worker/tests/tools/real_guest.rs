@@ -162,7 +162,7 @@ impl House {
         };
         match tokio::time::timeout(LIMIT, ended).await {
             Ok(task) => task,
-            Err(_) => panic!("it does not end: {:?}", self.rig.store().task(id).await),
+            Err(late) => panic!("{late}: {:?}", self.rig.store().task(id).await),
         }
     }
 
