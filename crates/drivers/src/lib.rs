@@ -183,6 +183,7 @@ fn same(
 
 /// How a machine's guest comes to run.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[expect(clippy::large_enum_variant, reason = "there is one for each start")]
 pub enum Start {
     /// From its kernel, on its disk.
     Boot,

@@ -169,7 +169,7 @@ fn check_layers(layers: &[Layer]) -> Result<(), RequestError> {
     for layer in layers {
         let name = layer.name.chars().take(LAYER_NAME_BYTES_MAX).collect::<String>();
         at_most("name of a layer", layer.name.len(), LAYER_NAME_BYTES_MAX)?;
-        let end = layer.offset.checked_add(layer.length).unwrap_or(u64::MAX);
+        let end = layer.offset.saturating_add(layer.length);
         let is_placed = layer.offset >= free
             && layer.offset % LAYER_ALIGN_BYTES == 0
             && layer.length > 0

@@ -362,7 +362,9 @@ mod tests {
     fn the_size_is_said_in_the_last_line() {
         let size = |parts: &[&[u8]]| {
             let mut last = LastLine::default();
-            parts.iter().for_each(|part| last.hear(part));
+            for part in parts {
+                last.hear(part);
+            }
             last.size()
         };
         assert_eq!(size(&[b"a\n::size 4096\n"]), Some(4096));
@@ -370,7 +372,7 @@ mod tests {
         assert_eq!(size(&[b"::size 4096\nmore\n"]), None);
         assert_eq!(size(&[b"::size 0\n"]), None);
         assert_eq!(size(&[b"::size -1\n"]), None);
-        assert_eq!(size(&[&[b'x'; 100_000], b"\n::size 8192\n"]), Some(8192));
+        assert_eq!(size(&[&vec![b'x'; 100_000], b"\n::size 8192\n"]), Some(8192));
         assert_eq!(size(&[]), None);
     }
 }

@@ -67,8 +67,7 @@ pub fn write_placement(
     });
     let outer = Image { begin, tables: first_copy + CLUSTER, virtual_bytes: device_bytes };
     let outer_end = outer.write(metadata, 0, moved)?;
-    let mut first = Vec::new();
-    first.resize(usize::try_from(CLUSTER.min(bytes)).unwrap_or_default(), 0);
+    let mut first = vec![0; usize::try_from(CLUSTER.min(bytes)).unwrap_or_default()];
     layer.read_exact_at(&mut first, 0)?;
     metadata.write_all_at(&first, begin + first_copy)?;
 
@@ -173,7 +172,8 @@ mod tests {
         let mut below = format!(r#"{{"driver":"null-co","size":{DEVICE},"read-zeroes":true}}"#);
         let (mut wanted, mut at) = (Vec::new(), 0);
         for (index, (offset, bytes)) in places.into_iter().enumerate() {
-            let content: Vec<u8> = (0..bytes).map(|i| (i / 7 + index as u64 * 31) as u8).collect();
+            let content: Vec<u8> =
+                (0..bytes).map(|i| (i / 7 + index as u64 * 31).to_le_bytes()[0]).collect();
             let name = path(&format!("layer{index}"));
             std::fs::write(&name, &content).unwrap();
             let layer = File::open(&name).unwrap();

@@ -58,7 +58,7 @@ impl Core {
     ) -> Result<AttemptEnd, Failure> {
         let template = self.template_of(vm).await?;
         let telling = Telling::default();
-        let digest = self.template_digest(&template.spec, &telling);
+        let digest = Box::pin(self.template_digest(&template.spec, &telling));
         let digest = self.told(attempt, &telling, digest).await?;
         let _turn = self.builds.turn(&digest).await;
         let _lock = lock::lock(self.build_lock(&digest)).await?;
@@ -97,7 +97,9 @@ impl Core {
         digest: &str,
     ) -> Result<SnapshotFacts, Failure> {
         let telling = Telling::default();
-        self.create(vm, PhaseClock::since(attempt.task.created_at), &telling).await?;
+        let clock = PhaseClock::since(attempt.task.created_at);
+        let create = Box::pin(self.create(vm, clock, &telling));
+        self.told(attempt, &telling, create).await?;
         let guest = self.guests.get(vm.id).ok_or_else(no_guest)?;
         Steps::new(self, attempt, Arc::clone(&guest), template).run().await?;
         guest.will_end(Fault::new(aether_types::ErrorCode::VmStopped, "the template is built"));
