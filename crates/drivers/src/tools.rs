@@ -271,6 +271,8 @@ pub(crate) fn frozen_memory(
 
 #[cfg(test)]
 mod tests {
+    use std::slice::from_ref;
+
     use super::*;
 
     fn layer(digest: &str, bytes: u64) -> LayerFile {
@@ -313,10 +315,10 @@ mod tests {
         let (a, b) = (layer("a", 4096), layer("b", 4096));
         let elsewhere = LayerFile { path: "/other".into(), ..a.clone() };
         assert!(begin_with(&[a.clone(), b.clone()], &[elsewhere]));
-        assert!(begin_with(&[a.clone()], &[]));
-        assert!(!begin_with(&[a.clone()], &[a.clone(), b.clone()]));
+        assert!(begin_with(from_ref(&a), &[]));
+        assert!(!begin_with(from_ref(&a), &[a.clone(), b.clone()]));
         assert!(!begin_with(&[a.clone(), b.clone()], &[b]));
-        assert!(!begin_with(&[a.clone()], &[LayerFile { bytes: 8192, ..a }]));
+        assert!(!begin_with(from_ref(&a), &[LayerFile { bytes: 8192, ..a.clone() }]));
     }
 
     #[test]

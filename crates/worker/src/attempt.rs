@@ -183,7 +183,7 @@ impl Core {
         }
         let clock = PhaseClock::since(attempt.task.created_at);
         let telling = Telling::default();
-        let create = self.create(vm, clock, &telling);
+        let create = Box::pin(self.create(vm, clock, &telling));
         let started = tokio::select! {
             started = self.told(attempt, &telling, create) => started?,
             () = attempt.cancelled.cancelled() => {
@@ -206,7 +206,7 @@ impl Core {
         }
         let clock = PhaseClock::since(attempt.task.created_at);
         let telling = Telling::default();
-        let start = self.start(vm, clock, &telling);
+        let start = Box::pin(self.start(vm, clock, &telling));
         let started = tokio::select! {
             started = self.told(attempt, &telling, start) => started?,
             () = attempt.cancelled.cancelled() => {

@@ -133,7 +133,7 @@ snapshots!(qemu_debian_snapshots, Kind::QemuDebian);
 snapshots!(firecracker_jailed_snapshots, Kind::FirecrackerJailed);
 
 /// Tools and builders.
-mod qemu_layers {
+mod tool_layers {
     use super::*;
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -154,6 +154,13 @@ mod qemu_layers {
     async fn many_and_wrong() {
         if let Some(rig) = Rig::open(Kind::QemuDebian).await {
             layers::many_and_wrong(rig).await;
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn tools_under_firecracker() {
+        if let Some(rig) = Rig::open(Kind::FirecrackerJailed).await {
+            layers::tools(rig).await;
         }
     }
 

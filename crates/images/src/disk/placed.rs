@@ -172,7 +172,8 @@ mod tests {
         let mut below = format!(r#"{{"driver":"null-co","size":{DEVICE},"read-zeroes":true}}"#);
         let (mut wanted, mut at) = (Vec::new(), 0);
         for (index, (offset, bytes)) in places.into_iter().enumerate() {
-            let content: Vec<u8> = (0..bytes).map(|i| (i / 7 + index as u64 * 31) as u8).collect();
+            let content: Vec<u8> =
+                (0..bytes).map(|i| (i / 7 + index as u64 * 31).to_le_bytes()[0]).collect();
             let name = path(&format!("layer{index}"));
             std::fs::write(&name, &content).unwrap();
             let layer = File::open(&name).unwrap();

@@ -58,7 +58,7 @@ fn copy_goes_from_one_file_system_to_another() {
 fn parts_are_put_together_at_their_places() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
-    let content: Vec<u8> = (0..200_000_u32).map(|i| (i / 3) as u8).collect();
+    let content: Vec<u8> = (0..200_000_u32).map(|i| (i / 3).to_le_bytes()[0]).collect();
     fs::write(path("part"), &content).unwrap();
     let part = |offset, bytes| (File::open(path("part")).unwrap(), offset, bytes);
     compose(&path("all"), 64 << 30, &[part(MIB, 4096), part(3 * MIB, 200_000)]).unwrap();

@@ -61,7 +61,7 @@ impl Core {
     ) -> Result<AttemptEnd, Failure> {
         let template = self.template_of(vm).await?;
         let telling = Telling::default();
-        let digest = self.template_digest(&template.spec, &telling);
+        let digest = Box::pin(self.template_digest(&template.spec, &telling));
         let digest = self.told(attempt, &telling, digest).await?;
         let _turn = self.builds.turn(&digest).await;
         let _lock = lock::lock(self.build_lock(&digest)).await?;
