@@ -99,7 +99,7 @@ now_ms() { date +%s%3N; }
 start_platform() {
   local limit=$((SECONDS + READY_LIMIT_S))
   : >"$WORK/up.out"
-  "$AETHER" up --json --data-dir "$DATA" --listen 127.0.0.1:0 --image-dir "$IMAGE_DIR" "$@" \
+  "$AETHER" up --json --data-dir "$DATA" --listen 127.0.0.1:0 --image-dir "$IMAGE_DIR" --no-default-tools "$@" \
     >"$WORK/up.out" 2>"$WORK/up.log" </dev/null &
   UP_PID=$!
   until grep -q '"event":"ready"' "$WORK/up.out"; do

@@ -158,9 +158,8 @@ impl House {
                 events.next().await;
             }
         };
-        match tokio::time::timeout(LIMIT, ended).await {
-            Ok(task) => task,
-            Err(late) => panic!("{late}: {:?}", self.rig.store().task(id).await),
+        if let Ok(task) = tokio::time::timeout(LIMIT, ended).await {
+            return task;
         }
         panic!("it does not end: {:?}", self.rig.store().task(id).await)
     }
