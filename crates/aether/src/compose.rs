@@ -333,7 +333,18 @@ async fn open_drivers(
         DriverChoice::Firecracker => Ok(vec![firecracker.await.map_err(|e| driver_failure(&e))?]),
         // Weaker than a VM: only who asks for it by name gets it.
         DriverChoice::Docker => {
-            Ok(vec![open_docker(host, backend).await.map_err(|e| driver_failure(&e))?])
+            let mut drivers =
+                vec![open_docker(host, backend).await.map_err(|e| driver_failure(&e))?];
+            match qemu.await {
+                Ok(driver) => drivers.push(driver),
+                Err(error) => {
+                    tracing::info!(
+                        reason = chain(&error),
+                        "without QEMU, tools are not built here"
+                    );
+                }
+            }
+            Ok(drivers)
         }
         DriverChoice::Auto => {
             let mut drivers = Vec::new();
