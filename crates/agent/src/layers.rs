@@ -126,7 +126,7 @@ fn put_on_usr(count: usize) -> io::Result<()> {
         return Err(io::Error::from_raw_os_error(libc::E2BIG));
     }
     let put = |options: &str| -> io::Result<()> {
-        Ok(mount("overlay", USR, "overlay", MountFlags::empty(), &*CString::new(options)?)?)
+        Ok(mount("overlay", USR, "overlay", MountFlags::NOATIME, &*CString::new(options)?)?)
     };
     put(&options[0]).or_else(|_| put(&options[1]))
 }
