@@ -5,7 +5,7 @@ use std::{
     os::{fd::OwnedFd, unix::fs::OpenOptionsExt as _},
     path::Path,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, PoisonError, Weak,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -16,6 +16,7 @@ use aether_types::{DriverKind, MachineId};
 use async_trait::async_trait;
 use rustix::fs::{Mode, OFlags};
 use tokio::{net::UnixDatagram, sync::oneshot};
+use tokio_util::task::TaskTracker;
 
 use super::{
     channel,
@@ -52,10 +53,20 @@ impl std::fmt::Debug for Docker {
 /// The way to a container that runs.
 pub(super) struct Control {
     name: String,
-    place: Place,
+    id: MachineId,
+    /// Who watches a container must not keep the host's directory from the next worker.
+    host: Weak<Host>,
+    work: TaskTracker,
     /// None where an earlier worker heard the hint.
     ready: Option<UnixDatagram>,
     last_words: Mutex<String>,
+}
+
+impl Control {
+    fn new(name: String, place: &Place, ready: Option<UnixDatagram>) -> Self {
+        let (id, host, work) = (place.id(), Arc::downgrade(&place.host), place.work.clone());
+        Self { name, id, host, work, ready, last_words: Mutex::default() }
+    }
 }
 
 impl Docker {
@@ -205,8 +216,7 @@ impl Vmm for Docker {
             return Err(DriverError::ExitedDuringStart { detail });
         }
         place.host.network().plug(place.id(), namespace).await?;
-        let place = place.clone();
-        let control = Control { name, place, ready: Some(made), last_words: Mutex::default() };
+        let control = Control::new(name, place, Some(made));
         Ok(Booted { process, control })
     }
 
@@ -221,8 +231,7 @@ impl Vmm for Docker {
         let name = name_of(place.id());
         // Says whether the engine still has it.
         self.engine.state(&name).await?;
-        let place = place.clone();
-        Ok(Control { name, place, ready: None, last_words: Mutex::default() })
+        Ok(Control::new(name, place, None))
     }
 
     /// By the kernel's word, which comes also when the engine has ended; the engine is asked how.
@@ -232,9 +241,12 @@ impl Vmm for Docker {
         *control.last_words.lock().unwrap_or_else(PoisonError::into_inner) = words;
         let ended = self.engine.ended(&control.name).await;
         // Nothing is in them any more.
-        let (host, id) = (Arc::clone(&control.place.host), control.place.id());
-        if let Err(error) = control.place.blocking(move || tools::take_apart(&host, id)).await {
-            tracing::warn!(vm.id = %id, %error, "cannot unmount tools; the journal keeps them");
+        let id = control.id;
+        if let Some(host) = control.host.upgrade() {
+            let apart = control.work.spawn_blocking(move || tools::take_apart(&host, id));
+            if let Err(error) = crate::finished(apart.await) {
+                tracing::warn!(vm.id = %id, %error, "cannot unmount tools; the journal keeps them");
+            }
         }
         match ended {
             Ok(Some(0)) => ExitReason::GuestShutdown,
