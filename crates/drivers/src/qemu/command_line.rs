@@ -44,8 +44,9 @@ impl Accelerator {
     }
 }
 
-/// bun and Claude Code die on `qemu64`.
-pub(super) const TCG_PROCESSOR: &str = "Nehalem";
+/// bun and Claude Code die on `qemu64`. A timer that runs on in every idle state lets the kernel stop
+/// its ticks: without it an idle guest takes a twentieth of a processor.
+pub(super) const TCG_PROCESSOR: &str = "Nehalem,+arat";
 
 /// Descriptors that QEMU inherits, under their numbers.
 #[derive(Debug, Clone)]
@@ -380,7 +381,7 @@ mod tests {
             "-nodefaults -no-user-config -display none -no-reboot -no-shutdown -sandbox \
              on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny -machine \
              microvm,acpi=on,pit=off,pic=off,rtc=on,isa-serial=on,memory-backend=mem -object \
-             memory-backend-ram,id=mem,size=134217728 -accel tcg -cpu Nehalem -smp 1 -m 128M -name \
+             memory-backend-ram,id=mem,size=134217728 -accel tcg -cpu Nehalem,+arat -smp 1 -m 128M -name \
              aether-ID -readconfig /dev/fd/27 -kernel /dev/fd/20 -initrd /dev/fd/21 -chardev \
              socket,id=qmp,fd=24,server=on,wait=off -mon chardev=qmp,mode=control -chardev \
              ringbuf,id=console,size=65536 -serial chardev:console -add-fd \
