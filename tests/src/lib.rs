@@ -5,6 +5,7 @@ pub mod bare_firecracker;
 pub mod engine;
 pub mod measure;
 pub mod platform;
+mod qmp;
 pub mod random;
 pub mod wire;
 
