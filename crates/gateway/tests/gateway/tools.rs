@@ -10,7 +10,7 @@ use aether_api::{
 };
 use aether_gateway::ToolCatalogue;
 use aether_types::{
-    ErrorCode, Fault, TaskKind, TaskState, Timestamp, ToolRequest, VmState, VmTool, limits,
+    ErrorCode, Fault, TaskId, TaskKind, TaskState, Timestamp, ToolRequest, VmState, VmTool, limits,
 };
 use async_trait::async_trait;
 use serde_json::json;
@@ -280,34 +280,33 @@ async fn progress(rig: &Rig, task: &TaskView, generation: i64) -> TaskView {
     soon(rig.client.task_wait(task.id, generation, SOON)).await.unwrap()
 }
 
+/// One task at a time: a permit goes to whoever came to the gate first.
+async fn sees_how_far_it_is(rig: &Rig, id: TaskId) {
+    let task = rig.client.task(id, None).await.unwrap();
+    let seen = progress(rig, &task, 0).await;
+    let first = seen.progress.unwrap();
+    assert_eq!((first.generation, first.now.as_str()), (1, "rust 1.90.0: install"));
+    assert_eq!(first.log, "one\n");
+    let (seen, ()) = tokio::join!(progress(rig, &task, 1), async {
+        rig.worker.gate.add_permits(1);
+    });
+    let second = seen.progress.unwrap();
+    assert_eq!((second.generation, second.log.as_str()), (2, "one\ntwo\n"));
+    // Nothing more is said: the end is the news.
+    let ended = progress(rig, &task, 2).await;
+    assert_eq!(ended.status, TaskState::Completed);
+}
+
 #[tokio::test]
 async fn who_waits_for_a_tool_sees_how_far_it_is() {
     let rig = Rig::new().await;
     let create = asking(&["rust@slow"], &[], &[]);
     let creation = rig.client.create_vm(&create, &CallOptions::default()).await.unwrap();
+    sees_how_far_it_is(&rig, creation.task_id().unwrap()).await;
     let build = BuildTools { tools: owned(&["rust@slow", "go@1"]) };
-    for id in [
-        creation.task_id().unwrap(),
-        match rig.client.build_tools(&build, &CallOptions::default()).await.unwrap() {
-            Waited::Accepted(accepted) => accepted.task_id,
-            Waited::Done(task) => panic!("nobody waited: {task:?}"),
-        },
-    ] {
-        let task = rig.client.task(id, None).await.unwrap();
-        let seen = progress(&rig, &task, 0).await;
-        let first = seen.progress.clone().unwrap();
-        assert_eq!((first.generation, first.now.as_str()), (1, "rust 1.90.0: install"));
-        assert_eq!(first.log, "one\n");
-        rig.worker.saw("gate").await;
-        let (seen, ()) = tokio::join!(progress(&rig, &task, 1), async {
-            rig.worker.gate.add_permits(1);
-        });
-        let second = seen.progress.unwrap();
-        assert_eq!((second.generation, second.log.as_str()), (2, "one\ntwo\n"));
-        // Nothing more is said: the end is the news.
-        let ended = progress(&rig, &task, 2).await;
-        assert_eq!(ended.status, TaskState::Completed);
-    }
+    let building = rig.client.build_tools(&build, &CallOptions::default()).await.unwrap();
+    let Waited::Accepted(building) = building else { panic!("nobody waited") };
+    sees_how_far_it_is(&rig, building.task_id).await;
     let filter = TaskQuery { kind: Some("tool:build".into()), ..TaskQuery::default() };
     let listed = rig.client.tasks(&filter).await.unwrap().items;
     assert_eq!(listed.len(), 1);

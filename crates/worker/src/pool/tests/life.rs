@@ -39,6 +39,9 @@ async fn makes_that_fail_pause_longer_each_time_and_leave_nothing() {
     let rig = Rig::new(&[pool("web:latest", 1, 1)]);
     rig.change(|world| world.makes_fail = true);
     sleep(Duration::from_mins(10)).await;
+    // One may be in the making just then.
+    let mut world = rig.fake.world.subscribe();
+    world.wait_for(|world| world.in_make == 0 && world.there.is_empty()).await.unwrap();
     let begun = rig.world(|world| world.begun.len());
     // Pauses of 1, 2, 4 … 256, 300 seconds, a quarter more or less.
     assert!((9..=12).contains(&begun), "{begun}");
