@@ -2,9 +2,9 @@
 //! restore and a claim from a pool, against a bare QEMU (or Firecracker) driven as a script would,
 //! with the same kernel, image, memory and devices, by turns.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use aether_api::{BuildTemplate, CreateVm, ExecuteRequest, StreamEvent, client::CallOptions};
+use aether_api::{BuildTemplate, CreateVm};
 use aether_tests::{
     Platform, Setup,
     bare::Bare,
@@ -12,7 +12,7 @@ use aether_tests::{
     measure::{Comparison, Times, has_flag, samples},
 };
 use aether_types::StartKind;
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
 const MEMORY_MB: u32 = 256;
@@ -133,32 +133,10 @@ impl Bench {
 
     /// From the request to the first byte; then the VM is deleted.
     fn ours(&self, request: &CreateVm, kind: StartKind) -> Result<Duration> {
-        let client = self.platform.client();
-        self.runtime.block_on(async {
-            let start = Instant::now();
-            let accepted = client.create_vm(request, &CallOptions::default()).await?;
-            let vm = accepted.vm_id().to_string();
-            let command = ExecuteRequest {
-                command: COMMAND[0].to_owned(),
-                args: COMMAND[1..].iter().map(|&arg| arg.to_owned()).collect(),
-                ..ExecuteRequest::default()
-            };
-            let mut follow = client.execute_stream(&vm, &command, None).await?;
-            loop {
-                match follow.next().await?.context("the command ended without a word")? {
-                    StreamEvent::Stdout { .. } => break,
-                    StreamEvent::End(_) => bail!("the command said nothing"),
-                    _ => {}
-                }
-            }
-            let took = start.elapsed();
-            while follow.next().await?.is_some() {}
-            let view = client.vm(&vm).await?;
-            let report = view.start.context("no report of the start")?;
-            ensure!(report.kind == kind, "not a {kind:?}: {report:?}");
-            self.platform.delete(&vm).await?;
-            Ok(took)
-        })
+        let (took, view) = self.runtime.block_on(self.platform.first_output(request, COMMAND))?;
+        let report = view.start.context("no report of the start")?;
+        ensure!(report.kind == kind, "not a {kind:?}: {report:?}");
+        Ok(took)
     }
 
     fn report(self) -> Result<()> {

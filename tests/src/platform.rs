@@ -357,6 +357,48 @@ impl Platform {
 }
 
 impl Platform {
+    /// From the request for a VM to the first byte that its first command says, at the client. The
+    /// VM, as it was then, is deleted.
+    pub async fn first_output(
+        &self,
+        request: &CreateVm,
+        command: &[&str],
+    ) -> Result<(Duration, VmView)> {
+        let (program, args) = command.split_first().context("a command")?;
+        let command = ExecuteRequest {
+            command: (*program).to_owned(),
+            args: args.iter().map(|&arg| arg.to_owned()).collect(),
+            ..ExecuteRequest::default()
+        };
+        let client = self.client();
+        let start = Instant::now();
+        let accepted = client.create_vm(request, &CallOptions::default()).await?;
+        let vm = accepted.vm_id().to_string();
+        let mut follow = client.execute_stream(&vm, &command, None).await?;
+        loop {
+            match follow.next().await?.context("the command ended without a word")? {
+                StreamEvent::Stdout { .. } => break,
+                StreamEvent::End(_) => bail!("the command said nothing"),
+                _ => {}
+            }
+        }
+        let took = start.elapsed();
+        while follow.next().await?.is_some() {}
+        let view = client.vm(&vm).await?;
+        self.delete(&vm).await?;
+        Ok((took, view))
+    }
+
+    /// Waits for a line of its log, of which there is no other sign from outside.
+    pub async fn await_log(&self, text: &str) -> Result<()> {
+        let deadline = Instant::now() + LONG;
+        while !self.log().contains(text) {
+            ensure!(Instant::now() < deadline, "the log does not say `{text}`:\n{}", self.log());
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+        Ok(())
+    }
+
     /// Its namespace, where it has had just one.
     pub fn namespace(&self) -> Result<String> {
         let names: Vec<&String> = self.namespaces.iter().collect();

@@ -10,7 +10,7 @@ use std::{
 use aether_drivers::{Driver, GuestNetwork};
 use aether_protocol::{
     AGENT_PORT, Configure, Configured, Dns, EnvVar, Environment, ErrorCode as GuestCode, Hosts,
-    HostsEntry, Interface, TOKEN_BYTES, Token,
+    HostsEntry, Interface, Layer, TOKEN_BYTES, Token,
     host::{self, BoxStream, ClientError},
 };
 use aether_types::{ErrorCode, Fault, MachineId, Origin, Vm};
@@ -87,8 +87,10 @@ impl Core {
         network: &GuestNetwork,
         token: &Token,
         before: Before<'_>,
+        layers: Vec<Layer>,
     ) -> Result<String, Failure> {
         let words = Configure {
+            layers,
             interfaces: vec![interface(network, Some(before.mac))],
             dns: Some(dns(network)),
             machine_id: Some(machine_id(machine)),
@@ -100,6 +102,7 @@ impl Core {
         let asked = to.configure(&tokens, &words, None, None).await;
         let (configured, _kept) = asked.map_err(|e| Failure::ask(&e))?;
         known_boot(&configured)?;
+        known_layers(&words, &configured)?;
         Ok(configured.boot_id)
     }
 
@@ -121,13 +124,17 @@ impl Core {
     /// Leaves the guest's interface without an address, as a template's snapshot has it.
     pub(crate) async fn take_addresses(
         &self,
-        guest: &Guest,
+        driver: &Arc<dyn Driver>,
+        machine: MachineId,
+        token: &Token,
         network: &GuestNetwork,
     ) -> Result<(), Failure> {
         let bare =
             Interface { addresses: Vec::new(), gateways: Vec::new(), ..interface(network, None) };
         let words = Configure { interfaces: vec![bare], settle: true, ..Configure::default() };
-        self.configure(guest, &[&guest.token], words, None, None).await
+        let to = Agent { driver, machine, limit: self.parts.config.guest_limit };
+        let asked = to.configure(&[token], &words, None, None).await;
+        asked.map(drop).map_err(|error| Failure::ask(&error))
     }
 
     /// Best effort: a guest that does not answer now has the time of its pause, and nothing else.

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   image     boot
-//!   template  a machine of its pool ──► restore ──► boot on its disk ──► boot its image (no steps)
+//!   template  a machine of its pool ──► restore (with its tools, see `derive`) ──► boot on its disk ──► boot its image (no steps)
 //!   snapshot  restore, and nothing else
 //! ```
 //!
@@ -23,6 +23,7 @@ use tokio::time::Instant;
 
 use crate::{
     configure::new_token,
+    derive::{self, covers},
     failure::{Failure, blocking, internal},
     guest::Guest,
     lifecycle::parse_token,
@@ -49,7 +50,7 @@ pub(crate) struct Starting<'a> {
     pub(crate) clock: PhaseClock,
     /// Nothing is made for a pool while somebody waits for this.
     in_hand: InHand,
-    toolset: Toolset,
+    toolset: Arc<Toolset>,
     /// Of the machine, once it is known.
     layers: Vec<LayerFile>,
     /// Why the faster ways were not taken.
@@ -59,8 +60,8 @@ pub(crate) struct Starting<'a> {
 impl Starting<'_> {
     pub(crate) fn done(self, network: GuestNetwork, kind: StartKind) -> Started {
         let fallback = (!self.fallback.is_empty()).then(|| self.fallback.join("; "));
-        let tools = self.toolset.tools;
-        let tools = (!tools.is_empty()).then_some(tools);
+        let tools = &self.toolset.tools;
+        let tools = (!tools.is_empty()).then(|| tools.clone());
         Started { network, report: self.clock.report(kind, fallback), tools }
     }
 
@@ -93,7 +94,7 @@ impl Core {
             driver,
             clock,
             in_hand,
-            toolset: Toolset::default(),
+            toolset: Arc::default(),
             layers: Vec::new(),
             fallback: Vec::new(),
         })
@@ -126,7 +127,7 @@ impl Core {
         if !toolset.layers.is_empty() {
             starting.clock.mark("tools");
         }
-        starting.toolset = toolset;
+        starting.toolset = Arc::new(toolset);
         self.make(starting).await
     }
 
@@ -197,7 +198,9 @@ impl Core {
         mut starting: Starting<'_>,
         id: TemplateId,
     ) -> Result<Started, Failure> {
-        if let Some(network) = self.from_pool(&mut starting, id).await? {
+        let known = self.template(id).await?;
+        let is_covered = known.is_none_or(|known| covers(&known, &starting.vm.spec.tools));
+        if is_covered && let Some(network) = self.from_pool(&mut starting, id).await? {
             return Ok(starting.done(network, StartKind::Pool));
         }
         let template = self.ready_template(id).await?;
@@ -207,7 +210,22 @@ impl Core {
             Ok(sealed) => sealed,
             Err(failure) => return self.without_files(starting, &template, failure).await,
         };
+        let there = sealed.files.layers();
+        let entry = derive::entry(&template, &there, &starting.toolset);
+        let derived = match &entry {
+            Some(entry) => self.derived(entry).await,
+            None => None,
+        };
         starting.clock.mark("snapshot");
+        let to_derive = entry.filter(|_| derived.is_none());
+        if !is_covered
+            && derived.is_none()
+            && let Some(network) = self.from_pool(&mut starting, id).await?
+        {
+            self.derive_what_was_missing(&starting, &template, to_derive);
+            return Ok(starting.done(network, StartKind::Pool));
+        }
+        let sealed = derived.unwrap_or(sealed);
         let fits =
             sealed.check_format(&starting.driver).and_then(|()| sealed.check_size(starting.vm));
         let restored = match fits {
@@ -215,7 +233,10 @@ impl Core {
             Err(fault) => Err(Failure::last(fault)),
         };
         match restored {
-            Ok(network) => return Ok(starting.done(network, StartKind::Restore)),
+            Ok(network) => {
+                self.derive_what_was_missing(&starting, &template, to_derive);
+                return Ok(starting.done(network, StartKind::Restore));
+            }
             Err(failure) => {
                 starting.falls_back("restoring its template", &failure.fault);
                 self.remove_machine(starting.vm).await?;
@@ -223,6 +244,18 @@ impl Core {
         }
         let network = self.boot_new(&mut starting, Some(&sealed.files)).await?;
         Ok(starting.done(network, StartKind::Boot))
+    }
+
+    /// The next VM with these tools begins with them.
+    fn derive_what_was_missing(
+        self: &Arc<Self>,
+        starting: &Starting<'_>,
+        template: &Arc<Template>,
+        entry: Option<String>,
+    ) {
+        if let Some(entry) = entry {
+            self.derive_later(Arc::clone(template), Arc::clone(&starting.toolset), entry);
+        }
     }
 
     /// `None`: the pool has no machine for this VM.
@@ -437,19 +470,24 @@ impl Core {
         network.ok_or_else(|| Failure::last(internal("read the VM's record")))
     }
 
-    /// A machine of a template that is nobody's yet: restored and configured, and running, without a
-    /// connection. What a failure leaves is the caller's to delete.
+    /// A machine of a template that is nobody's yet: restored and configured, with these tools, and
+    /// running, without a connection. What a failure leaves is the caller's to delete.
     pub(crate) async fn restore_spare(
         &self,
         template: &Template,
         id: MachineId,
         turn: &Turn,
+        toolset: &Toolset,
     ) -> Result<Spare, Failure> {
         let driver = self.driver_of(template.spec.driver)?;
         let digest = template.digest.clone().unwrap_or_default();
         let sealed = self.sealed(&self.parts.templates, digest).await?;
         sealed.check_format(&driver).map_err(Failure::last)?;
-        let spec = spec_of(&sealed, id, None)?;
+        let mut spec = spec_of(&sealed, id, None)?;
+        let there = spec.layers.len();
+        spec.layers = toolset.over(&spec.layers);
+        // What the snapshot has is mounted in it.
+        let added = if spec.layers.len() > there { toolset::places(&spec.layers)? } else { vec![] };
         let (token, layers) = (parse_token(&spec)?, spec.layers.clone());
         let failed = |e: aether_drivers::DriverError| Failure::machine(&e, id);
         turn.pass().await;
@@ -459,7 +497,9 @@ impl Core {
         let limit = self.parts.config.start_limit;
         driver.start(id, Start::Restore(sealed.files.clone()), limit).await.map_err(failed)?;
         turn.pass().await;
-        let boot_id = self.configure_spare(&driver, id, &network, &token, sealed.before()).await?;
+        let before = sealed.before();
+        let configured = self.configure_spare(&driver, id, &network, &token, before, added);
+        let boot_id = configured.await?;
         let connection = None;
         Ok(Spare { machine: id, driver, token, network, boot_id, layers, connection })
     }

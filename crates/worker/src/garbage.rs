@@ -23,6 +23,7 @@ use aether_types::{
 use tokio::time::Instant;
 
 use crate::{
+    derive,
     failure::{Failure, blocking},
     worker::Core,
 };
@@ -48,6 +49,13 @@ pub(crate) struct Garbage {
     orphans: AtomicBool,
     /// There may be files in the template store that no template is made of.
     templates: AtomicBool,
+}
+
+impl Garbage {
+    /// Looked at by the next sweep at the latest.
+    pub(crate) fn templates_changed(&self) {
+        self.templates.store(true, Ordering::Relaxed);
+    }
 }
 
 /// Runs until the worker closes.
@@ -196,15 +204,10 @@ async fn templates(core: &Core) -> Result<(), Failure> {
             None => break,
         }
     }
-    for entry in list(&core.parts.templates).await? {
-        if !needed.contains(&entry.id) {
-            tracing::info!(
-                entry = entry.id,
-                bytes = entry.size_bytes,
-                "remove the files of a template that is not there"
-            );
-            core.remove_entry(&core.parts.templates, entry.id).await;
-        }
+    let entries = list(&core.parts.templates).await?;
+    for entry in derive::past(&entries, &needed) {
+        tracing::info!(entry, "remove the files of a template that is not there, or of one too many");
+        core.remove_entry(&core.parts.templates, entry).await;
     }
     Ok(())
 }

@@ -24,6 +24,7 @@ mod builder;
 mod claims;
 mod configure;
 mod create;
+mod derive;
 mod execute;
 mod failure;
 mod fault;

@@ -6,10 +6,12 @@
 
 use std::{sync::Arc, time::Duration};
 
-use aether_drivers::{AfterSnapshot, MachineState, SnapshotDisk, SnapshotTaken};
+use aether_drivers::{
+    AfterSnapshot, Driver, DriverError, MachineState, SnapshotDisk, SnapshotTaken,
+};
 use aether_images::{Draft, SnapshotError, SnapshotStore};
 use aether_store::SnapshotFacts;
-use aether_types::{ErrorCode, Fault, SnapshotId, Task, Vm};
+use aether_types::{ErrorCode, Fault, MachineId, SnapshotId, Task, Vm};
 
 use crate::{
     attempt::Attempt,
@@ -25,6 +27,16 @@ pub(crate) struct Take<'a> {
     pub(crate) entry: String,
     pub(crate) disk: SnapshotDisk,
     pub(crate) after: AfterSnapshot,
+}
+
+/// What it is taken of.
+pub(crate) struct Source<'a> {
+    pub(crate) driver: &'a Arc<dyn Driver>,
+    pub(crate) machine: MachineId,
+    /// The image under its disk, by name.
+    pub(crate) image: &'a str,
+    /// What the agent in its memory asks for, in hex.
+    pub(crate) token: String,
 }
 
 impl Core {
@@ -102,43 +114,58 @@ impl Core {
         self.stop(vm, why, self.parts.config.stop_grace).await
     }
 
-    /// The machine writes a draft, and the store seals it.
+    /// Of a VM's machine.
     pub(crate) async fn take(&self, vm: &Vm, take: Take<'_>) -> Result<SnapshotFacts, Failure> {
         let driver = self.driver(vm)?;
-        let machine = self.machine(vm.id);
         let guest = self.guests.get(vm.id).ok_or_else(|| {
             let text = "the VM does not run on this worker";
             Failure::last(Fault::new(ErrorCode::VmStateConflict, text))
         })?;
+        let source = Source {
+            driver: &driver,
+            machine: self.machine(vm.id),
+            image: &vm.spec.image,
+            token: guest.token.to_hex(),
+        };
+        let sealed = self.take_of(source, take, |error| Failure::driver(error, vm.id)).await?;
+        Ok(sealed.facts)
+    }
+
+    /// The machine writes a draft, and the store seals it.
+    pub(crate) async fn take_of(
+        &self,
+        source: Source<'_>,
+        take: Take<'_>,
+        failed: impl Fn(&DriverError) -> Failure,
+    ) -> Result<Sealed, Failure> {
         let (store, entry) = (Arc::clone(take.store), take.entry.clone());
         let draft = blocking("make room for a snapshot", move || store.draft(&entry))
             .await?
             .map_err(|e| Failure::snapshot(&e))?;
         let into = draft.path().to_owned();
-        let written = driver.snapshot(machine, &into, take.disk, take.after).await;
-        let taken = match written {
-            Ok(taken) => taken,
+        let written =
+            source.driver.snapshot(source.machine, &into, take.disk, take.after).await;
+        match written {
+            Ok(taken) => self.seal(source, take, draft, taken).await,
             Err(error) => {
                 discard(draft).await;
-                return Err(Failure::driver(&error, vm.id));
+                Err(failed(&error))
             }
-        };
-        let sealed = self.seal(vm, take, draft, taken, guest.token.to_hex()).await?;
-        Ok(sealed.facts)
+        }
     }
 
     async fn seal(
         &self,
-        vm: &Vm,
+        source: Source<'_>,
         take: Take<'_>,
         draft: Draft,
         taken: SnapshotTaken,
-        token: String,
     ) -> Result<Sealed, Failure> {
         let (store, images) = (Arc::clone(take.store), Arc::clone(&self.parts.images));
-        let (image, holder) = (vm.spec.image.clone(), store.entry_path(&take.entry));
+        let (image, token) = (source.image.to_owned(), source.token);
+        let holder = store.entry_path(&take.entry);
         blocking("seal a snapshot", move || {
-            // The name may have come to mean another image since the VM was made.
+            // The name may have come to mean another image since the machine was made.
             let same = images.resolve(&image).is_ok_and(|boot| boot == taken.machine.boot);
             let image = same.then(|| pinned(&image, &images.digest(&image).ok()?)).flatten();
             if let Some(image) = &image {

@@ -21,6 +21,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     EnsureError, WorkerError, WorkerParts, claims, fault, garbage,
+    derive::Derivations,
     garbage::Garbage,
     guest::{GuestLinks, Guests},
     pool::{self, PoolSet},
@@ -56,6 +57,7 @@ pub(crate) struct Core {
     pub(crate) pools: Arc<PoolSet>,
     pub(crate) builds: Builds,
     pub(crate) templates: TemplateCache,
+    pub(crate) derivations: Derivations,
     pub(crate) garbage: Garbage,
     pub(crate) tasks: TaskTracker,
     /// No new work.
@@ -154,6 +156,7 @@ impl Worker {
             )),
             builds: Builds::default(),
             templates: TemplateCache::default(),
+            derivations: Derivations::default(),
             garbage: Garbage::default(),
             tasks: TaskTracker::new(),
             draining: CancellationToken::new(),

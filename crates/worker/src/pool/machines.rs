@@ -16,6 +16,7 @@ use super::{Meter, Spare, Spares, Turn};
 use crate::{
     failure::{Failure, internal},
     fault,
+    toolset::Toolset,
     worker::Core,
 };
 
@@ -62,7 +63,10 @@ impl Spares for Core {
     async fn make(&self, id: MachineId, template: &Template, turn: &Turn) -> Result<Spare, Fault> {
         let begun = Instant::now();
         let limit = self.parts.config.guest_limit;
-        let mut spare = self.restore_spare(template, id, turn).await.map_err(|f| f.fault)?;
+        let mut spare = self
+            .restore_spare(template, id, turn, &Toolset::default())
+            .await
+            .map_err(|f| f.fault)?;
         turn.pass().await;
         let guest = Agent { driver: &spare.driver, machine: id, token: &spare.token, limit };
         guest.warm(turn).await?;

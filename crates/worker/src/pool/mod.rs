@@ -133,6 +133,11 @@ impl PoolSet {
         self.traffic.begin()
     }
 
+    /// To work for those who do not wait, as the pools do.
+    pub(crate) fn turn(&self) -> Turn {
+        self.traffic.turn()
+    }
+
     /// A machine of this template, the caller's from now on; `None` at once where there is none.
     /// Each is given once.
     pub(crate) fn claim(&self, template: TemplateId, _in_hand: &InHand) -> Option<Spare> {

@@ -16,13 +16,14 @@ mod steps;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
-use aether_drivers::{AfterSnapshot, GuestNetwork, SnapshotDisk};
+use aether_drivers::{AfterSnapshot, Driver, GuestNetwork, SnapshotDisk};
+use aether_protocol::Token;
 use aether_store::{
     AttemptEnd, NewSnapshot, NewTask, NewTemplate, NewVm, SnapshotFacts, StoreError,
 };
 use aether_tools::LockedTool;
 use aether_types::{
-    Fault, Origin, Priority, SnapshotId, SnapshotPurpose, TaskId, TaskKind, Template, TemplateId,
+    Fault, MachineId, Origin, Priority, SnapshotId, SnapshotPurpose, TaskId, TaskKind, Template, TemplateId,
     TemplateSpec, TemplateState, ToolRequest, Vm, VmId, VmSpec, limits,
     template::{DEFAULT_TAG, DEFAULT_TEMPLATE},
 };
@@ -34,7 +35,6 @@ use crate::{
     attempt::{Attempt, done},
     failure::{Failure, blocking, internal},
     fault,
-    guest::Guest,
     phases::PhaseClock,
     reconcile,
     snapshot::Take,
@@ -104,7 +104,8 @@ impl Core {
         let started = self.create(vm, clock, &telling).await?;
         let guest = self.guests.get(vm.id).ok_or_else(no_guest)?;
         Steps::new(self, attempt, Arc::clone(&guest), template).run().await?;
-        self.bring_to_rest(&guest, &started.network).await?;
+        let (driver, token) = (&guest.driver, &guest.token);
+        self.bring_to_rest(driver, guest.machine, token, &started.network).await?;
         guest.will_end(Fault::new(aether_types::ErrorCode::VmStopped, "the template is built"));
         let take = Take {
             store: &self.parts.templates,
@@ -117,11 +118,17 @@ impl Core {
 
     /// Lets the guest come to rest, and takes its addresses from it: what is left to be done is done
     /// once, and not in every clone. A clone that has none to give up is configured in less.
-    async fn bring_to_rest(&self, guest: &Guest, network: &GuestNetwork) -> Result<(), Failure> {
+    pub(crate) async fn bring_to_rest(
+        &self,
+        driver: &Arc<dyn Driver>,
+        machine: MachineId,
+        token: &Token,
+        network: &GuestNetwork,
+    ) -> Result<(), Failure> {
         // Nothing tells when a kernel has no more to do.
         let rest = self.parts.config.template_rest;
         sleep(rest).await;
-        self.take_addresses(guest, network).await?;
+        self.take_addresses(driver, machine, token, network).await?;
         sleep(rest / LAST_REST_PART).await;
         Ok(())
     }
