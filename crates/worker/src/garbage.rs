@@ -180,12 +180,26 @@ async fn orphans(core: &Core) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Files that no template of this store is made of. Where other stores share the folder they go by
-/// age alone, as nobody knows who needs them.
+/// Files that no template of this store is made of, and what was derived from templates and is one
+/// too many. Where other stores share the folder, templates go by age alone, as nobody knows who
+/// needs them.
 async fn templates(core: &Core) -> Result<(), Failure> {
-    if core.parts.config.templates_are_shared {
-        return Ok(());
+    let entries = list(&core.parts.templates).await?;
+    let needed = if core.parts.config.templates_are_shared {
+        Some(entries.iter().map(|entry| entry.id.clone()).collect())
+    } else {
+        needed(core).await?
+    };
+    let Some(needed) = needed else { return Ok(()) };
+    for entry in derive::past(&entries, &needed) {
+        tracing::info!(entry, "remove the files of a template that is not kept");
+        core.remove_entry(&core.parts.templates, entry).await;
     }
+    Ok(())
+}
+
+/// The digests of all templates. `None`: one is being built, and its end brings us back.
+async fn needed(core: &Core) -> Result<Option<HashSet<String>>, Failure> {
     let mut needed = HashSet::new();
     let mut page = PageRequest { limit: limits::PAGE_LIMIT_MAX, after: None };
     loop {
@@ -193,23 +207,17 @@ async fn templates(core: &Core) -> Result<(), Failure> {
         let templates = read.map_err(|e| Failure::store(&e))?;
         for template in templates.items {
             match template.state {
-                // What it seals is not in its row yet; its end brings us back.
-                TemplateState::Building => return Ok(()),
+                // What it seals is not in its row yet.
+                TemplateState::Building => return Ok(None),
                 TemplateState::Ready => needed.extend(template.digest),
                 TemplateState::Failed | TemplateState::Deleted => {}
             }
         }
         match templates.next {
             Some(cursor) => page = PageRequest { limit: page.limit, after: Some(cursor) },
-            None => break,
+            None => return Ok(Some(needed)),
         }
     }
-    let entries = list(&core.parts.templates).await?;
-    for entry in derive::past(&entries, &needed) {
-        tracing::info!(entry, "remove the files of a template that is not there, or of one too many");
-        core.remove_entry(&core.parts.templates, entry).await;
-    }
-    Ok(())
 }
 
 async fn list(store: &Arc<aether_images::SnapshotStore>) -> Result<Vec<SnapshotEntry>, Failure> {

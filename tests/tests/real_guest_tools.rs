@@ -1,0 +1,158 @@
+//! Tools as users have them: many in one VM, found by every way of running, two versions side by
+//! side, and containers in a VM. The layers are fetched and built unless the cache has them.
+
+use std::{io::Read as _, process::Command};
+
+use aether_api::{CreateVm, client::WriteOptions};
+use aether_tests::{
+    Platform, Setup,
+    platform::{can_run_guests, small_vm},
+};
+use anyhow::{Context, Result, ensure};
+use bytes::Bytes;
+
+const DEFAULTS: &[&str] = &["git", "nodejs@20", "bun", "claude-code"];
+/// What a command prints, and where: `(what it shows, script, text that it prints)`.
+type Check = (&'static str, &'static str, &'static str);
+
+/// Of the defaults, with another Node.js, and what was added.
+const VERSIONS: &[Check] = &[
+    ("git", "git --version", "git version 2."),
+    ("nodejs instead of the default", "node --version", "v22."),
+    ("npm", "npm --version", "."),
+    ("bun", "bun --version", "."),
+    ("claude", "claude --version", "Claude Code"),
+    ("claude-code", "claude-code --version", "Claude Code"),
+    ("go, to the patch", "go version", "go1.23.1 "),
+    ("python", "python --version", "Python 3.11."),
+    ("rust", "rustc --version", "rustc 1."),
+    ("cargo", "cargo --version", "cargo 1."),
+];
+
+const PROGRAMS: &[Check] = &[
+    ("node", "node -e 'console.log(`hello ${6 * 7}`)'", "hello 42"),
+    ("bun", "echo 'console.log(`hello ${6 * 7}`)' >h.ts; bun h.ts", "hello 42"),
+    ("python", "python3 -c 'print(\"hello\", 6 * 7)'", "hello 42"),
+    (
+        "rust",
+        "echo 'fn main() { println!(\"hello {}\", 6 * 7) }' >h.rs; rustc h.rs; ./h",
+        "hello 42",
+    ),
+    (
+        "go",
+        "printf 'package main\nfunc main() { println(\"hello\", 6 * 7) }\n' >h.go; go run h.go 2>&1",
+        "hello 42",
+    ),
+    ("git", "git init -q r && cd r && git commit -q --allow-empty -m hello && git log", "hello"),
+];
+
+/// However a program is started, it finds the tools.
+const WAYS: &[Check] = &[
+    ("no environment", "env -i /usr/bin/node --version", "v22."),
+    ("the path of cron", "env -i PATH=/usr/bin:/bin SHELL=/bin/sh sh -c 'node --version'", "v22."),
+    ("another user", "sudo -u user node --version", "v22."),
+    ("a login shell", "bash -lc 'node --version'", "v22."),
+    (
+        "the first line of a script",
+        "printf '#!/usr/bin/env node\nconsole.log(process.version)\n' >s; chmod 755 s; ./s",
+        "v22.",
+    ),
+];
+
+#[tokio::test]
+async fn one_vm_has_the_defaults_and_more_at_other_versions() -> Result<()> {
+    if !can_run_guests() {
+        return Ok(());
+    }
+    let mut setup = Setup::qemu();
+    for tool in DEFAULTS {
+        setup = setup.with(&["--default-tool", tool]);
+    }
+    let platform = Platform::start(setup)?;
+    let request = CreateVm {
+        memory_mb: Some(2048),
+        disk_mb: Some(4096),
+        tools: texts(&["go@1.23.1", "python@3.11", "rust", "nodejs@22"]),
+        ..small_vm("many")
+    };
+    let many = platform.create(&request).await?;
+    let names: Vec<&str> = many.tools.iter().map(|tool| tool.name.as_str()).collect();
+    ensure!(names == ["bun", "claude-code", "git", "go", "nodejs", "python", "rust"], "{names:?}");
+    for checks in [VERSIONS, PROGRAMS, WAYS] {
+        for check in checks {
+            prints(&platform, "many", *check).await?;
+        }
+    }
+    // Two versions at once, each in its VM.
+    let request = CreateVm {
+        tools: texts(&["nodejs@20"]),
+        default_tools: Some(false),
+        ..small_vm("older")
+    };
+    platform.create(&request).await?;
+    prints(&platform, "older", ("nodejs 20", "node --version", "v20.")).await?;
+    prints(&platform, "many", ("nodejs 22", "node --version", "v22.")).await?;
+    platform.delete("many").await?;
+    platform.delete("older").await?;
+    platform.finish()
+}
+
+#[tokio::test]
+async fn a_vm_runs_containers() -> Result<()> {
+    if !can_run_guests() {
+        return Ok(());
+    }
+    let platform = Platform::start(Setup::qemu())?;
+    let request = CreateVm {
+        memory_mb: Some(1024),
+        disk_mb: Some(2048),
+        tools: texts(&["docker"]),
+        ..small_vm("boxes")
+    };
+    platform.create(&request).await?;
+    let body = futures::stream::iter([Ok::<_, std::io::Error>(Bytes::from(image()?))]);
+    let options = WriteOptions::default();
+    platform.client().write_file("boxes", "/root/image.tar", &options, body).await?;
+    for check in [
+        ("the daemon", "docker-up && docker info --format '{{.Driver}}'", "overlay2"),
+        ("an image", "docker import -q /root/image.tar box", "sha256:"),
+        ("a container", "docker run --rm box /bin/sh -c 'echo inside; echo $$'", "inside\n1\n"),
+        ("another user", "sudo -u user docker run --rm box /bin/sh -c 'echo too'", "too"),
+        (
+            "what is left when it ends",
+            "docker run -d --name lives box /bin/sh -c 'read forever </dev/ptmx' >/dev/null && \
+             docker kill lives && docker rm lives && docker ps -aq | wc -l",
+            "0\n",
+        ),
+    ] {
+        prints(&platform, "boxes", check).await?;
+    }
+    platform.delete("boxes").await?;
+    platform.finish()
+}
+
+fn texts(texts: &[&str]) -> Vec<String> {
+    texts.iter().map(|&text| text.to_owned()).collect()
+}
+
+async fn prints(platform: &Platform, vm: &str, (what, script, text): Check) -> Result<()> {
+    let script = format!("cd /tmp && {{ {script}\n}}");
+    let ended = platform.execute(vm, &["sh", "-ec", &script]).await?;
+    let printed = ended.stdout.as_deref().unwrap_or_default();
+    ensure!(ended.exit_code == Some(0) && printed.contains(text), "{what}: {ended:?}");
+    Ok(())
+}
+
+/// A root file system of a shell and its libraries: there is no registry to have an image from.
+fn image() -> Result<Vec<u8>> {
+    let listed = Command::new("ldd").arg("/bin/sh").output().context("ldd")?;
+    let listed = String::from_utf8(listed.stdout)?;
+    let libraries = listed.split_whitespace().filter(|word| word.starts_with('/'));
+    let mut tar = Command::new("tar");
+    tar.args(["--create", "--dereference", "--absolute-names", "--file=-", "/bin/sh"]);
+    let mut child = tar.args(libraries).stdout(std::process::Stdio::piped()).spawn()?;
+    let mut image = Vec::new();
+    child.stdout.take().context("a pipe")?.read_to_end(&mut image)?;
+    ensure!(child.wait()?.success(), "tar");
+    Ok(image)
+}
