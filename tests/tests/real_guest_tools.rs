@@ -84,11 +84,8 @@ async fn one_vm_has_the_defaults_and_more_at_other_versions() -> Result<()> {
         }
     }
     // Two versions at once, each in its VM.
-    let request = CreateVm {
-        tools: texts(&["nodejs@20"]),
-        default_tools: Some(false),
-        ..small_vm("older")
-    };
+    let request =
+        CreateVm { tools: texts(&["nodejs@20"]), default_tools: Some(false), ..small_vm("older") };
     platform.create(&request).await?;
     prints(&platform, "older", ("nodejs 20", "node --version", "v20.")).await?;
     prints(&platform, "many", ("nodejs 22", "node --version", "v22.")).await?;

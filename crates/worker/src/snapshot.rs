@@ -143,8 +143,7 @@ impl Core {
             .await?
             .map_err(|e| Failure::snapshot(&e))?;
         let into = draft.path().to_owned();
-        let written =
-            source.driver.snapshot(source.machine, &into, take.disk, take.after).await;
+        let written = source.driver.snapshot(source.machine, &into, take.disk, take.after).await;
         match written {
             Ok(taken) => self.seal(source, take, draft, taken).await,
             Err(error) => {

@@ -20,8 +20,9 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    EnsureError, WorkerError, WorkerParts, claims, fault, garbage,
+    EnsureError, WorkerError, WorkerParts, claims,
     derive::Derivations,
+    fault, garbage,
     garbage::Garbage,
     guest::{GuestLinks, Guests},
     pool::{self, PoolSet},

@@ -6,6 +6,7 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 #![expect(clippy::print_stdout, reason = "skipped tests and figures are for people")]
 
+mod booted;
 mod docker;
 mod firecracker;
 mod layers;

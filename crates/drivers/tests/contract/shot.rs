@@ -1,9 +1,13 @@
 //! Snapshots in tests: taken, sealed as the worker does it, and restored as its VMs.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use aether_drivers::{
-    AfterSnapshot, DriverError, MachineSpec, SnapshotDisk, SnapshotFiles, SnapshotTaken, Start,
+    AfterSnapshot, DriverError, MachineSpec, SnapshotDisk, SnapshotFiles, SnapshotMachine,
+    SnapshotTaken, Start,
 };
 use aether_images::{SealedSnapshot, SnapshotStore};
 use aether_protocol::{AGENT_PORT, Attach, Configure, ErrorCode, Interface, Run, Token, host};
@@ -33,9 +37,15 @@ impl Shot {
     pub(crate) fn load(path: &Path) -> Self {
         let saved = std::fs::read(path).unwrap();
         let (files, token): (SnapshotFiles, String) = serde_json::from_slice(&saved).unwrap();
-        let paused = std::time::Duration::ZERO;
+        let paused = Duration::ZERO;
         let taken = SnapshotTaken { machine: files.machine.clone(), paused };
         Self { files, token: Token::from_hex(&token).unwrap(), taken, _sealed: None }
+    }
+
+    pub(crate) fn of(sealed: SealedSnapshot, machine: SnapshotMachine, token: Token) -> Self {
+        let files = SnapshotFiles { directory: sealed.directory.clone(), machine };
+        let taken = SnapshotTaken { machine: files.machine.clone(), paused: Duration::ZERO };
+        Self { files, token, taken, _sealed: Some(sealed) }
     }
 
     pub(crate) fn start(&self) -> Start {
@@ -115,7 +125,7 @@ impl Rig {
         };
         // As a worker does: the first exchange after a load may hang, and one whose answer was
         // lost may have given the guest its token.
-        let early = self.guest_limit() / 4;
+        let early = Duration::from_secs(8);
         let tries = [(&shot.token, early), (&vm.token, early), (&shot.token, self.guest_limit())];
         for (index, (token, limit)) in tries.into_iter().enumerate() {
             let stream = self.connect(vm).await;
