@@ -255,7 +255,7 @@ mod firecracker_jailed {
     }
 }
 
-/// Without the jailer, what the jailer has a part in.
+/// Without the jailer, what the jailer has a part in: the home, the process and its files.
 mod firecracker {
     use super::*;
 
@@ -263,20 +263,6 @@ mod firecracker {
     async fn lifecycle() {
         if let Some(rig) = Rig::open(Kind::Firecracker).await {
             suite::lifecycle(rig).await;
-        }
-    }
-
-    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn exit_reasons() {
-        if let Some(rig) = Rig::open(Kind::Firecracker).await {
-            suite::exit_reasons(rig).await;
-        }
-    }
-
-    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn adoption() {
-        if let Some(rig) = Rig::open(Kind::Firecracker).await {
-            suite::adoption(rig).await;
         }
     }
 
