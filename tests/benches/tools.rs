@@ -62,12 +62,16 @@ async fn measure(platform: &Platform) -> Result<(Comparison, Duration)> {
     Ok((comparison, first))
 }
 
+/// One by one, as each may take a while to fetch.
 async fn build_layers(platform: &Platform) -> Result<()> {
-    let request = BuildTools { tools: TOOLS.iter().map(|&tool| tool.to_owned()).collect() };
-    match platform.client().build_tools(&request, &CallOptions::waiting(LONG * 5)).await? {
-        Waited::Done(_) => Ok(()),
-        Waited::Accepted(accepted) => bail!("the layers are not built in time: {accepted:?}"),
+    for &tool in TOOLS {
+        let request = BuildTools { tools: vec![tool.to_owned()] };
+        match platform.client().build_tools(&request, &CallOptions::waiting(LONG)).await? {
+            Waited::Done(_) => {}
+            Waited::Accepted(accepted) => bail!("{tool} is not built in time: {accepted:?}"),
+        }
     }
+    Ok(())
 }
 
 async fn first_output(platform: &Platform, tools: &[&str]) -> Result<Duration> {
