@@ -75,6 +75,7 @@ pub fn write_qcow2_overlay(path: &Path, virtual_size_bytes: u64) -> Result<(), I
         u32::try_from(virtual_size_bytes.div_ceil(L1_ENTRY_COVERS)).unwrap_or(u32::MAX);
     let clusters = 3 + (u64::from(l1_entries) * 8).div_ceil(CLUSTER);
     let header = Header {
+        cluster_bits: CLUSTER_BITS,
         virtual_bytes: virtual_size_bytes,
         l1_entries,
         l1_at: 3 * CLUSTER,
@@ -92,6 +93,7 @@ pub fn write_qcow2_overlay(path: &Path, virtual_size_bytes: u64) -> Result<(), I
 
 /// What differs between the headers of images.
 struct Header {
+    cluster_bits: u32,
     virtual_bytes: u64,
     l1_entries: u32,
     l1_at: u64,
@@ -111,7 +113,7 @@ impl Header {
             // The backing file's name: where it is, and its length.
             &zero,
             &zero[..4],
-            &CLUSTER_BITS.to_be_bytes(),
+            &self.cluster_bits.to_be_bytes(),
             &self.virtual_bytes.to_be_bytes(),
             // No encryption.
             &zero[..4],

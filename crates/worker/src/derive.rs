@@ -24,8 +24,10 @@ use tokio::sync::Semaphore;
 use crate::{
     failure::Failure,
     fault,
+    pool::Agent,
     sealed::Sealed,
     snapshot::{Source, Take},
+    template::{SYNC_LIMIT, WARM_UP},
     toolset::Toolset,
     worker::Core,
 };
@@ -162,6 +164,11 @@ impl Core {
         }
         let spare = self.restore_spare(template, id, &turn, toolset).await?;
         turn.pass().await;
+        // The tools are over what the template had read; what it has written is not all on its disk.
+        let (driver, token) = (&spare.driver, &spare.token);
+        let agent = Agent { driver, machine: id, token, limit: SYNC_LIMIT };
+        let script = format!("{WARM_UP}; sync");
+        agent.run_script("rest", &script).await.map_err(Failure::last)?;
         self.bring_to_rest(&spare.driver, id, &spare.token, &spare.network).await?;
         let source = Source {
             driver: &spare.driver,

@@ -11,7 +11,11 @@
 //! of a machine that runs as a new top layer of its disk is: the guest sees other bytes where it
 //! has read nothing yet.
 
-use std::{fs::File, os::fd::OwnedFd, sync::Arc};
+use std::{
+    fs::File,
+    os::fd::OwnedFd,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use aether_images::{Placement, write_placement};
 use aether_protocol::limits::LAYERS_DEVICE_BYTES;
@@ -40,6 +44,20 @@ pub(super) struct Placed {
     pub(super) layers: Vec<(OwnedFd, Placement)>,
 }
 
+/// The metadata of layers at their places: sealed, so that machines can share it.
+struct Metadata {
+    /// Of all layers up to the last that it places.
+    digests: Vec<String>,
+    /// Those before it are placed elsewhere.
+    have: usize,
+    file: OwnedFd,
+    placements: Vec<Placement>,
+}
+
+/// Of the lists that were used last, the newest at the end. A few hundred kilobytes each.
+static METADATA: Mutex<Vec<Arc<Metadata>>> = Mutex::new(Vec::new());
+const METADATA_MAX: usize = 16;
+
 /// Opens the layers of a machine after the first `have`. `None`: there are no more.
 pub(super) fn place(
     host: &Host,
@@ -50,26 +68,62 @@ pub(super) fn place(
     if layers.len() <= have {
         return Ok(None);
     }
-    let places = layer_places(layers)?;
-    let added = layers.iter().zip(&places).enumerate().skip(have);
-    let opened: Vec<(File, u64, u64)> = added
-        .map(|(number, (layer, at))| {
-            Ok((tools::open(host, id, number, layer)?, at.offset, at.length))
-        })
+    let added = layers.iter().enumerate().skip(have);
+    let files: Vec<File> = added
+        .map(|(number, layer)| tools::open(host, id, number, layer))
         .collect::<Result<_, DriverError>>()?;
-    let mut placements = Vec::with_capacity(opened.len());
-    let metadata = tools::frozen_memory(|metadata| {
+    let metadata = metadata(layers, have, &files)?;
+    let file = metadata.file.try_clone().map_err(|source| DriverError::Io {
+        action: "share the places of layers".to_owned(),
+        source,
+    })?;
+    let files = files.into_iter().map(OwnedFd::from);
+    let layers = files.zip(metadata.placements.iter().cloned()).collect();
+    Ok(Some(Placed { metadata: file, layers }))
+}
+
+/// Places follow from the layers alone, so machines with the same ones have the same metadata.
+fn metadata(
+    layers: &[LayerFile],
+    have: usize,
+    files: &[File],
+) -> Result<Arc<Metadata>, DriverError> {
+    let digests = || layers.iter().map(|layer| layer.digest.as_str());
+    let mut known = METADATA.lock().unwrap_or_else(PoisonError::into_inner);
+    let is_it = |m: &Arc<Metadata>| m.have == have && digests().eq(m.digests.iter());
+    let found = match known.iter().position(is_it) {
+        Some(at) => known.remove(at),
+        None => {
+            let (file, placements) = write(layers, have, files)?;
+            let digests = digests().map(str::to_owned).collect();
+            Arc::new(Metadata { digests, have, file, placements })
+        }
+    };
+    if known.len() == METADATA_MAX {
+        known.remove(0);
+    }
+    known.push(Arc::clone(&found));
+    Ok(found)
+}
+
+fn write(
+    layers: &[LayerFile],
+    have: usize,
+    files: &[File],
+) -> Result<(OwnedFd, Vec<Placement>), DriverError> {
+    let places = layer_places(layers)?;
+    let mut placements = Vec::with_capacity(files.len());
+    let file = tools::frozen_memory(|metadata| {
         let mut at = 0;
-        for (layer, offset, bytes) in &opened {
-            let place = (*offset, LAYERS_DEVICE_BYTES);
-            let placement = write_placement(metadata, at, layer, *bytes, place)?;
+        for (layer, place) in files.iter().zip(places.iter().skip(have)) {
+            let on_device = (place.offset, LAYERS_DEVICE_BYTES);
+            let placement = write_placement(metadata, at, layer, place.length, on_device)?;
             at = placement.inner.end;
             placements.push(placement);
         }
         Ok(())
     })?;
-    let files = opened.into_iter().map(|(layer, ..)| OwnedFd::from(layer));
-    Ok(Some(Placed { metadata, layers: files.zip(placements).collect() }))
+    Ok((file, placements))
 }
 
 /// The name in QEMU of what has the first `count` layers.

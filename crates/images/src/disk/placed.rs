@@ -8,12 +8,12 @@
 //!
 //! ```text
 //!   outer   guest:   0 ... offset ............ offset+bytes ...          backing: the layer below
-//!                             │  64 KiB by 64 KiB │
+//!                             │  16 KiB by 16 KiB │
 //!   inner   header │ 1st cluster of the layer is missing here │ the layer's rest │ copy of the 1st │ tables
 //!              from its backing                                 from its data file   from its backing
 //! ```
 //!
-//! A file's first cluster cannot hold data, so the layer's is copied: 64 KiB. All of it is written
+//! A file's first cluster cannot hold data, so the layer's is copied: 16 KiB. All of it is written
 //! into one file, sparse, of which QEMU is given windows.
 
 use std::fs::File;
@@ -21,7 +21,10 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
-use super::CLUSTER;
+/// QEMU reads a whole cluster of counts when it opens an image, and a page that it has not touched
+/// costs more than the reading. Smaller ones make the first-level table of a long device longer.
+const CLUSTER_BITS: u32 = 14;
+const CLUSTER: u64 = 1 << CLUSTER_BITS;
 
 /// Places in a first-level table.
 const L2_ENTRIES: u64 = CLUSTER / 8;
@@ -42,7 +45,7 @@ pub struct Placement {
 /// Writes what places the first `bytes` of `layer` at `offset` of a device of `device_bytes`. The
 /// windows begin at `at`, or after it; what comes after the last window is free.
 ///
-/// `offset` must be a multiple of 64 KiB, and the layer must not be empty.
+/// `offset` must be a multiple of 16 KiB, and the layer must not be empty.
 pub fn write_placement(
     metadata: &File,
     at: u64,
@@ -98,6 +101,7 @@ impl Image {
         let mut end = l1 + (l1_entries * 8).next_multiple_of(CLUSTER);
         // Reference counts are for who writes; that there is a table of them is asked of all.
         let header = super::Header {
+            cluster_bits: CLUSTER_BITS,
             virtual_bytes: self.virtual_bytes,
             l1_entries: u32::try_from(l1_entries).unwrap_or(u32::MAX),
             l1_at: l1,
@@ -168,7 +172,7 @@ mod tests {
             File::options().create_new(true).read(true).write(true).open(path("metadata")).unwrap();
         // The smallest, whole clusters, the edge of a first-level entry, and a long one.
         let places =
-            [(1 << 20, 4096), (2 << 20, 3 * CLUSTER), ((512 << 20) - CLUSTER, 5 * CLUSTER + 4096)];
+            [(1 << 20, 4096), (2 << 20, 3 * CLUSTER), ((32 << 20) - CLUSTER, 5 * CLUSTER + 4096)];
         let mut below = format!(r#"{{"driver":"null-co","size":{DEVICE},"read-zeroes":true}}"#);
         let (mut wanted, mut at) = (Vec::new(), 0);
         for (index, (offset, bytes)) in places.into_iter().enumerate() {

@@ -97,11 +97,11 @@ impl Spares for Core {
 }
 
 /// The way to one agent.
-struct Agent<'a> {
-    driver: &'a Arc<dyn Driver>,
-    machine: MachineId,
-    token: &'a Token,
-    limit: Duration,
+pub(crate) struct Agent<'a> {
+    pub(crate) driver: &'a Arc<dyn Driver>,
+    pub(crate) machine: MachineId,
+    pub(crate) token: &'a Token,
+    pub(crate) limit: Duration,
 }
 
 impl Agent<'_> {
@@ -117,16 +117,18 @@ impl Agent<'_> {
         host::configure(stream, self.token, words, self.limit).await.map_err(of_guest)?;
         for round in 0..COMMANDS {
             turn.pass().await;
-            self.run_one(format!("warm-{}-{round}", self.machine)).await?;
+            self.run_script(&format!("warm-{round}"), "echo warm").await?;
         }
         Ok(())
     }
 
-    async fn run_one(&self, run_id: String) -> Result<(), Fault> {
+    /// Under this name, of which the agent remembers nothing; how it ends is of no interest.
+    pub(crate) async fn run_script(&self, name: &str, script: &str) -> Result<(), Fault> {
+        let run_id = format!("{name}-{}", self.machine);
         let run = Run {
             run_id: run_id.clone(),
             command: "sh".into(),
-            args: vec!["-c".into(), "echo warm".into()],
+            args: vec!["-c".into(), script.into()],
             detached: true,
             ..Run::default()
         };

@@ -49,7 +49,7 @@ use tokio::{sync::Notify, time::Instant};
 
 pub use self::config::{PoolConfig, default_memory_reserve_mb};
 pub(crate) use self::{
-    machines::{keep, listen},
+    machines::{Agent, keep, listen},
     memory::Meter,
     traffic::{InHand, Turn},
 };

@@ -30,7 +30,11 @@ use aether_types::{
 use tokio::time::{sleep, timeout};
 
 use self::steps::{Steps, build_failed, no_guest};
-pub(crate) use self::{cache::TemplateCache, lock::Builds};
+pub(crate) use self::{
+    cache::TemplateCache,
+    lock::Builds,
+    steps::{SYNC_LIMIT, WARM_UP},
+};
 use crate::{
     attempt::{Attempt, done},
     failure::{Failure, blocking, internal},

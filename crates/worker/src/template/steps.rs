@@ -28,7 +28,7 @@ const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 /// A guest ends a command at its limit; one that does not is given up this long after it.
 const LIMIT_GRACE: Duration = Duration::from_secs(10);
 const FILE_LIMIT: Duration = Duration::from_secs(30);
-const SYNC_LIMIT: Duration = Duration::from_mins(2);
+pub(crate) const SYNC_LIMIT: Duration = Duration::from_mins(2);
 /// Between two runs of the ready check.
 const READY_PAUSE_MIN: Duration = Duration::from_millis(50);
 const READY_PAUSE_MAX: Duration = Duration::from_secs(2);
@@ -36,7 +36,8 @@ const READY_PAUSE_MAX: Duration = Duration::from_secs(2);
 const LAST_LINES: usize = 12;
 const LAST_BYTES: usize = 2048;
 /// Has in the snapshot's memory what the first commands of nearly every VM read from the disk.
-const WARM_UP: &str = "for it in sh bash; do $it -c 'ls -l / | cat; env'; done >/dev/null 2>&1";
+pub(crate) const WARM_UP: &str =
+    "for it in sh bash; do $it -c 'ls -l / | cat; env'; done >/dev/null 2>&1";
 /// Where the output of the command that stays goes, in the guest.
 const START_LOG: &str = "/var/log/template-start.log";
 
