@@ -13,6 +13,7 @@ use aether_tests::{
 };
 use aether_types::{
     ErrorCode, SnapshotState, StartKind, TemplateFile, TemplateReady, TemplateState, TemplateStep,
+    VmId,
 };
 use anyhow::{Context, Result, ensure};
 
@@ -224,7 +225,12 @@ async fn templates_are_built_once_and_every_vm_begins_as_they_end() -> Result<()
         name: "web".into(),
         tag: Some("v1".into()),
         memory_mb: Some(256),
-        env: [("GREETING".to_owned(), "hello".to_owned())].into(),
+        // The second makes it another template than that of an earlier run.
+        env: [
+            ("GREETING".to_owned(), "hello".to_owned()),
+            ("RUN".to_owned(), VmId::new().to_string()),
+        ]
+        .into(),
         files: vec![TemplateFile {
             path: "/opt/words/first".into(),
             content: "from a file\n".into(),

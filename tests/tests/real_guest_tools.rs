@@ -43,7 +43,12 @@ const PROGRAMS: &[Check] = &[
         "printf 'package main\nfunc main() { println(\"hello\", 6 * 7) }\n' >h.go; go run h.go 2>&1",
         "hello 42",
     ),
-    ("git", "git init -q r && cd r && git commit -q --allow-empty -m hello && git log", "hello"),
+    (
+        "git",
+        "git init -q r && cd r && git config user.name me && git config user.email me@here && \
+         git commit -q --allow-empty -m hello && git log",
+        "hello",
+    ),
 ];
 
 /// However a program is started, it finds the tools.
@@ -112,7 +117,7 @@ async fn a_vm_runs_containers() -> Result<()> {
     platform.client().write_file("boxes", "/root/image.tar", &options, body).await?;
     for check in [
         ("the daemon", "docker-up && docker info --format '{{.Driver}}'", "overlay2"),
-        ("an image", "docker import -q /root/image.tar box", "sha256:"),
+        ("an image", "docker import /root/image.tar box", "sha256:"),
         ("a container", "docker run --rm box /bin/sh -c 'echo inside; echo $$'", "inside\n1\n"),
         ("another user", "sudo -u user docker run --rm box /bin/sh -c 'echo too'", "too"),
         (

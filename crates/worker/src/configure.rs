@@ -4,7 +4,7 @@
 use std::{
     collections::BTreeMap,
     sync::Arc,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use aether_drivers::{Driver, GuestNetwork};
@@ -26,6 +26,8 @@ use crate::{
 
 /// Of all but the last try: a VMM may accept the first connection after a load and never carry it.
 const EARLY_TRY_SHARE: u32 = 4;
+/// A guest that was loaded closes what it is sent until it has heard that its connections are gone.
+const RESTORED_TRIES: usize = 12;
 /// A resumed guest's clock is stepped on the way of the answer.
 const CLOCK_LIMIT: Duration = Duration::from_secs(1);
 
@@ -235,9 +237,10 @@ impl Agent<'_> {
         mut connection: Option<BoxStream>,
         mut clock: Option<&mut PhaseClock>,
     ) -> Result<(Configured, Option<BoxStream>), AskError> {
-        let mut left = tokens.len();
-        for token in tokens {
-            left -= 1;
+        let tries = if words.restored { RESTORED_TRIES.max(tokens.len()) } else { tokens.len() };
+        let deadline = Instant::now() + self.limit;
+        for (number, token) in tokens.iter().cycle().take(tries).enumerate() {
+            let left = if Instant::now() < deadline { tries - 1 - number } else { 0 };
             let limit = if left == 0 { self.limit } else { self.limit / EARLY_TRY_SHARE };
             let connected = match connection.take() {
                 Some(stream) => Ok(stream),
