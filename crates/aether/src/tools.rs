@@ -17,6 +17,9 @@ use crate::{args::ToolOptions, exit::Exit, failure::Failure};
 /// Of every VM, where nothing else is configured.
 const DEFAULTS: [&str; 4] = ["git", "nodejs@20", "bun", "claude-code"];
 
+/// Room for layers and artefacts, where nothing else is configured: 20 GiB.
+const BUDGET_MB: u64 = 20 * 1024;
+
 /// Tools, and those of them that every VM has.
 #[derive(Debug, Clone)]
 pub(crate) struct ToolsHere {
@@ -42,7 +45,9 @@ impl ToolsHere {
                 debian: options.debian_mirror.clone(),
                 debian_security: options.debian_security_mirror.clone(),
             },
-            budget_bytes: options.tools_budget_mb.map(|mb| mb.saturating_mul(1 << 20)),
+            budget_bytes: Some(
+                options.tools_budget_mb.unwrap_or(BUDGET_MB).saturating_mul(1 << 20),
+            ),
             ..ToolsConfig::new(folder)
         };
         let tools = Tools::open(config).map_err(|error| failure(&error))?;
@@ -124,8 +129,11 @@ impl ToolCatalogue for ToolsHere {
 
     async fn versions(&self, name: &str) -> Result<ToolVersionsView, Fault> {
         let found = self.tools.versions(name).await.map_err(|error| error.to_fault())?;
-        let view = |ToolVersion { version, locked, cached, is_pre: _ }: ToolVersion| {
-            ToolVersionView { version, cached, locked }
+        let view = |ToolVersion { version, locked, cached, is_pre }: ToolVersion| ToolVersionView {
+            version,
+            prerelease: is_pre,
+            cached,
+            locked,
         };
         Ok(ToolVersionsView {
             name: found.name,

@@ -45,6 +45,9 @@ pub struct ToolVersionsView {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ToolVersionView {
     pub version: String,
+    /// Given only to who asks for exactly this version.
+    #[serde(default)]
+    pub prerelease: bool,
     /// Its layer is there.
     pub cached: bool,
     /// It is in the lock: with its layer or a mirror it is served without a network.

@@ -104,6 +104,7 @@ pub(crate) struct ToolOptions {
     #[arg(long, env = "AETHER_TOOLS_MIRROR", value_name = "DIR")]
     pub(crate) tools_mirror: Option<PathBuf>,
     /// Room for layers and what they are made from; what was not used for longest goes first
+    /// [default: 20480]
     #[arg(long, env = "AETHER_TOOLS_BUDGET_MB", value_name = "MB")]
     pub(crate) tools_budget_mb: Option<u64>,
     /// [default: what npm is configured with]

@@ -148,7 +148,12 @@ fn listed(tools: Vec<ToolView>) -> String {
 fn table_of_versions(versions: &ToolVersionsView) -> String {
     let row = |item: &ToolVersionView| {
         let is_latest = versions.latest.as_deref() == Some(item.version.as_str());
-        let notes = [(is_latest, "latest"), (item.cached, "cached"), (item.locked, "locked")];
+        let notes = [
+            (is_latest, "latest"),
+            (item.prerelease, "pre-release"),
+            (item.cached, "cached"),
+            (item.locked, "locked"),
+        ];
         let notes: Vec<_> = notes.iter().filter(|(is, _)| *is).map(|(_, note)| *note).collect();
         vec![item.version.clone(), notes.join(", ")]
     };
@@ -228,6 +233,7 @@ mod tests {
     fn versions_are_a_table() {
         let item = |version: &str, cached, locked| ToolVersionView {
             version: version.into(),
+            prerelease: version.contains("rc"),
             cached,
             locked,
         };
@@ -243,7 +249,7 @@ mod tests {
             next_cursor: None,
         }), @r"
         VERSION  NOTES
-        1.25rc1
+        1.25rc1  pre-release
         1.24.0   latest, cached, locked
         1.23.1   locked
         ");

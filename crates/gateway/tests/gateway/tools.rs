@@ -73,8 +73,12 @@ impl ToolCatalogue for ScriptedTools {
             let text = format!("{name} cannot be looked up: no network");
             return Err(Fault::new(ErrorCode::ToolBuildFailed, text));
         }
-        let item =
-            |n: u32| ToolVersionView { version: format!("1.{n}"), cached: n == 5, locked: true };
+        let item = |n: u32| ToolVersionView {
+            version: format!("1.{n}"),
+            prerelease: false,
+            cached: n == 5,
+            locked: true,
+        };
         Ok(ToolVersionsView {
             name: name.to_owned(),
             latest: Some("1.5".into()),
