@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::checksum::Checksum;
 use crate::config::BaseImage;
 use crate::error::ToolError;
-use crate::recipe::{Recipe, Source};
+use crate::recipe::Recipe;
 use crate::sources::Resolved;
 use crate::store::{PinnedLayer, Store, flock, open_lock};
 
@@ -114,7 +114,7 @@ impl Store {
         base: &BaseImage,
         age_max: Duration,
     ) -> Result<Locked, ToolError> {
-        let depends = matches!(recipe.source, Source::Debian { .. });
+        let depends = recipe.depends_on_base();
         let mut entries = self.lock_entries()?;
         entries.retain(|entry| {
             let is_same = entry.name == recipe.name && entry.asked == asked;

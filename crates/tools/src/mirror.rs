@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use crate::checksum::Checksum;
 use crate::config::BaseImage;
 use crate::error::ToolError;
-use crate::recipe::{Recipe, Source};
+use crate::recipe::Recipe;
 use crate::sources::{Offer, Resolved, parse_version};
 use crate::store::{file_names, sync_folder, unique};
 use crate::version::Version;
@@ -123,7 +123,7 @@ impl Mirror {
         resolved: &Resolved,
         base: &BaseImage,
     ) -> Result<(), ToolError> {
-        let depends = matches!(recipe.source, Source::Debian { .. });
+        let depends = recipe.depends_on_base();
         let entry = Entry { resolved: resolved.clone(), base: depends.then(|| Needs::of(base)) };
         let folder = self.folder.join("tools").join(&recipe.name);
         fs::create_dir_all(&folder).map_err(ToolError::io("make the folder", &folder))?;

@@ -23,7 +23,9 @@ pub struct Recipe {
     /// Artefacts besides the tool's own.
     #[serde(default)]
     pub(crate) extra: Vec<Extra>,
-    /// Shell: installs the artefacts into `$DEST`.
+    /// Shell: installs the artefacts into `$DEST`. A back end of mise installs itself where there is
+    /// none.
+    #[serde(default)]
     pub(crate) install: String,
     /// Shell: runs the tool.
     pub(crate) verify: String,
@@ -54,6 +56,41 @@ pub(crate) enum Source {
     Debian { packages: Vec<String> },
     /// A file behind an address, with a digest for each version.
     Archive(Archive),
+    /// A package with all that it depends on, and what runs it: `npm:prettier`, `pipx:httpie`.
+    Mise { backend: Backend },
+}
+
+/// By the names that mise gives them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub(crate) enum Backend {
+    /// A package of an npm registry, run by a Node.js of its own.
+    Npm(String),
+    /// A package of a Python index, run by the suite's Python.
+    Pipx(String),
+}
+
+impl TryFrom<String> for Backend {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        Self::parse(&text)
+    }
+}
+
+impl From<Backend> for String {
+    fn from(backend: Backend) -> Self {
+        backend.to_string()
+    }
+}
+
+impl std::fmt::Display for Backend {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Npm(package) => write!(f, "npm:{package}"),
+            Self::Pipx(package) => write!(f, "pipx:{package}"),
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -148,6 +185,9 @@ impl Recipe {
         if self.commands.is_empty() {
             return Err("commands: name at least one that is on the path afterwards".to_owned());
         }
+        if self.install.trim().is_empty() && !matches!(self.source, Source::Mise { .. }) {
+            return Err("install: say how it is installed".to_owned());
+        }
         if self.verify.trim().is_empty() || self.expect.iter().all(String::is_empty) {
             return Err("verify and expect: a tool is run, and its output looked at".to_owned());
         }
@@ -170,15 +210,37 @@ impl Recipe {
             Source::Pypi { package } => format!("pypi:{package}"),
             Source::Debian { packages } => format!("debian:{}", packages.join("+")),
             Source::Archive(archive) => format!("archive:{}", archive.url),
+            Source::Mise { backend } => format!("mise:{backend}"),
+        }
+    }
+
+    /// The recipe's own, or that of its back end.
+    pub(crate) fn install(&self) -> String {
+        match &self.source {
+            Source::Mise { backend } if self.install.trim().is_empty() => match backend {
+                Backend::Npm(package) => format!("install_npm '{package}'"),
+                Backend::Pipx(package) => format!("install_pipx '{package}'"),
+            },
+            _ => self.install.clone(),
+        }
+    }
+
+    /// Whether what it is made of hangs on the base image.
+    pub(crate) fn depends_on_base(&self) -> bool {
+        let pipx = |backend: &Backend| matches!(backend, Backend::Pipx(_));
+        match &self.source {
+            Source::Debian { .. } => true,
+            Source::Mise { backend } => pipx(backend),
+            Source::Npm { .. } | Source::Pypi { .. } | Source::Archive(_) => false,
         }
     }
 
     /// Of what makes the layer: a new summary or alias makes none anew.
     pub(crate) fn digest(&self) -> String {
         let script = crate::build::FORMAT;
-        let parts = (&self.name, &self.commands, &self.source, &self.extra, &self.install);
+        let parts = (&self.name, &self.commands, &self.source, &self.extra, self.install());
         let bytes = serde_json::to_vec(&(script, parts, &self.verify, &self.expect))
-            .unwrap_or_else(|_| self.install.clone().into_bytes());
+            .unwrap_or_else(|_| self.install().into_bytes());
         format!("blake3:{}", blake3::hash(&bytes).to_hex())
     }
 }
@@ -196,6 +258,8 @@ impl Source {
             Self::Pypi { package } => vec![package],
             Self::Debian { packages } => packages.iter().map(String::as_str).collect(),
             Self::Archive(archive) => return archive.check(),
+            // It was checked when it was read.
+            Self::Mise { .. } => return Ok(()),
         };
         match packages.iter().find(|name| !is_package(name)) {
             Some(name) => Err(format!("source: {name:?} is no package")),

@@ -15,7 +15,7 @@ use crate::fetch::{Fetcher, Of, blocking};
 use crate::http::Http;
 use crate::lock::{LockEntry, Locked};
 use crate::mirror::Mirror;
-use crate::recipe::{Recipe, Source};
+use crate::recipe::Recipe;
 use crate::sources::{Offer, Resolved, Sources, parse_version};
 use crate::store::{PinnedLayer, Store};
 use crate::version::Wanted;
@@ -137,7 +137,12 @@ impl Tools {
         let mirror = config.mirror.clone().map(Mirror::new);
         let fetcher =
             Fetcher { http: http.clone(), mirror: mirror.clone(), store: Arc::clone(&store) };
-        let sources = Sources::new(http, config.endpoints.clone(), mirror, config.folder.clone());
+        let sources = Sources::new(
+            http,
+            config.endpoints.clone(),
+            mirror,
+            (config.folder.clone(), store.session_folder().to_owned()),
+        );
         Ok(Self(Arc::new(Inner {
             config,
             catalogue,
@@ -188,7 +193,7 @@ impl Tools {
         };
         let mut locked = self.locked().await?;
         locked.retain(|entry| entry.name == recipe.name);
-        let base = matches!(recipe.source, Source::Debian { .. }).then_some(&base);
+        let base = recipe.depends_on_base().then_some(&base);
         let base = base.filter(|_| self.0.config.mirror.is_none());
         let (offer, offline) = match self.0.sources.offer(recipe, base).await {
             Ok(offer) => (offer, None),

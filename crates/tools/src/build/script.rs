@@ -25,7 +25,8 @@ pub(crate) fn script(recipe: &Recipe, version: &Version) -> String {
     for (name, value) in variables {
         script.extend([name, "=", &quoted(value), "\n"]);
     }
-    for (file, content) in [("install.sh", &recipe.install), ("verify.sh", &recipe.verify)] {
+    let install = recipe.install();
+    for (file, content) in [("install.sh", &install), ("verify.sh", &recipe.verify)] {
         let content = content.trim_end();
         let text = format!("cat > \"$1/{file}\" <<'{END_OF_SCRIPT}'\n{content}\n{END_OF_SCRIPT}\n");
         script += &text;

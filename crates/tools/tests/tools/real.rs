@@ -17,7 +17,7 @@ fn on_the_image(work: &std::path::Path) -> Option<(BaseImage, Arc<dyn Builder>)>
     Some((base, Arc::new(ChrootBuilder { rootfs, work: work.to_owned() })))
 }
 
-async fn build(tools: &[&str]) {
+async fn build(tools: &[&str], catalogue: Option<PathBuf>) {
     let folder = tempfile::tempdir().unwrap();
     let Some((base, builder)) = on_the_image(folder.path()) else {
         println!("skipped: AETHER_IMAGE_DIR names no folder with a built image");
@@ -29,7 +29,7 @@ async fn build(tools: &[&str]) {
     }
     let root = std::env::var_os("AETHER_TOOLS_TEST_DIR").map(PathBuf::from);
     let root = root.unwrap_or_else(|| folder.path().join("tools"));
-    let open = Tools::open(ToolsConfig::new(root)).unwrap();
+    let open = Tools::open(ToolsConfig { catalogue, ..ToolsConfig::new(root) }).unwrap();
     let requests: Vec<ToolRequest> = tools.iter().map(|tool| tool.parse().unwrap()).collect();
     let began = std::time::Instant::now();
     let tell = |event| {
@@ -69,7 +69,54 @@ fn give_up(error: ToolError) {
 async fn real_registry_tools_are_installed_and_run() {
     let asked = std::env::var_os("AETHER_TOOLS_TEST").unwrap_or_else(|| "jq uv bun".into());
     let asked = asked.to_str().unwrap().to_owned();
-    build(&asked.split_whitespace().collect::<Vec<_>>()).await;
+    build(&asked.split_whitespace().collect::<Vec<_>>(), None).await;
+}
+
+/// With what they depend on: a package of npm and one of a Python index.
+const BACK_ENDS: [(&str, &str); 2] = [
+    (
+        "rimraf",
+        r#"
+name = "rimraf"
+summary = "Removes folders"
+commands = ["rimraf"]
+verify = '''
+rimraf --version
+mkdir -p folder/inner
+rimraf folder
+[ ! -e folder ] && echo it is gone
+'''
+expect = ["{version}", "it is gone"]
+[source]
+kind = "mise"
+backend = "npm:rimraf"
+"#,
+    ),
+    (
+        "httpie",
+        r#"
+name = "httpie"
+summary = "Speaks HTTP"
+commands = ["http", "https"]
+verify = '''
+http --version
+http --ignore-stdin --offline --print=B POST example.test six:=42
+'''
+expect = ["{version}", '"six": 42']
+[source]
+kind = "mise"
+backend = "pipx:httpie"
+"#,
+    ),
+];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn real_registry_back_ends_of_mise_bring_what_they_depend_on() {
+    let recipes = tempfile::tempdir().unwrap();
+    for (name, recipe) in BACK_ENDS {
+        std::fs::write(recipes.path().join(format!("{name}.toml")), recipe).unwrap();
+    }
+    build(&["rimraf", "httpie"], Some(recipes.path().to_owned())).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
