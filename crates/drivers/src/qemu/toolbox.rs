@@ -91,13 +91,12 @@ fn metadata(
     let digests = || layers.iter().map(|layer| layer.digest.as_str());
     let mut known = METADATA.lock().unwrap_or_else(PoisonError::into_inner);
     let is_it = |m: &Arc<Metadata>| m.have == have && digests().eq(m.digests.iter());
-    let found = match known.iter().position(is_it) {
-        Some(at) => known.remove(at),
-        None => {
-            let (file, placements) = write(layers, have, files)?;
-            let digests = digests().map(str::to_owned).collect();
-            Arc::new(Metadata { digests, have, file, placements })
-        }
+    let found = if let Some(at) = known.iter().position(is_it) {
+        known.remove(at)
+    } else {
+        let (file, placements) = write(layers, have, files)?;
+        let digests = digests().map(str::to_owned).collect();
+        Arc::new(Metadata { digests, have, file, placements })
     };
     if known.len() == METADATA_MAX {
         known.remove(0);
