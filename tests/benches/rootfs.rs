@@ -28,8 +28,8 @@ fn main() -> Result<()> {
     let seed = store.seed(DISK_MB)?;
     let template = folder.path().join("template.img");
     seed.write_layer(&template)?;
-    write_blocks(&template)?;
     let size = fs::metadata(&template)?.len();
+    write_blocks(&template, size)?;
 
     let mut fresh = Disk::new("fresh layer", BYTES_BAR);
     let mut overlay = Disk::new("overlay, QEMU", BYTES_BAR);
@@ -126,8 +126,10 @@ fn ext4_folder() -> Result<tempfile::TempDir> {
     anyhow::bail!("neither of {places:?} is on ext4; set TMPDIR to a folder that is")
 }
 
-fn write_blocks(disk: &Path) -> Result<()> {
-    let file = File::options().write(true).open(disk)?;
+/// In place of what was there: a guest has zeroed some of it.
+fn write_blocks(disk: &Path, size: u64) -> Result<()> {
+    let file = File::create(disk)?;
+    file.set_len(size)?;
     for (first, count) in BOOTED {
         for block in first..first + count {
             let content = [u8::try_from(block % 255)? + 1; BLOCK];
