@@ -416,6 +416,7 @@ async fn tools_are_plain_json() {
             .unwrap(),
     )
     .unwrap();
-    assert_eq!(map["items"], json!([{"version": "1.5", "cached": true, "locked": true}]));
+    let expected = json!([{"version": "1.5", "prerelease": false, "cached": true, "locked": true}]);
+    assert_eq!(map["items"], expected);
     assert_eq!(map["next_cursor"], json!("1.5"));
 }
