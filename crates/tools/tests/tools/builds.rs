@@ -46,8 +46,9 @@ async fn twenty_who_ask_at_once_get_one_build_and_all_of_its_log() {
         let late = (10..19).map(|place| ask(place, &tools));
         let late = futures::future::join_all(late);
         let go_on = async {
-            // The last of them waits; then the build may end.
-            while !seen[18].lock().unwrap().iter().any(is_log) {
+            // All of them wait; then the build may end.
+            let hears = |one: &Mutex<Vec<ToolEvent>>| one.lock().unwrap().iter().any(is_log);
+            while !seen[..19].iter().all(hears) {
                 tokio::task::yield_now().await;
             }
             rig.builder.go_on();
