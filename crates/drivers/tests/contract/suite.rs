@@ -203,10 +203,8 @@ pub(crate) async fn exit_reasons(rig: Rig) {
 async fn panics(rig: &Rig, vm: &Vm) {
     let (watching, id) = (rig.shared(), vm.id);
     let watch = tokio::spawn(async move { watching.exited(id).await });
-    // The test kernel has no such trigger, and panics for want of memory, most of which it is told
-    // to keep: to fill it takes an emulator a minute.
+    // The test kernel has no such trigger, and panics for want of memory.
     let panic = "echo c >/proc/sysrq-trigger || { echo 2 >/proc/sys/vm/panic_on_oom; \
-                 echo 100000 >/proc/sys/vm/min_free_kbytes; \
                  perl -e 'push @a, \"x\" x 1000000 while 1'; }";
     rig.sh_last(vm, panic).await;
     assert_eq!(exited(rig, vm).await, ExitReason::GuestPanic);
