@@ -15,6 +15,7 @@ use crate::program::run;
 use crate::recipe::Backend;
 use crate::version::Version;
 
+const PIP: &str = include_str!("pip.py");
 /// The most files that one tool is made of.
 const ARTEFACTS_MAX: usize = 2000;
 /// Stands for `/` in the name of a file that is a package: no name of a package has it.
@@ -99,6 +100,9 @@ pub(super) fn npm_closure(
             "install",
             "--package-lock-only",
             "--ignore-scripts",
+            // A package that is in no registry, but a repository, is not cloned here.
+            "--git",
+            "false",
             "--no-audit",
             "--no-fund",
             "--no-update-notifier",
@@ -196,7 +200,7 @@ pub(super) fn pip_offer(
     for platform in PLATFORMS {
         args.extend(["--platform", platform]);
     }
-    Ok(Offer { versions: versions_in(&pip(&args)?), latest: None })
+    Ok(Offer { versions: versions_in(&pip(python, &args)?), latest: None })
 }
 
 /// Of pip's line `Available versions: 3.2.4, 3.2.3`.
@@ -215,16 +219,16 @@ pub(super) fn pip_closure(
     (package, version): (&str, &str),
     base: &BaseImage,
 ) -> Result<Vec<Artefact>, String> {
-    let scratch = Scratch::new(folder)?;
+    let (scratch, python) = (Scratch::new(folder)?, python_of(base)?);
     let wanted = format!("{package}=={version}");
     let mut args = vec!["install", &wanted, "--dry-run", "--quiet", "--report", "-"];
     args.extend(["--ignore-installed", "--no-cache-dir", "--only-binary=:all:"]);
     args.extend(["--index-url", index, "--target", scratch.text()?]);
-    args.extend(["--implementation", "cp", "--python-version", python_of(base)?]);
+    args.extend(["--implementation", "cp", "--python-version", python]);
     for platform in PLATFORMS {
         args.extend(["--platform", platform]);
     }
-    in_report(&pip(&args)?)
+    in_report(&pip(python, &args)?)
 }
 
 fn in_report(report: &str) -> Result<Vec<Artefact>, String> {
@@ -268,18 +272,11 @@ fn python_of(base: &BaseImage) -> Result<&'static str, String> {
     }
 }
 
-/// The first of the usual ways to call pip that works.
-fn pip(args: &[&str]) -> Result<String, String> {
-    let mut reason = String::new();
-    for command in [&["python3", "-m", "pip"][..], &["pip3"]] {
-        let all = command[1..].iter().chain(&["--disable-pip-version-check"]).chain(args);
-        match run(command[0], all) {
-            Ok(text) => return Ok(text),
-            Err(error) if reason.is_empty() => reason = error,
-            Err(_) => {}
-        }
-    }
-    Err(reason)
+/// pip, for another Python than its own, and starting no program: see the driver.
+fn pip(python: &str, args: &[&str]) -> Result<String, String> {
+    let own = ["-c", PIP, python];
+    let usual = ["--disable-pip-version-check", "--no-input"];
+    run("python3", own.iter().copied().chain(args.iter().copied()).chain(usual))
 }
 
 impl Backend {
@@ -365,6 +362,28 @@ mod tests {
             assert!(in_report(&report(url, hash)).is_err(), "{url}");
         }
         assert!(in_report(r#"{"install":[]}"#).is_err());
+    }
+
+    /// What pip would build it does not: a build runs what the package says.
+    #[test]
+    fn pip_starts_nothing_that_a_package_brings() {
+        if run("python3", ["-m", "pip", "--version"]).is_err() {
+            println!("skipped: the host has no pip");
+            return;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let mark = folder.path().join("mark");
+        let setup = format!(
+            "open({:?}, 'w').close()\nfrom setuptools import setup\nsetup(name='a', version='1')\n",
+            mark.to_str().unwrap()
+        );
+        std::fs::write(folder.path().join("setup.py"), setup).unwrap();
+        let project = folder.path().to_str().unwrap();
+        let install =
+            ["install", "--dry-run", "--no-index", "--no-build-isolation", "--no-deps", project];
+        let error = pip("3.11", &install).unwrap_err();
+        assert!(error.contains("wheels are needed"), "{error}");
+        assert!(!mark.exists());
     }
 
     #[test]
