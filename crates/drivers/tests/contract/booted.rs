@@ -1,10 +1,10 @@
 //! A guest that has booted, for tests that are not about booting: taken once for a driver, kernel and
 //! root file system, and shared by all tests through the cache.
 
-use std::fs::File;
+use std::{fs::File, time::Duration};
 
 use aether_drivers::{AfterSnapshot, SnapshotDisk, SnapshotMachine};
-use aether_images::{SnapshotError, SnapshotStore};
+use aether_images::{PruneBudget, SnapshotError, SnapshotStore};
 use aether_protocol::Token;
 
 use crate::{
@@ -14,6 +14,8 @@ use crate::{
 
 /// Raised when what a guest is taken as has changed.
 const FORMAT: u32 = 1;
+/// Since the last use.
+const AGE_MAX: Duration = Duration::from_hours(7 * 24);
 
 pub(crate) async fn shot(rig: &Rig) -> Shot {
     let folder = setting("AETHER_CACHE");
@@ -47,6 +49,9 @@ fn entry(rig: &Rig) -> String {
 }
 
 async fn take(rig: &Rig, store: SnapshotStore, entry: &str) -> Shot {
+    // Those of images that are not built any more.
+    let budget = PruneBudget { max_bytes: None, max_age: Some(AGE_MAX), keep: &|_| false };
+    store.prune(&budget).expect("prune the booted guests");
     let vm = rig.boot_anew().await;
     // The agent has answered, and more is not to be waited for.
     rig.sh(&vm, "true").await;
