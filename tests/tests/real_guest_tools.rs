@@ -114,10 +114,10 @@ async fn a_vm_runs_containers() -> Result<()> {
     platform.create(&request).await?;
     let body = futures::stream::iter([Ok::<_, std::io::Error>(Bytes::from(image()?))]);
     let options = WriteOptions::default();
-    platform.client().write_file("boxes", "/root/image.tar", &options, body).await?;
+    platform.client().write_file("boxes", "/tmp/image.tar", &options, body).await?;
     for check in [
         ("the daemon", "docker-up && docker info --format '{{.Driver}}'", "overlay2"),
-        ("an image", "docker import /root/image.tar box", "sha256:"),
+        ("an image", "docker import /tmp/image.tar box", "sha256:"),
         ("a container", "docker run --rm box /bin/sh -c 'echo inside; echo $$'", "inside\n1\n"),
         ("another user", "sudo -u user docker run --rm box /bin/sh -c 'echo too'", "too"),
         (
