@@ -30,11 +30,14 @@ impl Version {
     }
 
     /// A Debian version, which is shown without epoch, revision and what Debian did to the source.
+    /// Letters are patch levels (`3.0pl1`): what comes before a release has a `~` there.
     pub(crate) fn parse_debian(id: &str) -> Option<Self> {
         let upstream = id.split_once(':').map_or(id, |(_, rest)| rest);
         let (release, rest) = numbers(upstream)?;
-        let text = upstream[..upstream.len() - rest.len()].to_owned();
-        let is_pre = rest.starts_with(|c: char| c == '~' || c.is_ascii_alphabetic());
+        let numbers = upstream.len() - rest.len();
+        let letters = rest.find(|c: char| !c.is_ascii_alphanumeric()).unwrap_or(rest.len());
+        let text = upstream[..numbers + letters].to_owned();
+        let is_pre = rest[letters..].starts_with('~');
         Some(Self { text, id: id.to_owned(), release, is_pre })
     }
 

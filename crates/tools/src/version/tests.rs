@@ -89,6 +89,9 @@ fn debian_versions_are_shown_as_their_upstream() {
         ("1.96.0+dfsg1-1~deb12u2", "1.96.0", false),
         ("3.11.2-1+b1", "3.11.2", false),
         ("1.6-2.1+deb12u3", "1.6", false),
+        ("3.0pl1-162", "3.0pl1", false),
+        ("1:9.2p1-2+deb12u5", "9.2p1", false),
+        ("2025b-0+deb12u2", "2025b", false),
         ("2.0~rc1-1", "2.0", true),
     ] {
         let version = Version::parse_debian(id).unwrap();
