@@ -16,7 +16,7 @@ use crate::store::ImageStore;
 use crate::{Digest, ImageError};
 
 /// What there is besides `minbase`: what agents and installers of tools expect to find.
-const PACKAGES: [&str; 17] = [
+const PACKAGES: [&str; 18] = [
     "ca-certificates",
     "curl",
     // Packs what an installer of a tool has made, in the VM where it ran.
@@ -27,6 +27,8 @@ const PACKAGES: [&str; 17] = [
     // The kernel asks it for modules that come with a tool.
     "kmod",
     "less",
+    // Node.js asks for it from version 25 on.
+    "libatomic1",
     "login",
     "netcat-openbsd",
     "openssh-client",
