@@ -1,13 +1,14 @@
 //! Tools as users have them: many in one VM, found by every way of running, two versions side by
 //! side, and containers in a VM. The layers are fetched and built unless the cache has them.
 
-use std::{io::Read as _, process::Command};
+use std::{fs, io::Read as _, process::Command};
 
 use aether_api::{CreateVm, client::WriteOptions};
 use aether_tests::{
     Platform, Setup,
     platform::{can_run_guests, small_vm},
 };
+use aether_types::StartKind;
 use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
 
@@ -96,6 +97,104 @@ async fn one_vm_has_the_defaults_and_more_at_other_versions() -> Result<()> {
     prints(&platform, "many", ("nodejs 22", "node --version", "v22.")).await?;
     platform.delete("many").await?;
     platform.delete("older").await?;
+    platform.finish()
+}
+
+/// Recipes that a user adds: two back ends of mise, and the daemon that runs what is to run at a time.
+const RECIPES: &[(&str, &str)] = &[
+    (
+        "rimraf.toml",
+        r#"
+name = "rimraf"
+summary = "Removes folders"
+commands = ["rimraf"]
+verify = "rimraf --version"
+expect = ["{version}"]
+
+[source]
+kind = "mise"
+backend = "npm:rimraf"
+"#,
+    ),
+    (
+        "cowsay.toml",
+        r#"
+name = "cowsay"
+summary = "A cow that speaks"
+commands = ["cowsay"]
+verify = "cowsay -t moo"
+expect = ["moo"]
+
+[source]
+kind = "mise"
+backend = "pipx:cowsay"
+"#,
+    ),
+    (
+        "cron.toml",
+        r#"
+name = "cron"
+summary = "Runs commands at their times"
+commands = ["cron"]
+install = """
+unpack_debs
+put_command "$DEST/usr/sbin/cron"
+"""
+verify = "test -x /usr/bin/cron && echo there"
+expect = ["there"]
+
+[source]
+kind = "debian"
+packages = ["cron"]
+"#,
+    ),
+];
+
+const ADDED: &[Check] = &[
+    ("a back end of mise, npm", "mkdir -p d/e; rimraf d; ls -d d || echo gone", "gone"),
+    ("a back end of mise, pipx", "cowsay -t hello", "hello"),
+    ("the newest Node.js", "node -e 'console.log(`hello ${6 * 7}`)'", "hello 42"),
+    // The reader waits for the job to write; a minute is about to end.
+    (
+        "cron",
+        "groupadd -r crontab; mkfifo said; chmod 666 said; mkdir -p /etc/cron.d; \
+         echo '* * * * * user node --version >/tmp/said 2>&1' >/etc/cron.d/node; \
+         date -s \"$(date +'%F %H:%M:57')\" >/dev/null; cron; cat said",
+        "v2",
+    ),
+];
+
+#[tokio::test]
+async fn a_vm_of_a_pool_gets_the_tools_that_it_asks_for() -> Result<()> {
+    if !can_run_guests() {
+        return Ok(());
+    }
+    let recipes = tempfile::tempdir()?;
+    for (name, text) in RECIPES {
+        fs::write(recipes.path().join(name), text)?;
+    }
+    let folder = recipes.path().to_str().context("a path of text")?;
+    // Where an earlier run's template with these tools was kept, the VM would begin as that.
+    let templates = tempfile::tempdir()?;
+    let template_dir = templates.path().to_str().context("a path of text")?;
+    let setup = Setup::qemu().with_pool("default=1").with(&[
+        "--tools-catalogue",
+        folder,
+        "--template-dir",
+        template_dir,
+    ]);
+    let platform = Platform::start(setup)?;
+    platform.await_default_template().await?;
+    platform.await_pools().await?;
+    let tools = texts(&["rimraf", "cowsay", "cron", "nodejs@latest"]);
+    let request = CreateVm { tools, ..small_vm("added") };
+    let added = platform.create(&request).await?;
+    let kind = added.start.as_ref().map(|start| start.kind);
+    ensure!(kind == Some(StartKind::Pool), "{:?}\n{}", added.start, platform.log());
+    for check in ADDED {
+        prints(&platform, "added", *check).await?;
+    }
+    platform.delete("added").await?;
     platform.finish()
 }
 
