@@ -9,6 +9,7 @@ use aether_tests::{
     Platform, Setup,
     bare::Bare,
     bare_firecracker::BareFirecracker,
+    floor::Floor,
     measure::{Comparison, Times, has_flag, samples},
 };
 use aether_types::StartKind;
@@ -32,6 +33,7 @@ fn main() -> Result<()> {
     let platform = Platform::start(setup.with_pool("default=1"))?;
     runtime.block_on(platform.await_default_template())?;
     runtime.block_on(build_template(&platform))?;
+    let floor = runtime.block_on(Floor::start())?;
     let mut bench = Bench {
         platform,
         bare,
@@ -40,6 +42,8 @@ fn main() -> Result<()> {
         restore: Comparison::new("start restore", 1.25).with_p99(1.5),
         claim: Comparison::new("start claim", 1.25),
         resume: Times::default(),
+        floor,
+        requests: Times::default(),
     };
     let count = samples(20);
     for sample in 0..=count {
@@ -107,6 +111,9 @@ struct Bench {
     claim: Comparison,
     /// Of the bare machine, to the answer of its control.
     resume: Times,
+    /// What two recorded requests cost at the least.
+    floor: Floor,
+    requests: Times,
 }
 
 impl Bench {
@@ -125,8 +132,10 @@ impl Bench {
         let ours = self.ours(&vm("claim", sample), StartKind::Pool)?;
         let (resume, bare) = self.bare.resume(COMMAND)?;
         push(&mut self.claim, counts, ours, bare);
+        let requests = self.runtime.block_on(self.floor.two_requests())?;
         if counts {
             self.resume.push(resume);
+            self.requests.push(requests);
         }
         Ok(())
     }
@@ -140,7 +149,7 @@ impl Bench {
     }
 
     fn report(self) -> Result<()> {
-        let Self { platform, boot, restore, claim, resume, .. } = self;
+        let Self { platform, boot, restore, claim, resume, requests, .. } = self;
         platform.finish()?;
         let milliseconds = |time: Duration| time.as_secs_f64() * 1000.0;
         let gain = |boot: &Times, restore: &Times| {
@@ -154,6 +163,7 @@ impl Bench {
             let line = json!({
                 "name": "start", "boot_to_restore_ours": ours, "boot_to_restore_bare": bare,
                 "claim_adds_ms": adds, "bare_resume_ms": milliseconds(resume.quantile(0.5)),
+                "two_bare_requests_ms": milliseconds(requests.quantile(0.5)),
                 "holds": ours >= 0.8 * bare && adds <= milliseconds(CLAIM_ADDS),
             });
             println!("{line}");
@@ -166,6 +176,10 @@ impl Bench {
                 "claim adds               {adds:6.3} ms to a bare resume ({:.3} ms) and the command (bar {:.1} ms)",
                 milliseconds(resume.quantile(0.5)),
                 milliseconds(CLAIM_ADDS),
+            );
+            println!(
+                "two bare requests        {:6.3} ms, each with a row committed before its answer",
+                milliseconds(requests.quantile(0.5)),
             );
         }
         results.into_iter().collect()

@@ -3,6 +3,7 @@
 pub mod bare;
 pub mod bare_firecracker;
 pub mod engine;
+pub mod floor;
 pub mod measure;
 pub mod platform;
 mod qmp;
