@@ -10,6 +10,8 @@
 
 mod error;
 mod page;
+pub mod postgres;
+mod sql;
 pub mod sqlite;
 
 use aether_types::{
@@ -23,6 +25,7 @@ use async_trait::async_trait;
 
 pub use error::StoreError;
 pub use page::{Cursor, Page, PageRequest};
+pub use postgres::PostgresStore;
 pub use sqlite::{Durability, SqliteStore};
 
 /// A task to record. Its dispatch to the queue is recorded with it (the outbox).
