@@ -191,7 +191,10 @@ impl Config {
     /// `postgres://USER:PASSWORD@HOST:PORT/DATABASE?sslmode=…&sslrootcert=…`; `host` as a parameter
     /// may be the folder of a Unix socket.
     pub fn from_url(text: &str) -> Result<Self, ConfigError> {
-        let url = Url::parse(text).map_err(|_| ConfigError::MalformedUrl)?;
+        // `postgres://USER@/DATABASE` is a URL for libpq, and not for the standard.
+        let url = Url::parse(text)
+            .or_else(|_| Url::parse(&text.replacen("@/", "@localhost/", 1)))
+            .map_err(|_| ConfigError::MalformedUrl)?;
         if !matches!(url.scheme(), "postgres" | "postgresql") || url.cannot_be_a_base() {
             return Err(ConfigError::MalformedUrl);
         }
@@ -393,6 +396,10 @@ mod tests {
         assert_eq!(read.place, Place::Tcp { host: "::1".into(), port: 5432 });
         assert_eq!(read.place.to_string(), "[::1]:5432");
         assert_eq!(read.database, "aetherium");
+        let read = config("postgres://me:p@/own?host=/run/postgresql");
+        assert_eq!(read.user, "me");
+        assert_eq!(read.place.to_string(), "/run/postgresql/.s.PGSQL.5432");
+        assert_eq!(read.tls_mode(), TlsMode::Disable);
         let read = config("postgres:///own?host=/run/postgresql");
         assert_eq!(read.place.to_string(), "/run/postgresql/.s.PGSQL.5432");
     }

@@ -14,6 +14,9 @@ const SILENT_TRANSACTION: Duration = Duration::from_secs(30);
 /// How soon the server finds out that a client's host is gone.
 const DEAD_PEER: Duration = Duration::from_secs(30);
 
+/// The server says something on a quiet connection after so long, so that no router forgets it.
+const KEEPALIVE: Duration = Duration::from_mins(1);
+
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     #[error(transparent)]
@@ -100,6 +103,7 @@ fn session(config: &Config) -> Vec<(&'static str, String)> {
         ("statement_timeout", ms(config.pool_limits().statement_timeout)),
         ("idle_in_transaction_session_timeout", ms(SILENT_TRANSACTION)),
         ("tcp_user_timeout", ms(DEAD_PEER)),
+        ("tcp_keepalives_idle", KEEPALIVE.as_secs().to_string()),
     ]
 }
 

@@ -18,7 +18,9 @@
 //! Time is the server's, one clock for all processes. Epochs come from a sequence that begins no
 //! lower than the clock in microseconds, so that they also rise over a change from another queue.
 //!
-//! Cancellation: a claim that is dropped takes nothing, or a lease that runs out.
+//! Cancellation: whoever is dropped while it claims may have claimed already, as far as the server
+//! is concerned. The claim is therefore a task of its own, and a lease that nobody is there to take
+//! is given back at once.
 
 mod listen;
 mod sql;
@@ -106,21 +108,10 @@ impl PostgresQueue {
             time,
             delayed: Notify::new(),
         });
-        let listening = listen::open(database.listening_pool()).await?;
+        let listening = listen::open(database).await?;
         let listener = tokio::spawn(listen::run(listening, Arc::clone(&shared)));
         let timer = tokio::spawn(listen::wake_when_due(Arc::clone(&shared)));
         Ok(Self { shared, listener, timer })
-    }
-
-    /// Does it again where the server undid it, or went away before it was done. All statements
-    /// here may be repeated: a claim that is made twice is a lease that runs out.
-    async fn call<T, F>(&self, once: impl FnMut() -> F) -> Result<T, QueueError>
-    where
-        F: Future<Output = Result<T, QueueError>>,
-    {
-        let tries = aether_postgres::repeated(once, trouble);
-        let late = |_| QueueError::Unreachable { context: "wait for the database", source: None };
-        tokio::time::timeout(CALL_MAX, tries).await.map_err(late)?
     }
 }
 
@@ -128,6 +119,63 @@ impl Drop for PostgresQueue {
     fn drop(&mut self) {
         self.listener.abort();
         self.timer.abort();
+    }
+}
+
+/// Does it again where the server undid it, or went away before it was done. All statements here
+/// may be repeated: a claim that is made twice is a lease that runs out.
+async fn call<T, F>(once: impl FnMut() -> F) -> Result<T, QueueError>
+where
+    F: Future<Output = Result<T, QueueError>>,
+{
+    let tries = aether_postgres::repeated(once, trouble);
+    let late = |_| QueueError::Unreachable { context: "wait for the database", source: None };
+    tokio::time::timeout(CALL_MAX, tries).await.map_err(late)?
+}
+
+async fn claim_or_give_back(
+    shared: &Arc<Shared>,
+    worker: WorkerId,
+    length: Duration,
+) -> Result<Option<Lease>, QueueError> {
+    let shared = Arc::clone(shared);
+    // Ends by itself within `CALL_MAX`. Where nobody waits for it any more, what it comes to is
+    // dropped as it ends.
+    let claim = tokio::spawn(async move {
+        let lease = call(|| shared.try_claim(worker, length)).await?;
+        Ok(lease.map(|lease| Given { shared, lease: Some(lease) }))
+    });
+    match claim.await {
+        Ok(given) => Ok(given?.and_then(Given::taken)),
+        Err(_) => Err(QueueError::Unreachable { context: "claim an entry", source: None }),
+    }
+}
+
+/// A lease on its way to who claimed it.
+struct Given {
+    shared: Arc<Shared>,
+    lease: Option<Lease>,
+}
+
+impl Given {
+    fn taken(mut self) -> Option<Lease> {
+        self.lease.take()
+    }
+}
+
+impl Drop for Given {
+    fn drop(&mut self) {
+        let Some(lease) = self.lease.take() else { return };
+        // Without a runtime everything ends, and the lease runs out.
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        let shared = Arc::clone(&self.shared);
+        runtime.spawn(async move {
+            let now_ms = shared.now_ms();
+            let back = || sql::release(&shared.pool, &lease, Duration::ZERO, now_ms);
+            if let Err(error) = call(back).await {
+                tracing::warn!(%error, "give back what nobody is there to take; it runs out");
+            }
+        });
     }
 }
 
@@ -187,7 +235,7 @@ impl Queue for PostgresQueue {
             return Ok(());
         }
         let shared = &*self.shared;
-        self.call(|| sql::insert(&shared.pool, entries, shared.now_ms())).await
+        call(|| sql::insert(&shared.pool, entries, shared.now_ms())).await
     }
 
     async fn claim(
@@ -202,7 +250,7 @@ impl Queue for PostgresQueue {
         loop {
             // In line before it looks: nothing becomes ready unseen.
             let waiter = shared.waiters.join(worker);
-            let claimed = self.call(|| shared.try_claim(worker, lease)).await?;
+            let claimed = claim_or_give_back(&self.shared, worker, lease).await?;
             let was_woken = woken.take().map(Waiter::looked).is_some();
             if claimed.is_some() {
                 drop(waiter);
@@ -225,47 +273,47 @@ impl Queue for PostgresQueue {
 
     async fn renew(&self, lease: &Lease) -> Result<(), QueueError> {
         let shared = &*self.shared;
-        held(self.call(|| sql::renew(&shared.pool, lease, shared.now_ms())).await?)
+        held(call(|| sql::renew(&shared.pool, lease, shared.now_ms())).await?)
     }
 
     async fn complete(&self, lease: &Lease) -> Result<(), QueueError> {
         let shared = &*self.shared;
-        held(self.call(|| sql::complete(&shared.pool, lease)).await?)
+        held(call(|| sql::complete(&shared.pool, lease)).await?)
     }
 
     async fn release(&self, lease: &Lease, delay: Duration) -> Result<(), QueueError> {
         let shared = &*self.shared;
-        held(self.call(|| sql::release(&shared.pool, lease, delay, shared.now_ms())).await?)
+        held(call(|| sql::release(&shared.pool, lease, delay, shared.now_ms())).await?)
     }
 
     async fn remove(&self, task: TaskId) -> Result<bool, QueueError> {
         let shared = &*self.shared;
-        Ok(self.call(|| sql::remove(&shared.pool, task)).await? > 0)
+        Ok(call(|| sql::remove(&shared.pool, task)).await? > 0)
     }
 
     async fn sweep(&self) -> Result<u64, QueueError> {
         let shared = &*self.shared;
-        self.call(|| sql::sweep(&shared.pool, shared.now_ms())).await
+        call(|| sql::sweep(&shared.pool, shared.now_ms())).await
     }
 
     async fn next_lease_end(&self) -> Result<Option<Duration>, QueueError> {
         let shared = &*self.shared;
-        self.call(|| sql::next_lease_end(&shared.pool, shared.now_ms())).await
+        call(|| sql::next_lease_end(&shared.pool, shared.now_ms())).await
     }
 
     async fn reclaim(&self, worker: WorkerId) -> Result<u64, QueueError> {
         let shared = &*self.shared;
-        self.call(|| sql::reclaim(&shared.pool, worker)).await
+        call(|| sql::reclaim(&shared.pool, worker)).await
     }
 
     async fn contains(&self, task: TaskId) -> Result<bool, QueueError> {
         let shared = &*self.shared;
-        self.call(|| sql::contains(&shared.pool, task)).await
+        call(|| sql::contains(&shared.pool, task)).await
     }
 
     async fn depth(&self) -> Result<Depth, QueueError> {
         let shared = &*self.shared;
-        self.call(|| sql::depth(&shared.pool, shared.now_ms())).await
+        call(|| sql::depth(&shared.pool, shared.now_ms())).await
     }
 }
 
