@@ -13,11 +13,6 @@ pub(crate) enum Lock<'a> {
     Key(&'a str),
     /// Of everybody who records VMs where their number is bounded: a count stays true.
     Creation,
-    /// Of everybody who builds a template of this name, or makes one ready.
-    TemplateName {
-        name: &'a str,
-        tag: &'a str,
-    },
     /// The VM, with all that happens to it.
     Vm(VmId),
     /// That the VM stays in its state; many may hold it.
@@ -26,6 +21,11 @@ pub(crate) enum Lock<'a> {
     Task(TaskId),
     Snapshot(SnapshotId),
     Template(TemplateId),
+    /// Of everybody who builds a template of this name, or makes one ready.
+    TemplateName {
+        name: &'a str,
+        tag: &'a str,
+    },
     /// That it stays what a VM may begin as; many may hold it.
     OriginSnapshot(SnapshotId),
     OriginTemplate(TemplateId),
