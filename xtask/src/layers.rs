@@ -54,6 +54,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "aether-types",
             "aether-protocol",
             "aether-api",
+            "aether-postgres",
             "aether-store",
             "aether-queue",
             "aether-events",

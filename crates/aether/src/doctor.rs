@@ -17,6 +17,7 @@ use crate::{
     args::{Backend, Capacity, Doctor, DriverChoice, Global, PoolChoice, Snapshots, ToolOptions},
     cli,
     compose::{self, Plan, Platform},
+    database::Target,
     datadir::DataDir,
     exit::Exit,
     failure::Failure,
@@ -146,7 +147,7 @@ async fn try_here(backend: Backend, findings: &mut Findings) -> Result<(), Failu
     let capacity = Capacity { max_vms: 2, max_starting: 2, pool: vec![PoolChoice::None] };
     let snapshots = Snapshots { no_default_template: true, ..Snapshots::default() };
     let tools = ToolOptions { no_default_tools: true, ..ToolOptions::default() };
-    let plan = Plan { dir, listener, backend, capacity, snapshots, tools };
+    let plan = Plan { dir, listener, target: Target::Files, backend, capacity, snapshots, tools };
     let platform = match Box::pin(Platform::start(plan)).await {
         Ok(platform) => platform,
         Err(failure) => {

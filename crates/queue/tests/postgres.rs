@@ -1,6 +1,8 @@
 //! What only a server can go through: several processes on one queue, and a server that goes away
 //! under those that wait.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::{sync::Arc, time::Duration};
 
 use aether_postgres::{
