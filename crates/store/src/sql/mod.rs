@@ -6,7 +6,7 @@
 //! | who writes | one connection, behind a mutex | any connection of the pool |
 //! | transactions | one after another | at once, `read committed` |
 //! | [`Lock`]s | nothing to do: nobody else writes | rows and advisory locks, taken first |
-//! | in each other's way | never | undone, and repeated by [`repeated`] |
+//! | in each other's way | never | undone, and repeated by `store::repeated` |
 //!
 //! Cancellation: a method's future may be dropped at any point. The transaction is then rolled
 //! back, or was committed whole.
