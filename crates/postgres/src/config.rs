@@ -29,9 +29,15 @@ pub enum ConfigError {
     #[error(
         "the TLS mode `prefer` would go on in clear text whenever the server, or somebody between, \
          says that it has no TLS; for a server beyond this machine say `verify-full`, or else \
-         `verify-ca`, `require` or `disable`"
+         `require` or `disable`"
     )]
     PreferBeyondLoopback,
+    #[error(
+        "the TLS mode `verify-ca` is not offered: besides your own authority this machine's are \
+         trusted, and without a look at the name any host with a certificate of theirs would pass \
+         for the database; say `verify-full`, which checks the name too"
+    )]
+    VerifyCa,
     #[error("the database's certificate can be checked only on a connection over TCP")]
     TlsOnSocket,
     #[error("{0} must be at least {1}")]
@@ -89,7 +95,8 @@ impl fmt::Display for Place {
     }
 }
 
-/// The words of `sslmode`, with libpq's meanings.
+/// The words of `sslmode`, with libpq's meanings. `verify-ca` is refused, see
+/// [`ConfigError::VerifyCa`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TlsMode {
     Disable,
@@ -97,8 +104,6 @@ pub enum TlsMode {
     Prefer,
     /// Encrypted, to whoever answers.
     Require,
-    /// The certificate is checked, its host name is not.
-    VerifyCa,
     VerifyFull,
 }
 
@@ -108,14 +113,13 @@ impl TlsMode {
             Self::Disable => "disable",
             Self::Prefer => "prefer",
             Self::Require => "require",
-            Self::VerifyCa => "verify-ca",
             Self::VerifyFull => "verify-full",
         }
     }
 
     fn verifies(self) -> bool {
         match self {
-            Self::VerifyCa | Self::VerifyFull => true,
+            Self::VerifyFull => true,
             Self::Disable | Self::Prefer | Self::Require => false,
         }
     }
@@ -125,7 +129,10 @@ impl FromStr for TlsMode {
     type Err = ConfigError;
 
     fn from_str(text: &str) -> Result<Self, ConfigError> {
-        [Self::Disable, Self::Prefer, Self::Require, Self::VerifyCa, Self::VerifyFull]
+        if text == "verify-ca" {
+            return Err(ConfigError::VerifyCa);
+        }
+        [Self::Disable, Self::Prefer, Self::Require, Self::VerifyFull]
             .into_iter()
             .find(|mode| mode.as_str() == text)
             .ok_or(ConfigError::BadValue("sslmode"))
@@ -297,7 +304,6 @@ impl Config {
         match self.tls_mode() {
             TlsMode::Disable => Some("passwords and data cross the network in clear text"),
             TlsMode::Require => Some("the server's certificate is not checked"),
-            TlsMode::VerifyCa => Some("any host with a trusted certificate passes for the server"),
             TlsMode::Prefer | TlsMode::VerifyFull => None,
         }
     }
@@ -337,7 +343,6 @@ impl Config {
                 TlsMode::Disable => PgSslMode::Disable,
                 TlsMode::Prefer => PgSslMode::Prefer,
                 TlsMode::Require => PgSslMode::Require,
-                TlsMode::VerifyCa => PgSslMode::VerifyCa,
                 TlsMode::VerifyFull => PgSslMode::VerifyFull,
             })
             .options(session.iter().map(|(name, value)| (*name, value.as_str())));
@@ -432,12 +437,13 @@ mod tests {
         assert_eq!((far.tls_mode(), far.weakness()), (TlsMode::VerifyFull, None));
         let prefer = far.clone().tls(Some(TlsMode::Prefer), None).unwrap();
         assert_eq!(prefer.check(), Err(ConfigError::PreferBeyondLoopback));
-        for (mode, weak) in
-            [(TlsMode::Disable, true), (TlsMode::Require, true), (TlsMode::VerifyCa, true)]
-        {
+        for mode in [TlsMode::Disable, TlsMode::Require] {
             let chosen = far.clone().tls(Some(mode), None).unwrap();
-            assert_eq!((chosen.check(), chosen.weakness().is_some()), (Ok(()), weak));
+            assert_eq!((chosen.check(), chosen.weakness().is_some()), (Ok(()), true));
         }
+        let weak = Config::from_url("postgres://db/d?sslmode=verify-ca").unwrap_err();
+        assert_eq!(weak, ConfigError::VerifyCa);
+        assert!(weak.to_string().contains("verify-full"));
         let twice = config("postgres://db/d?sslmode=require").tls(Some(TlsMode::Disable), None);
         assert_eq!(twice, Err(ConfigError::SaidTwice("sslmode")));
     }

@@ -31,6 +31,17 @@ pub enum OpenError {
     Silent { place: Place, after: Duration },
 }
 
+/// What a server says of itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Facts {
+    /// Such as `15.14`.
+    pub version: String,
+    /// The number before its first dot.
+    pub major: u32,
+    /// What the server takes from others than its owner.
+    pub connections_max: u32,
+}
+
 /// A database, reached by a pool of connections. Clones share the pool.
 #[derive(Debug, Clone)]
 pub struct Database {
@@ -73,6 +84,26 @@ impl Database {
 
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// Connections of this process at most, the one that listens included.
+    pub fn connections_of_ours(&self) -> u32 {
+        self.config.pool_limits().connections_max.saturating_add(1)
+    }
+
+    pub async fn facts(&self) -> Result<Facts, OpenError> {
+        let asked: Result<(String, i32), _> = sqlx::query_as(
+            "select current_setting('server_version'), current_setting('max_connections')::int \
+             - current_setting('superuser_reserved_connections')::int",
+        )
+        .fetch_one(&self.pool)
+        .await;
+        let place = || self.config.place().clone();
+        let (version, connections) =
+            asked.map_err(|source| OpenError::Connect { place: place(), source })?;
+        let major = version.split(|c: char| !c.is_ascii_digit()).next();
+        let major = major.and_then(|digits| digits.parse().ok()).unwrap_or(0);
+        Ok(Facts { version, major, connections_max: u32::try_from(connections).unwrap_or(0) })
     }
 
     /// A pool of one connection for notifications, which would otherwise hold one of the others

@@ -12,8 +12,11 @@ mod repeat;
 pub mod testing;
 mod trouble;
 
+/// The oldest version of the server that is tested.
+pub const VERSION_MIN: u32 = 15;
+
 pub use config::{Config, ConfigError, Limits, Parts, Password, Place, TlsMode};
-pub use database::{Database, OpenError};
+pub use database::{Database, Facts, OpenError};
 pub use migrate::{Extent, MigrateError, Schema, Status, Step, check, status, up};
 pub use repeat::repeated;
 pub use trouble::{Trouble, trouble, violated};

@@ -32,7 +32,7 @@ pub(crate) struct DatabaseOptions {
     /// [default: aetherium]
     #[arg(long, env = "POSTGRES_DB", value_name = "NAME")]
     postgres_db: Option<String>,
-    /// disable, prefer, require, verify-ca or verify-full
+    /// disable, prefer, require or verify-full
     /// [default: verify-full; prefer on this machine]
     #[arg(long, env = "POSTGRES_SSLMODE", value_name = "MODE", value_parser = parse_tls)]
     postgres_sslmode: Option<TlsMode>,
