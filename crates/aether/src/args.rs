@@ -184,6 +184,8 @@ impl ImageDir {
 pub(crate) struct Doctor {
     #[command(flatten)]
     pub(crate) backend: Backend,
+    #[command(flatten)]
+    pub(crate) database: DatabaseOptions,
     /// Check the server that --url names, or that runs here, instead of a temporary one
     #[arg(long)]
     pub(crate) server: bool,

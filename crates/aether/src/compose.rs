@@ -90,7 +90,7 @@ impl Platform {
         let Opened { store, queue, database } = Opened::open(target, &dir).await?;
         let bus: Arc<dyn EventBus> = Arc::new(LocalBus::new());
         let sessions = Sessions::default();
-        let (keys, key) = gateway::keys(&dir, &*store).await?;
+        let (keys, key) = gateway::keys(&dir, &*store, database.is_some()).await?;
         let tools = ToolsHere::open(tools, dir.tools()).await?;
         let machines = Machines::open(&dir, &backend).await?;
         let kept = open_snapshots(dir.snapshots()).await?;

@@ -68,7 +68,7 @@ impl Opened {
                 );
             }
         }
-        let database = Database::open(config).await.map_err(|e| unreachable(&e))?;
+        let database = open(config).await?;
         let store = PostgresStore::open(&database).await.map_err(|error| match &error {
             StoreError::Schema(why) => migration(why),
             _ => Failure::internal("open the store", &error),
@@ -81,7 +81,11 @@ impl Opened {
     }
 }
 
-fn unreachable(error: &OpenError) -> Failure {
+pub(crate) async fn open(config: Config) -> Result<Database, Failure> {
+    Database::open(config).await.map_err(|error| unreachable(&error))
+}
+
+pub(crate) fn unreachable(error: &OpenError) -> Failure {
     match error {
         OpenError::Config(error) => refused(error),
         OpenError::Connect { .. } | OpenError::Silent { .. } => {

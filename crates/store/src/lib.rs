@@ -496,6 +496,10 @@ pub trait Store: Send + Sync + 'static {
 
     async fn keys(&self) -> Result<Vec<ApiKey>, StoreError>;
 
+    /// The secret of this name that all processes on the store share. The first one that asks makes
+    /// it: `proposed` is kept where there is none, and ignored where there is one.
+    async fn shared_secret(&self, name: &str, proposed: &[u8]) -> Result<Vec<u8>, StoreError>;
+
     // --- health ---
 
     /// One cheap round trip.

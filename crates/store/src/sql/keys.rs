@@ -1,4 +1,4 @@
-//! API keys.
+//! API keys, and the secrets that all processes on a store share.
 
 use super::{
     Sql,
@@ -27,6 +27,24 @@ pub(super) async fn list(store: &Sql) -> Result<Vec<ApiKey>, StoreError> {
             .await
             .context("list the API keys")?;
     rows::all(&found, key)
+}
+
+pub(super) async fn shared_secret(
+    store: &Sql,
+    name: &str,
+    proposed: &[u8],
+) -> Result<Vec<u8>, StoreError> {
+    // Of several at once one inserts; the others wait for its commit, and read what it kept.
+    let insert = query("insert into secrets (name, value) values ($1, $2) on conflict do nothing")
+        .bind(name.to_owned())
+        .bind(proposed.to_vec());
+    store.writer().await.lone(insert, "keep a secret").await?;
+    let row = query("select value from secrets where name = $1")
+        .bind(name.to_owned())
+        .fetch_one(store)
+        .await
+        .context("read a secret")?;
+    rows::Reader { row: &row, noun: "secret" }.get(0)
 }
 
 fn key(row: &Row) -> Result<ApiKey, StoreError> {

@@ -391,6 +391,11 @@ impl<S: OnSql> Store for S {
         repeated(sql, || keys::list(sql)).await
     }
 
+    async fn shared_secret(&self, name: &str, proposed: &[u8]) -> Result<Vec<u8>, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || keys::shared_secret(sql, name, proposed)).await
+    }
+
     async fn ping(&self) -> Result<(), StoreError> {
         let sql = self.sql();
         repeated(sql, || async move {

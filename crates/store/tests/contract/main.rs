@@ -73,6 +73,8 @@ macro_rules! contract {
                 open_tasks_are_those_that_have_not_ended,
                 expired_vms_are_found_until_they_are_deleted,
                 keys_round_trip,
+                a_secret_is_the_first_that_was_proposed,
+                those_who_propose_a_secret_at_once_get_the_same,
                 ping_answers,
             },
             snapshots::{
