@@ -1,5 +1,6 @@
 //! The command line, and the environment: everything that is configured from outside.
 
+mod database;
 mod template;
 mod tools;
 mod up;
@@ -12,6 +13,7 @@ use aether_drivers::network::Ipv4Range;
 use aether_types::{DriverKind, TaskId, limits};
 use clap::{ArgAction, Parser, Subcommand, ValueEnum};
 
+pub(crate) use database::{DatabaseOptions, Migrate, MigrateCommand, refused};
 pub(crate) use template::{
     Pool, Snapshot, SnapshotCreate, SnapshotList, Template, TemplateBuild, TemplateList,
 };
@@ -94,6 +96,8 @@ pub(crate) enum Command {
     Task(Task),
     /// Build and see the images on this machine
     Image(ImageArgs),
+    /// Bring the tables in PostgreSQL up to date, and see what is pending
+    Migrate(Migrate),
     /// Check this host by running a VM on it
     Doctor(Doctor),
     /// Print a script that completes commands in a shell
@@ -180,6 +184,8 @@ impl ImageDir {
 pub(crate) struct Doctor {
     #[command(flatten)]
     pub(crate) backend: Backend,
+    #[command(flatten)]
+    pub(crate) database: DatabaseOptions,
     /// Check the server that --url names, or that runs here, instead of a temporary one
     #[arg(long)]
     pub(crate) server: bool,

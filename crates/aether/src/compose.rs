@@ -18,8 +18,8 @@ use aether_drivers::{
 };
 use aether_events::{EventBus, LocalBus};
 use aether_images::{ImageStore, SnapshotError, SnapshotStore};
-use aether_queue::{Queue, SqliteQueue};
-use aether_store::{Durability, SqliteStore, Store};
+use aether_postgres::Database;
+use aether_store::Store;
 use aether_streams::Sessions;
 use aether_types::{DriverKind, ToolRequest, template::DEFAULT_TAG};
 use aether_worker::{
@@ -30,6 +30,7 @@ use tokio::{net::TcpListener, time::Instant};
 
 use crate::{
     args::{Backend, Capacity, DriverChoice, PoolChoice, PoolSpec, Snapshots, ToolOptions},
+    database::{Opened, Target},
     datadir::LockedDataDir,
     default_template::{self, DefaultTemplate},
     exit::Exit,
@@ -44,6 +45,7 @@ pub(crate) struct Plan {
     pub(crate) dir: LockedDataDir,
     /// Bound already: a taken port is found out before anything is made.
     pub(crate) listener: TcpListener,
+    pub(crate) target: Target,
     pub(crate) backend: Backend,
     pub(crate) capacity: Capacity,
     pub(crate) snapshots: Snapshots,
@@ -64,6 +66,8 @@ pub(crate) struct Platform {
     default_tools: Vec<ToolRequest>,
     /// None under the simulated driver.
     host: Option<Arc<Host>>,
+    /// None on files, which close by themselves.
+    database: Option<Database>,
     drivers: Vec<Capabilities>,
     key: AdminKey,
 }
@@ -81,19 +85,12 @@ impl Platform {
     /// Opens the data directory's content and starts the parts, those first that others need.
     /// What fails leaves the rest as a crash would: the next start takes it over.
     pub(crate) async fn start(plan: Plan) -> Result<Self, Failure> {
-        let Plan { dir, listener, backend, capacity, snapshots, tools } = plan;
+        let Plan { dir, listener, target, backend, capacity, snapshots, tools } = plan;
         let address = listener.local_addr().map_err(|e| Failure::io("read the address", &e))?;
-        let store = SqliteStore::open(&dir.store(), Durability::default())
-            .await
-            .map_err(|e| Failure::internal("open the store", &e))?;
-        let store: Arc<dyn Store> = Arc::new(store);
-        let queue = SqliteQueue::open(&dir.queue())
-            .await
-            .map_err(|e| Failure::internal("open the queue", &e))?;
-        let queue: Arc<dyn Queue> = Arc::new(queue);
+        let Opened { store, queue, database } = Opened::open(target, &dir).await?;
         let bus: Arc<dyn EventBus> = Arc::new(LocalBus::new());
         let sessions = Sessions::default();
-        let (keys, key) = gateway::keys(&dir, &*store).await?;
+        let (keys, key) = gateway::keys(&dir, &*store, database.is_some()).await?;
         let tools = ToolsHere::open(tools, dir.tools()).await?;
         let machines = Machines::open(&dir, &backend).await?;
         let kept = open_snapshots(dir.snapshots()).await?;
@@ -149,6 +146,7 @@ impl Platform {
             template_image,
             default_tools,
             host,
+            database,
             drivers,
             key,
         })
@@ -210,7 +208,7 @@ impl Platform {
     /// Stops taking requests, stops claiming work, ends or hands over the VMs, flushes, closes: in
     /// this order, and within `limit`.
     pub(crate) async fn shutdown(self, mode: ShutdownMode, limit: Duration) -> ShutdownReport {
-        let Self { dir, gateway, worker, host, .. } = self;
+        let Self { dir, gateway, worker, host, database, .. } = self;
         let deadline = Instant::now() + limit;
         // Clients look for the server here; it is as good as gone.
         if let Err(failure) = dir.remove_listen() {
@@ -224,6 +222,11 @@ impl Platform {
             tracing::warn!("clients were still connected when the time was over");
         }
         drop(host);
+        if let Some(database) = database
+            && tokio::time::timeout_at(deadline, database.close()).await.is_err()
+        {
+            tracing::warn!("the database was still in use when the time was over");
+        }
         drop(dir);
         report
     }

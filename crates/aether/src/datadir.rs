@@ -5,7 +5,8 @@
 //!   lock         held by the one process that uses the directory
 //!   aether.db    the store            queue.db    the queue
 //!   worker-id    of the worker here   admin-key   the first API key, mode 0600
-//!   auth-secret  hashes API keys      journal     of host resources, the drivers' own
+//!   auth-secret  hashes API keys; not where others share the store
+//!   journal      of host resources, the drivers' own
 //!   listen       address of the server, while one runs
 //!   vms/         what the drivers keep
 //!   snapshots/   of VMs               templates/  what VMs begin as

@@ -8,15 +8,20 @@ use aether_api::{
     client::{CallOptions, Client, Waited},
 };
 use aether_drivers::CgroupStatus;
+use aether_postgres::{Database, Facts, OpenError};
 use aether_types::{DriverKind, ErrorCode, VmState};
 use aether_worker::ShutdownMode;
 use serde::Serialize;
 use tokio::{net::TcpListener, time::Instant};
 
 use crate::{
-    args::{Backend, Capacity, Doctor, DriverChoice, Global, PoolChoice, Snapshots, ToolOptions},
+    args::{
+        Backend, Capacity, DatabaseOptions, Doctor, DriverChoice, Global, PoolChoice, Snapshots,
+        ToolOptions,
+    },
     cli,
     compose::{self, Plan, Platform},
+    database::{self, Target},
     datadir::DataDir,
     exit::Exit,
     failure::Failure,
@@ -26,6 +31,7 @@ use crate::{
 
 const WAIT: Duration = Duration::from_mins(4);
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(30);
+const DATABASE: &str = "database";
 const HINT: &str = "`aether up --log-level debug` says more; see the findings above";
 
 #[derive(Serialize)]
@@ -52,8 +58,14 @@ pub(crate) async fn run(global: &Global, args: Doctor) -> Result<Exit, Failure> 
             }
             image(&args.backend, &mut findings);
         }
+        // The VM below is on files of its own: what is wrong here does not keep it from running.
+        database(&args.database, &mut findings).await;
         // A host that lacks something cannot run a VM: that is said already.
-        if findings.worst() == Verdict::Failed {
+        if findings
+            .all
+            .iter()
+            .any(|found| found.verdict == Verdict::Failed && found.check != DATABASE)
+        {
             let found = "not tried, since the host lacks what is said above";
             findings.add(Finding::failed("vm", found, "mend that first"));
         } else {
@@ -130,6 +142,60 @@ fn image(backend: &Backend, findings: &mut Findings) {
     });
 }
 
+/// The one that is configured: is it there, new enough, and are its tables up to date?
+async fn database(options: &DatabaseOptions, findings: &mut Findings) {
+    let config = match options.config() {
+        Ok(Some(config)) => config,
+        Ok(None) => return,
+        Err(failure) => return findings.failed(DATABASE, &failure),
+    };
+    let weakness = config.weakness();
+    let database = match database::open(config).await {
+        Ok(database) => database,
+        Err(failure) => return findings.failed(DATABASE, &failure),
+    };
+    match server(&database).await {
+        Ok(found) => findings.add(found),
+        Err(error) => findings.failed(DATABASE, &database::unreachable(&error)),
+    }
+    if let Some(weakness) = weakness {
+        findings.add(Finding::warning(DATABASE, weakness, "say sslmode=verify-full"));
+    }
+    findings.add(tables(&database).await);
+    database.close().await;
+}
+
+async fn server(database: &Database) -> Result<Finding, OpenError> {
+    let place = database.config().place();
+    let Facts { version, major, connections_max: theirs } = database.facts().await?;
+    let found = format!("PostgreSQL {version} answers at {place}");
+    if major < aether_postgres::VERSION_MIN {
+        let fix = format!("use PostgreSQL {} or newer", aether_postgres::VERSION_MIN);
+        return Ok(Finding::failed(DATABASE, found, fix));
+    }
+    let ours = database.connections_of_ours();
+    if ours > theirs {
+        let found = format!("{found}, and takes {theirs} connections where we may ask for {ours}");
+        return Ok(Finding::warning(DATABASE, found, "lower POSTGRES_CONNECTIONS_MAX"));
+    }
+    Ok(Finding::ok(DATABASE, found))
+}
+
+async fn tables(database: &Database) -> Finding {
+    for schema in database::SCHEMAS {
+        if let Err(error) = aether_postgres::check(database, *schema).await {
+            let failure = database::migration(&error);
+            let fix = failure.hint.unwrap_or_else(|| HINT.to_owned());
+            return Finding::failed(
+                DATABASE,
+                format!("{} [{}]", failure.message, failure.code),
+                fix,
+            );
+        }
+    }
+    Finding::ok(DATABASE, "its tables are those of this program")
+}
+
 /// A platform of its own, in a temporary folder, on a free port.
 async fn try_here(backend: Backend, findings: &mut Findings) -> Result<(), Failure> {
     let folder = tempfile::Builder::new()
@@ -146,7 +212,7 @@ async fn try_here(backend: Backend, findings: &mut Findings) -> Result<(), Failu
     let capacity = Capacity { max_vms: 2, max_starting: 2, pool: vec![PoolChoice::None] };
     let snapshots = Snapshots { no_default_template: true, ..Snapshots::default() };
     let tools = ToolOptions { no_default_tools: true, ..ToolOptions::default() };
-    let plan = Plan { dir, listener, backend, capacity, snapshots, tools };
+    let plan = Plan { dir, listener, target: Target::Files, backend, capacity, snapshots, tools };
     let platform = match Box::pin(Platform::start(plan)).await {
         Ok(platform) => platform,
         Err(failure) => {

@@ -25,6 +25,9 @@ use crate::{compose, datadir::LockedDataDir, exit::Exit, failure::Failure, tools
 
 const KEY_NAME: &str = "admin";
 
+/// In a store that several processes share.
+const SECRET_NAME: &str = "api_keys";
+
 /// The first key of an installation.
 pub(crate) struct AdminKey {
     text: String,
@@ -43,33 +46,51 @@ impl AdminKey {
 }
 
 /// The keys of the installation, with a first one. The file of the first key is the way back in:
-/// where it is missing, as after a crash between the two writes, a new key is made.
+/// where it is missing, as after a crash between the two writes, or of another installation, a new
+/// key is made.
 pub(crate) async fn keys(
     dir: &LockedDataDir,
     store: &dyn Store,
+    is_shared: bool,
 ) -> Result<(KeyRing, AdminKey), Failure> {
     let failed = |e: &dyn std::error::Error| Failure::internal("make the first API key", e);
-    let kept = dir.read_secret()?;
-    let is_new_secret = kept.is_none();
-    let secret = match kept {
-        Some(bytes) => AuthSecret::from_bytes(bytes),
-        None => AuthSecret::generate().map_err(|e| failed(&e))?,
-    };
-    if is_new_secret {
-        dir.write_secret(secret.as_bytes())?;
-    }
+    let secret = secret(dir, store, is_shared).await?;
     let ring = KeyRing::load(store, secret)
         .await
         .map_err(|e| Failure::internal("read the API keys", &e))?;
-    if !is_new_secret
-        && !ring.is_empty()
-        && let Some(text) = dir.read_admin_key()?
+    if let Some(text) = dir.read_admin_key()?
+        && ring.knows(&text)
     {
         return Ok((ring, AdminKey { text, is_new: false }));
     }
     let (text, _) = ring.create(store, KEY_NAME).await.map_err(|e| failed(&e))?;
     dir.write_admin_key(&text)?;
     Ok((ring, AdminKey { text, is_new: true }))
+}
+
+/// A file of the data directory; where others are on the same store, that one's, so that each
+/// accepts the keys of all. A copy of such a store opens nothing either: keys are 32 random bytes,
+/// which nobody finds from their hashes.
+async fn secret(
+    dir: &LockedDataDir,
+    store: &dyn Store,
+    is_shared: bool,
+) -> Result<AuthSecret, Failure> {
+    let new = || AuthSecret::generate().map_err(|e| Failure::internal("make a secret", &e));
+    if is_shared {
+        let proposed = new()?;
+        let kept = store.shared_secret(SECRET_NAME, proposed.as_bytes()).await;
+        let kept = kept.map_err(|e| Failure::internal("read the secret of API keys", &e))?;
+        return kept.try_into().map(AuthSecret::from_bytes).map_err(|_| {
+            Failure::new("store_damaged", Exit::Failure, "the secret of API keys is damaged")
+        });
+    }
+    if let Some(bytes) = dir.read_secret()? {
+        return Ok(AuthSecret::from_bytes(bytes));
+    }
+    let secret = new()?;
+    dir.write_secret(secret.as_bytes())?;
+    Ok(secret)
 }
 
 pub(crate) struct Inputs {

@@ -14,6 +14,7 @@
 mod args;
 mod cli;
 mod compose;
+mod database;
 mod datadir;
 mod default_template;
 mod doctor;
@@ -24,6 +25,7 @@ mod host;
 mod images;
 mod leftovers;
 mod logging;
+mod migrate;
 mod notify;
 mod output;
 mod signals;
@@ -75,6 +77,7 @@ fn runtime(command: &Command) -> Result<tokio::runtime::Runtime, Failure> {
         | Command::Cp(_)
         | Command::Task(_)
         | Command::Image(_)
+        | Command::Migrate(_)
         | Command::Completion { .. } => tokio::runtime::Builder::new_current_thread(),
     };
     builder.enable_all().build().map_err(|e| Failure::io("start the runtime", &e))
@@ -84,6 +87,7 @@ async fn run(args: Args) -> Result<Exit, Failure> {
     let Args { global, command } = args;
     match command {
         Command::Up(up) => up::run(&global, up).await,
+        Command::Migrate(migrate) => migrate::run(&global, migrate).await,
         Command::Doctor(doctor) => doctor::run(&global, doctor).await,
         Command::Vm(vm) => cli::vm::run(&global, vm).await,
         Command::Snapshot(snapshot) => cli::snapshot::run(&global, snapshot).await,

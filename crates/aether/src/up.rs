@@ -11,6 +11,7 @@ use crate::{
     args::{Global, Up},
     cli::local_url,
     compose::{self, Plan, Platform},
+    database::Target,
     datadir::DataDir,
     default_template::DefaultTemplate,
     exit::Exit,
@@ -58,12 +59,16 @@ pub(crate) async fn run(global: &Global, args: Up) -> Result<Exit, Failure> {
     logging::start(args.log_format, &args.log_level)?;
     check_address(args.listen, args.insecure_http)?;
     let mode = if args.keep_vms { ShutdownMode::KeepVms } else { ShutdownMode::StopVms };
+    let target = match args.database.config()? {
+        Some(config) => Target::Postgres { config, migrate: args.migrate },
+        None => Target::Files,
+    };
     let dir = DataDir::choose(global.data_dir.as_deref()).lock()?;
     let listener = bind(args.listen).await?;
     let mut signals = Signals::take()?;
 
     let Up { backend, capacity, snapshots, tools, .. } = args;
-    let plan = Plan { dir, listener, backend, capacity, snapshots, tools };
+    let plan = Plan { dir, listener, target, backend, capacity, snapshots, tools };
     let mut platform = tokio::select! {
         platform = Box::pin(Platform::start(plan)) => platform?,
         signal = next_end(&mut signals) => {

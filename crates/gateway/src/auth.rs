@@ -1,11 +1,12 @@
 //! API keys: 32 random bytes in hexadecimal digits behind `ae_`, kept as a keyed hash.
 //!
-//! The hash key is a secret of the server that is not in the store, so that a copy of the store
-//! alone cannot even be used to test guesses. Every comparison takes the same time.
+//! The hash key is a secret of the installation. One process alone keeps it beside the store;
+//! processes that share a store share it there. Every comparison takes the same time.
 
 use std::{
     fmt,
     sync::{Arc, PoisonError, RwLock},
+    time::Duration,
 };
 
 use aether_api::KEY_PREFIX;
@@ -18,6 +19,7 @@ use axum::{
     response::{IntoResponse as _, Response},
 };
 use subtle::{Choice, ConditionallySelectable as _, ConstantTimeEq as _};
+use tokio::{sync::Mutex, time::Instant};
 
 use crate::{health, parts::App, problem::ApiError};
 
@@ -29,7 +31,11 @@ const SHOWN_CHARS: usize = KEY_PREFIX.len() + 8;
 /// A longer key is no key; it is not even hashed.
 const KEY_CHARS_MAX: usize = 256;
 
-/// The key of the keyed hash. Kept by the composition root, mode 0600, beside the store.
+/// Another process may have made a key; it is looked for this often at most, so that who sends
+/// wrong keys does not make the store work.
+const REREAD_AFTER: Duration = Duration::from_secs(1);
+
+/// The key of the keyed hash. Kept by the composition root.
 #[derive(Clone)]
 pub struct AuthSecret([u8; 32]);
 
@@ -97,11 +103,17 @@ pub async fn create_key(
 
 type Hashes = Vec<(KeyId, [u8; 32])>;
 
+async fn hashes(store: &dyn Store) -> Result<Hashes, StoreError> {
+    Ok(store.keys().await?.into_iter().map(|key| (key.id, key.hash)).collect())
+}
+
 /// The keys that open this gateway, in memory. Clones share them.
 #[derive(Clone)]
 pub struct KeyRing {
     secret: AuthSecret,
     keys: Arc<RwLock<Hashes>>,
+    /// When they were last read, and whether they could be.
+    read: Arc<Mutex<(Instant, bool)>>,
 }
 
 impl fmt::Debug for KeyRing {
@@ -112,8 +124,44 @@ impl fmt::Debug for KeyRing {
 
 impl KeyRing {
     pub async fn load(store: &dyn Store, secret: AuthSecret) -> Result<Self, StoreError> {
-        let keys = store.keys().await?.into_iter().map(|key| (key.id, key.hash)).collect();
-        Ok(Self { secret, keys: Arc::new(RwLock::new(keys)) })
+        let keys = Arc::new(RwLock::new(hashes(store).await?));
+        Ok(Self { secret, keys, read: Arc::new(Mutex::new((Instant::now(), true))) })
+    }
+
+    /// As [`KeyRing::knows`]; a key that is not known may be another process', and is looked for in
+    /// the store.
+    async fn look_up(&self, store: &dyn Store, text: &str) -> Result<Option<KeyId>, ApiError> {
+        if let Some(id) = self.find(text) {
+            return Ok(Some(id));
+        }
+        let mut read = self.read.lock().await;
+        let (at, could_be_read) = *read;
+        // Those that waited for the same reading are answered from it.
+        let answer = |found: Option<KeyId>, could_be_read: bool| match found {
+            None if !could_be_read => {
+                let detail = "the store cannot be asked whether there is such a key";
+                Err(ApiError::new(ErrorCode::Unavailable, detail))
+            }
+            found => Ok(found),
+        };
+        if at.elapsed() < REREAD_AFTER {
+            return answer(self.find(text), could_be_read);
+        }
+        let hashes = hashes(store).await;
+        *read = (Instant::now(), hashes.is_ok());
+        match hashes {
+            Ok(hashes) => {
+                *self.keys.write().unwrap_or_else(PoisonError::into_inner) = hashes;
+                answer(self.find(text), true)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Whether this key opens the gateway.
+    #[must_use]
+    pub fn knows(&self, text: &str) -> bool {
+        self.find(text).is_some()
     }
 
     /// As [`create_key`]; the key works at once.
@@ -128,18 +176,12 @@ impl KeyRing {
         Ok((text, key))
     }
 
-    #[must_use]
-    pub fn len(&self) -> usize {
+    fn len(&self) -> usize {
         self.keys.read().unwrap_or_else(PoisonError::into_inner).len()
     }
 
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
     /// Looks at every key, whichever matches.
-    pub(crate) fn find(&self, text: &str) -> Option<KeyId> {
+    fn find(&self, text: &str) -> Option<KeyId> {
         if text.len() > KEY_CHARS_MAX {
             return None;
         }
@@ -169,25 +211,31 @@ pub(crate) async fn authenticate(
     if request.uri().path() == health::PATH {
         return next.run(request).await;
     }
-    match caller(&app.parts.keys, request.headers()) {
+    match caller(&app, request.headers()).await {
         Ok(caller) => {
             request.extensions_mut().insert(caller);
             next.run(request).await
         }
-        Err(detail) => ApiError::new(ErrorCode::Unauthorized, detail).into_response(),
+        Err(error) => error.into_response(),
     }
 }
 
-fn caller(keys: &KeyRing, headers: &HeaderMap) -> Result<Caller, &'static str> {
+async fn caller(app: &App, headers: &HeaderMap) -> Result<Caller, ApiError> {
+    let refused = |detail| ApiError::new(ErrorCode::Unauthorized, detail);
+    let text = bearer(headers).map_err(refused)?;
+    let found = app.parts.keys.look_up(app.store(), text).await?;
+    found.map(Caller).ok_or_else(|| refused("the key is not known here"))
+}
+
+fn bearer(headers: &HeaderMap) -> Result<&str, &'static str> {
     let Some(value) = headers.get(header::AUTHORIZATION) else {
         return Err("send the header `Authorization: Bearer KEY`");
     };
     let text = value.to_str().unwrap_or_default();
-    let key = match text.split_once(' ') {
-        Some((scheme, key)) if scheme.eq_ignore_ascii_case("bearer") => key.trim(),
-        Some(_) | None => return Err("the header is not of the form `Authorization: Bearer KEY`"),
-    };
-    keys.find(key).map(Caller).ok_or("the key is not known here")
+    match text.split_once(' ') {
+        Some((scheme, key)) if scheme.eq_ignore_ascii_case("bearer") => Ok(key.trim()),
+        Some(_) | None => Err("the header is not of the form `Authorization: Bearer KEY`"),
+    }
 }
 
 #[cfg(test)]
@@ -198,7 +246,28 @@ mod tests {
         let secret = AuthSecret::from_bytes([7; 32]);
         let keys: Vec<_> = keys.iter().map(|k| (KeyId::new(), secret.hash(k))).collect();
         let ids = keys.iter().map(|(id, _)| *id).collect();
-        (KeyRing { secret, keys: Arc::new(RwLock::new(keys)) }, ids)
+        let keys = Arc::new(RwLock::new(keys));
+        (KeyRing { secret, keys, read: Arc::new(Mutex::new((Instant::now(), true))) }, ids)
+    }
+
+    #[tokio::test]
+    async fn a_key_of_another_process_is_found_and_wrong_ones_ask_the_store_seldom() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("store.db");
+        let durability = aether_store::Durability::Process;
+        let store = aether_store::SqliteStore::open(&path, durability).await.unwrap();
+        let secret = AuthSecret::generate().unwrap();
+        let ring = KeyRing::load(&store, secret.clone()).await.unwrap();
+        let (text, key) = create_key(&store, &secret, "other").await.unwrap();
+        assert_eq!(ring.look_up(&store, &text).await.unwrap(), None, "it was just read");
+        // Paused only here: the store has limits of its own, which must not pass at once.
+        tokio::time::pause();
+        tokio::time::advance(REREAD_AFTER).await;
+        tokio::time::resume();
+        assert_eq!(ring.look_up(&store, "ae_wrong").await.unwrap(), None);
+        assert_eq!(ring.look_up(&store, &text).await.unwrap(), Some(key.id));
+        let (next, _) = create_key(&store, &secret, "next").await.unwrap();
+        assert_eq!(ring.look_up(&store, &next).await.unwrap(), None, "it was just read");
     }
 
     #[test]

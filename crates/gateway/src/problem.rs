@@ -142,14 +142,28 @@ impl From<StoreError> for ApiError {
             | StoreError::NotCancellable { .. }
             | StoreError::TaskEnded { .. }
             | StoreError::IdempotencyConflict => Self::new(code, error.to_string()),
-            StoreError::Busy => Self::new(code, "the store is busy; try again"),
+            StoreError::Busy | StoreError::Collided { .. } => {
+                Self::new(code, "the store is busy; try again")
+            }
+            StoreError::Unreachable { .. } => {
+                tracing::error!(error = chain(&error), "the store cannot be reached");
+                Self::new(code, "the store cannot be reached; try again")
+            }
+            StoreError::InDoubt { .. } => {
+                tracing::error!(error = chain(&error), "the store's answer did not come");
+                Self::new(
+                    code,
+                    "the store's answer did not come; ask again with the same Idempotency-Key",
+                )
+            }
             StoreError::Fenced
             | StoreError::AlreadyStarted
             | StoreError::WrongKind { .. }
             | StoreError::NotAnEnd
             | StoreError::Corrupt(_)
             | StoreError::Database { .. }
-            | StoreError::Migration(_) => {
+            | StoreError::Migration(_)
+            | StoreError::Schema(_) => {
                 tracing::error!(error = chain(&error), "the store failed");
                 Self::internal()
             }

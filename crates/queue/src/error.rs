@@ -1,6 +1,8 @@
 //! What goes wrong in the queue.
 
+use aether_postgres::Trouble;
 use aether_types::ErrorCode;
+use sqlx::{error::DatabaseError, sqlite::SqliteError};
 
 #[derive(Debug, thiserror::Error)]
 pub enum QueueError {
@@ -18,8 +20,25 @@ pub enum QueueError {
         #[source]
         source: sqlx::Error,
     },
+    /// The database went away. A claim may have been made, and runs out; the rest can be repeated.
+    #[error("{context}: the database cannot be reached")]
+    Unreachable {
+        context: &'static str,
+        #[source]
+        source: Option<sqlx::Error>,
+    },
+    /// Others changed the same at the same time, again and again; this was undone.
+    #[error("{context}: others changed the same at the same time")]
+    Collided {
+        context: &'static str,
+        #[source]
+        source: sqlx::Error,
+    },
     #[error("bring the queue's tables up to date")]
     Migration(#[source] Box<sqlx::migrate::MigrateError>),
+    /// The tables are not those that this program knows.
+    #[error("the queue's tables are not fit for this program")]
+    Schema(#[source] Box<aether_postgres::MigrateError>),
 }
 
 impl QueueError {
@@ -27,10 +46,12 @@ impl QueueError {
     #[must_use]
     pub fn code(&self) -> ErrorCode {
         match self {
-            Self::Busy => ErrorCode::Unavailable,
-            Self::Lost | Self::Corrupt(_) | Self::Database { .. } | Self::Migration(_) => {
-                ErrorCode::Internal
-            }
+            Self::Busy | Self::Unreachable { .. } | Self::Collided { .. } => ErrorCode::Unavailable,
+            Self::Lost
+            | Self::Corrupt(_)
+            | Self::Database { .. }
+            | Self::Migration(_)
+            | Self::Schema(_) => ErrorCode::Internal,
         }
     }
 
@@ -38,8 +59,11 @@ impl QueueError {
     #[must_use]
     pub fn is_retryable(&self) -> bool {
         match self {
-            Self::Busy | Self::Database { .. } => true,
-            Self::Lost | Self::Corrupt(_) | Self::Migration(_) => false,
+            Self::Busy
+            | Self::Unreachable { .. }
+            | Self::Collided { .. }
+            | Self::Database { .. } => true,
+            Self::Lost | Self::Corrupt(_) | Self::Migration(_) | Self::Schema(_) => false,
         }
     }
 }
@@ -52,16 +76,22 @@ pub(crate) trait Context<T> {
 impl<T> Context<T> for Result<T, sqlx::Error> {
     fn context(self, context: &'static str) -> Result<T, QueueError> {
         self.map_err(|source| {
-            let busy = match &source {
-                sqlx::Error::Database(e) => is_busy(e.code().as_deref()),
-                _ => false,
-            };
-            if busy { QueueError::Busy } else { QueueError::Database { context, source } }
+            if is_busy_sqlite(&source) {
+                return QueueError::Busy;
+            }
+            match aether_postgres::trouble(&source) {
+                Trouble::Busy => QueueError::Busy,
+                Trouble::Lost => QueueError::Unreachable { context, source: Some(source) },
+                Trouble::Conflict => QueueError::Collided { context, source },
+                Trouble::Other => QueueError::Database { context, source },
+            }
         })
     }
 }
 
 /// SQLITE_BUSY (5) and SQLITE_LOCKED (6), with their extended forms.
-fn is_busy(code: Option<&str>) -> bool {
+fn is_busy_sqlite(error: &sqlx::Error) -> bool {
+    let sqlx::Error::Database(e) = error else { return false };
+    let code = e.try_downcast_ref::<SqliteError>().and_then(DatabaseError::code);
     code.and_then(|c| c.parse::<u32>().ok()).is_some_and(|c| matches!(c & 0xff, 5 | 6))
 }

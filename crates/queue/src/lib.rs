@@ -12,7 +12,9 @@
 
 pub mod clock;
 mod error;
+pub mod postgres;
 mod schedule;
+mod share;
 pub mod sqlite;
 mod waiters;
 
@@ -23,6 +25,7 @@ use async_trait::async_trait;
 
 pub use clock::{Clock, ManualClock, SystemClock};
 pub use error::QueueError;
+pub use postgres::PostgresQueue;
 pub use sqlite::SqliteQueue;
 
 /// Who may claim an entry.

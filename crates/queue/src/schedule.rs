@@ -20,13 +20,10 @@ use std::{
 
 use aether_types::{Priority, TaskId, WorkerId};
 
-use crate::{Depth, Lane};
-
-/// Claims in a row from a worker's own lane while the shared one waits. Work for a VM that is
-/// there already is mostly short commands, which people wait for.
-const OWN_RUN_MAX: u32 = 7;
-
-const PRIORITIES: usize = Priority::ALL.len();
+use crate::{
+    Depth, Lane,
+    share::{self, Credits, OWN_RUN_MAX, PRIORITIES},
+};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Place {
@@ -47,7 +44,7 @@ struct Item {
 #[derive(Debug, Default)]
 struct ReadyLane {
     queues: [BTreeMap<i64, TaskId>; PRIORITIES],
-    credits: [i64; PRIORITIES],
+    credits: Credits,
 }
 
 impl ReadyLane {
@@ -56,25 +53,9 @@ impl ReadyLane {
     }
 
     /// The credits after the next claim, and what it claims.
-    fn next(&self) -> Option<([i64; PRIORITIES], TaskId)> {
-        let mut credits = self.credits;
-        let mut sum = 0;
-        let mut best: Option<usize> = None;
-        for (i, priority) in Priority::ALL.iter().enumerate() {
-            if self.queues[i].is_empty() {
-                // Credit is for waiting; who has nothing does not wait.
-                credits[i] = 0;
-                continue;
-            }
-            let weight = i64::from(priority.weight());
-            credits[i] += weight;
-            sum += weight;
-            if best.is_none_or(|b| credits[i] > credits[b]) {
-                best = Some(i);
-            }
-        }
-        let best = best?;
-        credits[best] -= sum;
+    fn next(&self) -> Option<(Credits, TaskId)> {
+        let waiting = self.queues.each_ref().map(|queue| !queue.is_empty());
+        let (credits, best) = share::next(self.credits, waiting)?;
         let (_, task) = self.queues[best].first_key_value()?;
         Some((credits, *task))
     }
@@ -85,7 +66,7 @@ impl ReadyLane {
 pub(crate) struct Choice {
     pub(crate) task: TaskId,
     lane: Lane,
-    credits: [i64; PRIORITIES],
+    credits: Credits,
     own_run: u32,
 }
 
@@ -287,7 +268,7 @@ impl Schedule {
     }
 }
 
-fn index(priority: Priority) -> usize {
+pub(crate) fn index(priority: Priority) -> usize {
     match priority {
         Priority::Critical => 0,
         Priority::High => 1,

@@ -56,6 +56,19 @@ impl Waiters {
         }
     }
 
+    /// Wakes another that may take what this worker may.
+    pub(crate) fn wake_another(&self, worker: WorkerId) {
+        self.wake(Lane::Worker(worker));
+        self.wake(Lane::Shared);
+    }
+
+    /// Wakes everybody: something may have become ready that nobody told.
+    pub(crate) fn wake_all(&self) {
+        for entry in self.lock().drain(..) {
+            entry.woken.notify_one();
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, VecDeque<Entry>> {
         // Nothing in here panics half-way.
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
@@ -87,7 +100,6 @@ impl Drop for Waiter<'_> {
             return;
         }
         // It cannot tell which lane it was woken for.
-        self.waiters.wake(Lane::Worker(self.worker));
-        self.waiters.wake(Lane::Shared);
+        self.waiters.wake_another(self.worker);
     }
 }

@@ -5,7 +5,11 @@
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use aether_queue::{Depth, Entry, Lane, Lease, ManualClock, Queue, QueueError, SqliteQueue};
+use aether_postgres::{Database, Extent, testing, testing::TestDatabase};
+use aether_queue::{
+    Depth, Entry, Lane, Lease, ManualClock, PostgresQueue, Queue, QueueError, SqliteQueue,
+    postgres::SCHEMA,
+};
 use aether_types::{Priority, TaskId, WorkerId};
 use async_trait::async_trait;
 
@@ -20,7 +24,8 @@ const LONG: Duration = Duration::from_hours(1);
 trait Rig: Sized + Send + Sync {
     type Queue: Queue;
 
-    async fn new() -> Self;
+    /// `None`: it cannot be had on this host, and that was said.
+    async fn new() -> Option<Self>;
 
     fn queue(&self) -> Arc<Self::Queue>;
 
@@ -41,11 +46,11 @@ struct SqliteRig {
 impl Rig for SqliteRig {
     type Queue = SqliteQueue;
 
-    async fn new() -> Self {
+    async fn new() -> Option<Self> {
         let clock = Arc::new(ManualClock::new());
         let mut rig = Self { folder: tempfile::tempdir().unwrap(), clock, queue: None };
         rig.restart().await;
-        rig
+        Some(rig)
     }
 
     fn queue(&self) -> Arc<SqliteQueue> {
@@ -60,6 +65,45 @@ impl Rig for SqliteRig {
         drop(self.queue.take());
         let path = self.folder.path().join("queue.db");
         let queue = SqliteQueue::open_with_clock(&path, self.clock.clone()).await.unwrap();
+        self.queue = Some(Arc::new(queue));
+    }
+}
+
+struct PostgresRig {
+    clock: Arc<ManualClock>,
+    queue: Option<Arc<PostgresQueue>>,
+    test: TestDatabase,
+}
+
+#[async_trait]
+impl Rig for PostgresRig {
+    type Queue = PostgresQueue;
+
+    async fn new() -> Option<Self> {
+        if !testing::available() {
+            return None;
+        }
+        let test = testing::database("queue", async |config| {
+            aether_postgres::up(&config, &[SCHEMA], Extent::Expand).await.unwrap();
+        })
+        .await;
+        let mut rig = Self { clock: Arc::new(ManualClock::new()), queue: None, test };
+        rig.restart().await;
+        Some(rig)
+    }
+
+    fn queue(&self) -> Arc<PostgresQueue> {
+        Arc::clone(self.queue.as_ref().unwrap())
+    }
+
+    async fn pass(&self, time: Duration) {
+        self.clock.advance(time);
+    }
+
+    async fn restart(&mut self) {
+        drop(self.queue.take());
+        let database = Database::open(self.test.config.clone()).await.unwrap();
+        let queue = PostgresQueue::open_with_clock(&database, self.clock.clone()).await.unwrap();
         self.queue = Some(Arc::new(queue));
     }
 }
@@ -418,35 +462,43 @@ macro_rules! contract {
         $(
             #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
             async fn $test() {
+                let Some(rig) = <$rig as super::Rig>::new().await else { return };
                 // A wake-up that is lost shows as a test that waits for ever.
-                let test = async { super::$test(<$rig as super::Rig>::new().await).await };
+                let test = super::$test(rig);
                 tokio::time::timeout(super::HANGS_AFTER, test).await.expect("the test hangs");
             }
         )+
     };
+    ($rig:ty) => {
+        contract! {
+            $rig:
+            an_entry_is_claimed_once_and_gone_when_complete,
+            enqueueing_again_changes_nothing,
+            entries_of_one_priority_come_in_order,
+            priorities_share_by_weight_and_none_starves,
+            a_workers_lane_is_its_own,
+            a_workers_lane_does_not_starve_the_shared_one,
+            a_delayed_entry_waits_for_its_time,
+            a_waiting_claim_is_woken_by_an_entry,
+            a_waiting_claim_is_woken_when_a_delay_ends,
+            a_claim_gives_up_when_its_time_is_over,
+            a_lease_that_runs_out_is_claimed_again_with_a_higher_epoch,
+            a_sweep_wakes_a_waiting_claim,
+            a_released_entry_comes_back_after_its_delay,
+            only_an_entry_that_nobody_has_is_removed,
+            a_worker_that_starts_anew_gets_its_leases_back,
+            epochs_rise_after_completion_and_restart,
+            what_was_acknowledged_survives_a_restart,
+            a_dropped_claim_loses_no_wake_up,
+            every_entry_is_had_once_by_one_of_many,
+        }
+    };
 }
 
 mod sqlite {
-    contract! {
-        super::SqliteRig:
-        an_entry_is_claimed_once_and_gone_when_complete,
-        enqueueing_again_changes_nothing,
-        entries_of_one_priority_come_in_order,
-        priorities_share_by_weight_and_none_starves,
-        a_workers_lane_is_its_own,
-        a_workers_lane_does_not_starve_the_shared_one,
-        a_delayed_entry_waits_for_its_time,
-        a_waiting_claim_is_woken_by_an_entry,
-        a_waiting_claim_is_woken_when_a_delay_ends,
-        a_claim_gives_up_when_its_time_is_over,
-        a_lease_that_runs_out_is_claimed_again_with_a_higher_epoch,
-        a_sweep_wakes_a_waiting_claim,
-        a_released_entry_comes_back_after_its_delay,
-        only_an_entry_that_nobody_has_is_removed,
-        a_worker_that_starts_anew_gets_its_leases_back,
-        epochs_rise_after_completion_and_restart,
-        what_was_acknowledged_survives_a_restart,
-        a_dropped_claim_loses_no_wake_up,
-        every_entry_is_had_once_by_one_of_many,
-    }
+    contract!(super::SqliteRig);
+}
+
+mod postgres {
+    contract!(super::PostgresRig);
 }

@@ -1,6 +1,8 @@
 //! What the store refuses, and what goes wrong underneath it.
 
+use aether_postgres::Trouble;
 use aether_types::{ErrorCode, Task, TaskKind, Vm};
+use sqlx::{error::DatabaseError, sqlite::SqliteError};
 
 /// Display texts name what was asked for and never repeat their source.
 #[derive(Debug, thiserror::Error)]
@@ -62,8 +64,33 @@ pub enum StoreError {
         #[source]
         source: sqlx::Error,
     },
+    /// The database went away before this was done, so that nothing was.
+    #[error("{context}: the database cannot be reached")]
+    Unreachable {
+        context: &'static str,
+        #[source]
+        source: sqlx::Error,
+    },
+    /// The database went away while this was being done. The same request with its idempotency key
+    /// finds out; an attempt is ended by its lease.
+    #[error("{context}: the database went away, and nobody knows whether it was done")]
+    InDoubt {
+        context: &'static str,
+        #[source]
+        source: Option<sqlx::Error>,
+    },
+    /// Others changed the same at the same time, again and again; this was undone.
+    #[error("{context}: others changed the same at the same time")]
+    Collided {
+        context: &'static str,
+        #[source]
+        source: sqlx::Error,
+    },
     #[error("bring the store's tables up to date")]
     Migration(#[source] Box<sqlx::migrate::MigrateError>),
+    /// The tables are not those that this program knows.
+    #[error("the store's tables are not fit for this program")]
+    Schema(#[source] Box<aether_postgres::MigrateError>),
 }
 
 impl StoreError {
@@ -86,13 +113,17 @@ impl StoreError {
             Self::IdempotencyConflict => ErrorCode::IdempotencyConflict,
             Self::AlreadyStarted => ErrorCode::ExecutionLost,
             Self::BadCursor => ErrorCode::InvalidRequest,
-            Self::Busy => ErrorCode::Unavailable,
+            Self::Busy
+            | Self::Unreachable { .. }
+            | Self::InDoubt { .. }
+            | Self::Collided { .. } => ErrorCode::Unavailable,
             Self::Fenced
             | Self::WrongKind { .. }
             | Self::NotAnEnd
             | Self::Corrupt(_)
             | Self::Database { .. }
-            | Self::Migration(_) => ErrorCode::Internal,
+            | Self::Migration(_)
+            | Self::Schema(_) => ErrorCode::Internal,
         }
     }
 
@@ -100,7 +131,11 @@ impl StoreError {
     #[must_use]
     pub fn is_retryable(&self) -> bool {
         match self {
-            Self::Busy | Self::Database { .. } => true,
+            Self::Busy
+            | Self::Unreachable { .. }
+            | Self::InDoubt { .. }
+            | Self::Collided { .. }
+            | Self::Database { .. } => true,
             Self::NameTaken { .. }
             | Self::SnapshotNotFound
             | Self::TemplateNotFound
@@ -120,8 +155,25 @@ impl StoreError {
             | Self::WrongKind { .. }
             | Self::NotAnEnd
             | Self::Corrupt(_)
-            | Self::Migration(_) => false,
+            | Self::Migration(_)
+            | Self::Schema(_) => false,
         }
+    }
+
+    pub(crate) fn database(context: &'static str, source: sqlx::Error) -> Self {
+        if is_busy_sqlite(&source) {
+            return Self::Busy;
+        }
+        match aether_postgres::trouble(&source) {
+            Trouble::Busy => Self::Busy,
+            Trouble::Lost => Self::Unreachable { context, source },
+            Trouble::Conflict => Self::Collided { context, source },
+            Trouble::Other => Self::Database { context, source },
+        }
+    }
+
+    pub(crate) fn schema(error: aether_postgres::MigrateError) -> Self {
+        Self::Schema(Box::new(error))
     }
 }
 
@@ -132,18 +184,24 @@ pub(crate) trait Context<T> {
 
 impl<T> Context<T> for Result<T, sqlx::Error> {
     fn context(self, context: &'static str) -> Result<T, StoreError> {
-        self.map_err(|source| {
-            let busy = match &source {
-                sqlx::Error::PoolTimedOut => true,
-                sqlx::Error::Database(e) => is_busy(e.code().as_deref()),
-                _ => false,
-            };
-            if busy { StoreError::Busy } else { StoreError::Database { context, source } }
-        })
+        self.map_err(|source| StoreError::database(context, source))
     }
 }
 
 /// SQLITE_BUSY (5) and SQLITE_LOCKED (6), with their extended forms.
-fn is_busy(code: Option<&str>) -> bool {
+fn is_busy_sqlite(error: &sqlx::Error) -> bool {
+    let sqlx::Error::Database(e) = error else { return false };
+    let code = e.try_downcast_ref::<SqliteError>().and_then(DatabaseError::code);
     code.and_then(|c| c.parse::<u32>().ok()).is_some_and(|c| matches!(c & 0xff, 5 | 6))
+}
+
+/// Whether a row was refused because its name belongs to another: SQLite names the columns,
+/// PostgreSQL the index.
+pub(crate) fn is_taken(error: &sqlx::Error, columns: &str, index: &str) -> bool {
+    match error {
+        sqlx::Error::Database(e) if e.is_unique_violation() => {
+            e.constraint() == Some(index) || e.message().ends_with(columns)
+        }
+        _ => false,
+    }
 }

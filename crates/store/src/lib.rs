@@ -10,6 +10,8 @@
 
 mod error;
 mod page;
+pub mod postgres;
+mod sql;
 pub mod sqlite;
 
 use aether_types::{
@@ -23,6 +25,7 @@ use async_trait::async_trait;
 
 pub use error::StoreError;
 pub use page::{Cursor, Page, PageRequest};
+pub use postgres::PostgresStore;
 pub use sqlite::{Durability, SqliteStore};
 
 /// A task to record. Its dispatch to the queue is recorded with it (the outbox).
@@ -492,6 +495,10 @@ pub trait Store: Send + Sync + 'static {
     async fn insert_key(&self, key: ApiKey) -> Result<(), StoreError>;
 
     async fn keys(&self) -> Result<Vec<ApiKey>, StoreError>;
+
+    /// The secret of this name that all processes on the store share. The first one that asks makes
+    /// it: `proposed` is kept where there is none, and ignored where there is one.
+    async fn shared_secret(&self, name: &str, proposed: &[u8]) -> Result<Vec<u8>, StoreError>;
 
     // --- health ---
 

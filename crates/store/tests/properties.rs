@@ -3,6 +3,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "contract/engines.rs"]
+mod engines;
 #[path = "contract/support.rs"]
 #[expect(dead_code, reason = "shared with the contract suite, which uses all of it")]
 mod support;
@@ -100,8 +102,8 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
-struct World {
-    store: SqliteStore,
+struct World<S> {
+    store: S,
     vms: Vec<VmId>,
     tasks: Vec<TaskId>,
     snapshots: Vec<SnapshotId>,
@@ -133,7 +135,7 @@ fn refused<T>(answer: Result<T, StoreError>) -> Option<T> {
     }
 }
 
-impl World {
+impl<S: Store> World<S> {
     async fn task(&self, at: usize) -> Option<Task> {
         let id = pick(&self.tasks, at)?;
         self.store.task(id).await.unwrap()
@@ -345,7 +347,7 @@ impl World {
     }
 }
 
-impl World {
+impl<S: Store> World<S> {
     async fn check_snapshots(&self, vms: &[Vm], tasks: &HashMap<TaskId, Task>) {
         let all = PageRequest { limit: 500, after: None };
         let states = SnapshotState::ALL.to_vec();
@@ -391,32 +393,56 @@ impl World {
     }
 }
 
+impl<S: Store> World<S> {
+    fn new(store: S) -> Self {
+        Self {
+            store,
+            vms: Vec::new(),
+            tasks: Vec::new(),
+            snapshots: Vec::new(),
+            templates: Vec::new(),
+            ended: HashMap::new(),
+            generations: HashMap::new(),
+        }
+    }
+
+    async fn live(mut self, ops: Vec<Op>) {
+        for (i, op) in ops.into_iter().enumerate() {
+            self.apply(op).await;
+            if i % 8 == 0 {
+                self.check().await;
+            }
+        }
+        self.check().await;
+    }
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 20, ..ProptestConfig::default() })]
 
     #[test]
     fn invariants_hold_after_any_sequence(ops in prop::collection::vec(op(), 1..100)) {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(async {
+        runtime().block_on(async {
             let folder = tempfile::tempdir().unwrap();
             let path = folder.path().join("store.db");
             let store = SqliteStore::open(&path, Durability::Process).await.unwrap();
-            let mut world = World {
-                store,
-                vms: Vec::new(),
-                tasks: Vec::new(),
-                snapshots: Vec::new(),
-                templates: Vec::new(),
-                ended: HashMap::new(),
-                generations: HashMap::new(),
-            };
-            for (i, op) in ops.into_iter().enumerate() {
-                world.apply(op).await;
-                if i % 8 == 0 {
-                    world.check().await;
-                }
-            }
-            world.check().await;
+            World::new(store).live(ops).await;
+        });
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 6, ..ProptestConfig::default() })]
+
+    #[test]
+    fn invariants_hold_after_any_sequence_on_postgresql(ops in prop::collection::vec(op(), 1..60)) {
+        runtime().block_on(async {
+            let Some((store, _kept)) = engines::postgres().await else { return };
+            World::new(store).live(ops).await;
         });
     }
 }

@@ -6,7 +6,7 @@ use std::{collections::HashSet, sync::Arc, time::Duration};
 use aether_drivers::{Driver, Machine, MachineState};
 use aether_events::{Event, Received, Subscription};
 use aether_queue::{Entry, Lane};
-use aether_store::{NewTask, PageRequest, StoreError, VmFilter};
+use aether_store::{NewTask, PageRequest, StoreError, TaskFilter, VmFilter};
 use aether_types::{
     ErrorCode, Fault, MachineId, Origin, Task, TaskId, TaskKind, Timestamp, Vm, VmEvent, VmId,
     VmState, limits,
@@ -81,6 +81,12 @@ async fn settle_machine(
         core.guests.forget(id);
         return remove(driver, machine.id).await;
     };
+    if vm.worker_id.is_some_and(|worker| worker != core.parts.id) {
+        // An attempt here was too slow, and another worker made the VM.
+        tracing::warn!(vm.id = %id, "remove a machine whose VM another worker has");
+        core.guests.forget(id);
+        return remove(driver, machine.id).await;
+    }
     let lives = matches!(machine.state, MachineState::Running | MachineState::Paused);
     // The state the task left is the state it will go on from.
     let goes_on = !vm.state.has_process() || (vm.state == VmState::Stopping && !lives);
@@ -170,8 +176,7 @@ async fn settle_without_machine(
         let filter = VmFilter { builders: true, ..VmFilter::default() };
         let vms = core.parts.store.vms(filter, page).await?;
         for vm in vms.items {
-            let mine = vm.worker_id.is_none_or(|worker| worker == core.parts.id);
-            if !mine || found.contains(&vm.id) || busy.has(vm.id) {
+            if found.contains(&vm.id) || busy.has(vm.id) || !is_mine(core, &vm).await? {
                 continue;
             }
             if matches!(vm.spec.origin, Origin::Builder(_)) {
@@ -195,6 +200,23 @@ async fn settle_without_machine(
             None => return Ok(()),
         }
     }
+}
+
+/// Whether no other worker has the VM. One that has no worker yet may be in another's hands, or on
+/// its way into them: its tasks tell, which are read after it, so that none is missed.
+async fn is_mine(core: &Core, vm: &Vm) -> Result<bool, WorkerError> {
+    if let Some(worker) = vm.worker_id {
+        return Ok(worker == core.parts.id);
+    }
+    let filter = TaskFilter { vm_id: Some(vm.id), ..TaskFilter::default() };
+    let newest_first = PageRequest { limit: limits::PAGE_LIMIT_MAX, after: None };
+    let tasks = core.parts.store.tasks(filter, newest_first).await?.items;
+    if tasks.iter().any(|task| !task.state.is_end()) {
+        return Ok(false);
+    }
+    // It ended under the worker that had it last, which puts in order what it left.
+    let last = tasks.iter().find_map(|task| task.worker_id);
+    Ok(last.is_none_or(|worker| worker == core.parts.id))
 }
 
 /// The VM of a machine whose record is damaged: its first machine has its id.

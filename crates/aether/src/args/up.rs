@@ -4,7 +4,7 @@ use std::{net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::ArgAction;
 
-use super::{Backend, ToolOptions, values::parse_duration};
+use super::{Backend, DatabaseOptions, ToolOptions, values::parse_duration};
 use crate::logging::LogFormat;
 
 const EXAMPLES: &str = "\
@@ -12,6 +12,7 @@ Examples:
   aether up
   aether up --pool default=2..8 --pool web:v2=4
   aether up --pool none --max-vms 50 --snapshot-keep 5 --snapshot-max-age 30d
+  DATABASE_URL=postgres://aetherium@localhost/aetherium aether up --migrate
   aether up --default-tool nodejs@22 --default-tool go --tools-budget-mb 20000";
 
 #[derive(Debug, Clone, clap::Args)]
@@ -26,6 +27,11 @@ pub(crate) struct Up {
     /// Leave running VMs running at the end; the next `up` takes them over
     #[arg(long, env = "AETHER_KEEP_VMS")]
     pub(crate) keep_vms: bool,
+    #[command(flatten)]
+    pub(crate) database: DatabaseOptions,
+    /// Bring the tables in PostgreSQL up to date first, as `aether migrate up` does
+    #[arg(long, env = "AETHER_MIGRATE", help_heading = "PostgreSQL")]
+    pub(crate) migrate: bool,
     #[command(flatten)]
     pub(crate) backend: Backend,
     #[command(flatten)]

@@ -9,6 +9,8 @@ mod instant;
 #[cfg(test)]
 mod plain;
 #[cfg(test)]
+mod postgres;
+#[cfg(test)]
 mod rig;
 #[cfg(test)]
 mod tools;

@@ -19,6 +19,8 @@ pub(crate) struct Rig {
     pub(crate) folder: tempfile::TempDir,
     /// Options of `up`.
     options: Vec<&'static str>,
+    /// Of `up`.
+    env: Vec<(String, String)>,
     /// What it says when it is ready.
     ready: &'static str,
     up: Option<Up>,
@@ -31,8 +33,18 @@ impl Rig {
     }
 
     pub(crate) fn with(options: &[&'static str], ready: &'static str) -> Self {
+        Self::with_env(options, &[], ready)
+    }
+
+    pub(crate) fn with_env(
+        options: &[&'static str],
+        env: &[(&str, &str)],
+        ready: &'static str,
+    ) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let mut rig = Self { folder, options: options.to_vec(), ready, up: None };
+        let env = env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+        let env = env.collect();
+        let mut rig = Self { folder, options: options.to_vec(), env, ready, up: None };
         rig.restart();
         rig
     }
@@ -50,6 +62,7 @@ impl Rig {
             .args(["up", "--driver", "sim", "--listen", "127.0.0.1:0", "--log-level", "warn"])
             .args((!self.options.contains(&"--default-tool")).then_some("--no-default-tools"))
             .args(&self.options)
+            .envs(self.env.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()
@@ -144,6 +157,14 @@ pub(crate) fn command(data: &Path) -> Command {
         "AETHER_DEFAULT_TOOLS",
         "AETHER_NO_DEFAULT_TOOLS",
         "AETHER_TOOLS_DIR",
+        "AETHER_MIGRATE",
+        "DATABASE_URL",
+        "POSTGRES_HOST",
+        "POSTGRES_PORT",
+        "POSTGRES_USER",
+        "POSTGRES_PASSWORD",
+        "POSTGRES_DB",
+        "POSTGRES_SSLMODE",
         "NOTIFY_SOCKET",
     ] {
         command.env_remove(name);

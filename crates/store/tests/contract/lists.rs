@@ -159,6 +159,20 @@ pub(crate) async fn keys_round_trip(store: &impl Store) {
     assert_eq!((&kept.prefix, kept.created_at), (&key.prefix, key.created_at));
 }
 
+pub(crate) async fn a_secret_is_the_first_that_was_proposed(store: &impl Store) {
+    let kept = store.shared_secret("a", &[1, 2]).await.unwrap();
+    assert_eq!(kept, [1, 2]);
+    assert_eq!(store.shared_secret("a", &[3]).await.unwrap(), [1, 2]);
+    assert_eq!(store.shared_secret("b", &[3]).await.unwrap(), [3]);
+}
+
+pub(crate) async fn those_who_propose_a_secret_at_once_get_the_same(store: &impl Store) {
+    let ask = |proposed: &'static [u8]| store.shared_secret("one", proposed);
+    let (a, b, c, d) = tokio::join!(ask(&[1]), ask(&[2]), ask(&[3]), ask(&[4]));
+    let kept = [a, b, c, d].map(Result::unwrap);
+    assert!(kept.iter().all(|one| *one == kept[0]), "{kept:?}");
+}
+
 pub(crate) async fn ping_answers(store: &impl Store) {
     store.ping().await.unwrap();
 }

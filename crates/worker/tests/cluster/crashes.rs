@@ -1,7 +1,8 @@
 use std::time::Duration;
 
 use aether_drivers::sim::{SimConfig, SimLatency};
-use aether_types::{ExecutionState, ExitStatus, TaskKind, TaskState, VmState};
+use aether_store::VmPatch;
+use aether_types::{ExecutionState, ExitStatus, TaskKind, TaskState, VmState, WorkerId};
 use aether_worker::ShutdownMode;
 
 use crate::rig::{Rig, command};
@@ -109,4 +110,52 @@ async fn a_crash_at_any_moment_leaves_nothing_and_loses_nothing() {
         assert_eq!(rig.ended(deletion.id).await.state, TaskState::Completed);
     }
     rig.assert_clean().await;
+}
+
+/// A store that two workers share: what one of them finds missing may be the other's.
+#[tokio::test]
+async fn a_worker_that_starts_leaves_alone_what_another_has() {
+    let latency = SimLatency { boot: Duration::from_millis(300), ..Default::default() };
+    let config = || SimConfig { latency: latency.clone(), ..SimConfig::default() };
+    let mut one = Rig::new(config()).await;
+    let run = one.create("run").await;
+    let stopped = one.create("stopped").await;
+    let stop = one.request(stopped, TaskKind::VmStop).await;
+    assert_eq!(one.ended(stop.id).await.state, TaskState::Completed);
+    // It has no worker yet, and this one is making it.
+    let begun = one.request_create("begun").await;
+    one.begun(begun.id).await;
+    let mut two = one.another(config()).await;
+    for _ in 0..3 {
+        two.crash().await;
+        two.start().await;
+    }
+    assert_eq!(one.ended(begun.id).await.state, TaskState::Completed);
+    let vm = one.store().vm(begun.vm_id.unwrap()).await.unwrap().unwrap();
+    assert_eq!(vm.worker_id, Some(one.parts.id));
+    for id in [run, vm.id] {
+        one.in_state(id, VmState::Running).await;
+        let execution = one.execute(id, command(&["echo", "whole"])).await;
+        assert_eq!(one.stdout(&execution).await, "whole\n");
+    }
+    // The one that has them finds its own again.
+    one.crash().await;
+    one.start().await;
+    one.in_state(run, VmState::Running).await;
+    two.crash().await;
+}
+
+/// A worker that was taken for dead comes back with the machine of a VM that another made.
+#[tokio::test]
+async fn a_machine_whose_vm_another_worker_has_is_removed() {
+    let mut one = Rig::new(SimConfig::default()).await;
+    let vm = one.create("taken").await;
+    one.crash().await;
+    let other = WorkerId::new();
+    let patch = VmPatch { worker_id: Some(other), ..VmPatch::default() };
+    one.store().patch_vm(vm, patch).await.unwrap();
+    one.start().await;
+    assert_eq!(one.host.leftovers(), Vec::<String>::new());
+    let vm = one.store().vm(vm).await.unwrap().unwrap();
+    assert_eq!((vm.state, vm.worker_id), (VmState::Running, Some(other)));
 }

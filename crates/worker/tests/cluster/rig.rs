@@ -155,6 +155,21 @@ impl Rig {
         rig
     }
 
+    /// Another worker, on a host and in a folder of its own, with this one's store, queue and bus.
+    pub(crate) async fn another(&self, config: SimConfig) -> Self {
+        let dir = TempDir::new().unwrap();
+        let host = SimHost::new(config);
+        let parts = WorkerParts {
+            id: WorkerId::new(),
+            drivers: vec![Arc::new(SimDriver::new(Arc::clone(&host))) as Arc<dyn Driver>],
+            tools: Tools::open(ToolsConfig::new(dir.path().join("tools"))).unwrap(),
+            ..self.parts.clone()
+        };
+        let mut rig = Self { host, parts, worker: None, dir };
+        rig.start().await;
+        rig
+    }
+
     pub(crate) async fn start(&mut self) {
         // As a new process does: what the one before left half done is swept.
         let open = |name| Arc::new(SnapshotStore::open(self.dir.path().join(name)).unwrap());
@@ -381,6 +396,16 @@ impl Rig {
         match tokio::time::timeout(LIMIT, ended).await {
             Ok(task) => task,
             Err(_) => self.stuck(format!("{:?}", self.store().task(id).await)).await,
+        }
+    }
+
+    /// Completes when an attempt at the task has begun.
+    pub(crate) async fn begun(&self, id: TaskId) {
+        let mut events = self.listen();
+        while self.store().task(id).await.unwrap().unwrap().attempts == 0 {
+            while !matches!(events.next().await,
+                Received::Event(Event::Task { task_id, .. }) if task_id == id)
+            {}
         }
     }
 

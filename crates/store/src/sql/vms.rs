@@ -1,38 +1,38 @@
 //! VMs as they are read, and changes that no task asked for.
 
-use aether_types::{StateChange, Timestamp, Vm, VmId};
-use sqlx::{Connection, QueryBuilder, Sqlite};
-
-use super::{SqliteStore, rows, rows::vm_columns, write};
+use super::{
+    Lock, Sql,
+    query::{Builder, query},
+    rows,
+    rows::vm_columns,
+    write,
+};
 use crate::{Page, PageRequest, StoreError, VmChange, VmFilter, VmPatch, error::Context};
+use aether_types::{StateChange, Timestamp, Vm, VmId};
 
 const GET: &str = concat!("select ", vm_columns!(), " from vms where id = $1");
 
 const BY_NAME: &str =
     concat!("select ", vm_columns!(), " from vms where name = $1 and state <> 'deleted'");
 
-pub(super) async fn change(
-    store: &SqliteStore,
-    id: VmId,
-    change: VmChange,
-) -> Result<Vm, StoreError> {
-    let mut writer = store.writer.lock().await;
-    let mut tx = writer.begin_with("begin immediate").await.context("begin a transaction")?;
+pub(super) async fn change(store: &Sql, id: VmId, change: VmChange) -> Result<Vm, StoreError> {
+    let mut writer = store.writer().await;
+    let mut tx = writer.begin(&[Lock::Vm(id)]).await?;
     let mut vm = write::vm(&mut tx, id).await?.ok_or(StoreError::VmNotFound)?;
     let Some(next) = vm.state.apply(change.event) else {
         return Err(write::wrong_state(vm, change.event));
     };
     let now = Timestamp::now();
     write::move_vm(&mut tx, &mut vm, next, change.reason, &change.patch, now).await?;
-    tx.commit().await.context("commit a VM's change")?;
+    tx.commit("commit a VM's change").await?;
     Ok(vm)
 }
 
-pub(super) async fn patch(store: &SqliteStore, id: VmId, patch: VmPatch) -> Result<(), StoreError> {
+pub(super) async fn patch(store: &Sql, id: VmId, patch: VmPatch) -> Result<(), StoreError> {
     let start = patch.start.map(|start| rows::json(&start, "start to record")).transpose()?;
     let tools = patch.tools.map(|tools| rows::json(&tools, "tools to record")).transpose()?;
-    let mut writer = store.writer.lock().await;
-    let done = sqlx::query(
+    let mut writer = store.writer().await;
+    let done = query(
         "update vms set worker_id = coalesce($2, worker_id), address = coalesce($3, address), \
          start = coalesce($5, start), tools = coalesce($6, tools), updated_at = $4, \
          generation = generation + 1 where id = $1",
@@ -43,16 +43,16 @@ pub(super) async fn patch(store: &SqliteStore, id: VmId, patch: VmPatch) -> Resu
     .bind(Timestamp::now().unix_ms())
     .bind(start)
     .bind(tools)
-    .execute(&mut *writer)
+    .execute(&mut writer)
     .await
     .context("patch a VM")?;
-    if done.rows_affected() == 0 { Err(StoreError::VmNotFound) } else { Ok(()) }
+    if done == 0 { Err(StoreError::VmNotFound) } else { Ok(()) }
 }
 
-pub(super) async fn get(store: &SqliteStore, id: VmId) -> Result<Option<Vm>, StoreError> {
-    sqlx::query(GET)
+pub(super) async fn get(store: &Sql, id: VmId) -> Result<Option<Vm>, StoreError> {
+    query(GET)
         .bind(id.to_string())
-        .fetch_optional(&store.readers)
+        .fetch_optional(store)
         .await
         .context("read a VM")?
         .as_ref()
@@ -60,10 +60,10 @@ pub(super) async fn get(store: &SqliteStore, id: VmId) -> Result<Option<Vm>, Sto
         .transpose()
 }
 
-pub(super) async fn by_name(store: &SqliteStore, name: &str) -> Result<Option<Vm>, StoreError> {
-    sqlx::query(BY_NAME)
+pub(super) async fn by_name(store: &Sql, name: &str) -> Result<Option<Vm>, StoreError> {
+    query(BY_NAME)
         .bind(name.to_owned())
-        .fetch_optional(&store.readers)
+        .fetch_optional(store)
         .await
         .context("read a VM by its name")?
         .as_ref()
@@ -72,22 +72,16 @@ pub(super) async fn by_name(store: &SqliteStore, name: &str) -> Result<Option<Vm
 }
 
 pub(super) async fn list(
-    store: &SqliteStore,
+    store: &Sql,
     filter: &VmFilter,
     page: PageRequest,
 ) -> Result<Page<Vm>, StoreError> {
     let limit = page.bounded_limit();
-    let mut query: QueryBuilder<Sqlite> =
-        QueryBuilder::new(concat!("select ", vm_columns!(), " from vms where "));
+    let mut query = Builder::new(concat!("select ", vm_columns!(), " from vms where "));
     if filter.states.is_empty() {
         query.push("state <> 'deleted'");
     } else {
-        query.push("state in (");
-        let mut states = query.separated(", ");
-        for state in &filter.states {
-            states.push_bind(state.as_str());
-        }
-        query.push(")");
+        query.push_in("state", filter.states.iter().map(|s| s.as_str()));
     }
     if !filter.builders {
         query.push(" and builder = 0");
@@ -110,40 +104,40 @@ pub(super) async fn list(
         query.push(", ").push_bind(cursor.id()).push(")");
     }
     query.push(" order by created_at desc, id desc limit ").push_bind(limit + 1);
-    let found = query.build().fetch_all(&store.readers).await.context("list VMs")?;
+    let found = query.build().fetch_all(store).await.context("list VMs")?;
     Ok(Page::cut(rows::all(&found, rows::vm)?, limit, rows::vm_position))
 }
 
-pub(super) async fn history(store: &SqliteStore, id: VmId) -> Result<Vec<StateChange>, StoreError> {
-    let found = sqlx::query(
+pub(super) async fn history(store: &Sql, id: VmId) -> Result<Vec<StateChange>, StoreError> {
+    let found = query(
         "select state, at, reason_code, reason_message from vm_changes where vm_id = $1 \
          order by generation",
     )
     .bind(id.to_string())
-    .fetch_all(&store.readers)
+    .fetch_all(store)
     .await
     .context("read a VM's history")?;
     rows::all(&found, rows::change)
 }
 
-pub(super) async fn expired(store: &SqliteStore, now: Timestamp) -> Result<Vec<VmId>, StoreError> {
-    let found = sqlx::query(
+pub(super) async fn expired(store: &Sql, now: Timestamp) -> Result<Vec<VmId>, StoreError> {
+    let found = query(
         "select id from vms where expires_at is not null and expires_at <= $1 \
          and state <> 'deleting' and state <> 'deleted' order by expires_at, id",
     )
     .bind(now.unix_ms())
-    .fetch_all(&store.readers)
+    .fetch_all(store)
     .await
     .context("look for expired VMs")?;
     rows::all(&found, |row| rows::Reader { row, noun: "VM" }.parsed(0))
 }
 
-pub(super) async fn next_expiry(store: &SqliteStore) -> Result<Option<Timestamp>, StoreError> {
-    let row = sqlx::query(
+pub(super) async fn next_expiry(store: &Sql) -> Result<Option<Timestamp>, StoreError> {
+    let row = query(
         "select min(expires_at) from vms where expires_at is not null \
          and state <> 'deleting' and state <> 'deleted'",
     )
-    .fetch_one(&store.readers)
+    .fetch_one(store)
     .await
     .context("look for the next VM to expire")?;
     rows::Reader { row: &row, noun: "VM" }.time_option(0)

@@ -1,38 +1,38 @@
 //! Requests of clients: each records its task, what it changes at once, and that the task's
 //! dispatch is owed, in one transaction.
 
-use aether_types::{
-    ErrorCode, Execution, ExecutionState, Fault, Task, TaskId, TaskKind, TaskState, Timestamp,
-    ToolRequest, Vm, VmEvent, VmId, VmState, VmTool,
-};
-use sqlx::Connection;
-
 use super::{
-    SqliteStore, rows,
+    Lock, Sql, Tx,
+    query::{in_turn, query},
+    rows,
     rows::{execution_columns, task_columns},
-    snapshots,
-    write::{self, Tx},
+    snapshots, write,
 };
 use crate::{
     Accepted, AcceptedBuild, CancelOutcome, Idempotency, NewExecution, NewTask, StoreError,
     VmPatch, error::Context,
+};
+use aether_types::{
+    ErrorCode, Execution, ExecutionState, Fault, Task, TaskId, TaskKind, TaskState, Timestamp,
+    ToolRequest, Vm, VmEvent, VmId, VmState, VmTool,
 };
 
 /// How long an idempotency key is kept: 24 hours.
 const IDEMPOTENCY_MS: i64 = 24 * 3600 * 1000;
 
 pub(super) async fn request_on_vm(
-    store: &SqliteStore,
+    store: &Sql,
     id: VmId,
     new: NewTask,
     idempotency: Option<Idempotency>,
 ) -> Result<Accepted, StoreError> {
-    let mut writer = store.writer.lock().await;
-    let mut tx = writer.begin_with("begin immediate").await.context("begin a transaction")?;
+    let mut writer = store.writer().await;
+    let mut tx = writer.begin(&key_lock(idempotency.as_ref())).await?;
     let now = Timestamp::now();
     if let Some(earlier) = earlier(&mut tx, idempotency.as_ref(), now).await? {
         return Ok(earlier);
     }
+    tx.lock(Lock::Vm(id)).await?;
     let mut vm = write::vm(&mut tx, id).await?.ok_or(StoreError::VmNotFound)?;
     if new.kind == TaskKind::VmDelete
         && let Some(task) = earlier_deletion(&mut tx, &vm).await?
@@ -81,7 +81,7 @@ pub(super) async fn request_on_vm(
     let task = write::pending(&new, id, now);
     write::insert_task(&mut tx, &task).await?;
     remember(&mut tx, idempotency, task.id, now).await?;
-    tx.commit().await.context("commit a request on a VM")?;
+    tx.commit("commit a request on a VM").await?;
     Ok(Accepted { vm, task, repeated: false, cancelled })
 }
 
@@ -96,9 +96,9 @@ async fn earlier_deletion(tx: &mut Tx<'_>, vm: &Vm) -> Result<Option<Task>, Stor
     if !matches!(vm.state, VmState::Deleting | VmState::Deleted) {
         return Ok(None);
     }
-    let row = sqlx::query(LATEST)
+    let row = query(LATEST)
         .bind(vm.id.to_string())
-        .fetch_optional(&mut **tx)
+        .fetch_optional(&mut *tx)
         .await
         .context("look for an earlier deletion")?;
     let Some(task) = row.as_ref().map(rows::task).transpose()? else { return Ok(None) };
@@ -126,12 +126,12 @@ async fn end_for_deletion(
     ];
     let fault = Fault::new(ErrorCode::VmStopped, "the VM was deleted");
     let ended = write::end_pending_of_vm(tx, vm, KINDS, TaskState::Cancelled, &fault, now).await?;
-    sqlx::query(
+    query(
         "update tasks set cancel_requested = 1 \
          where vm_id = $1 and state = 'running' and kind <> 'vm:delete'",
     )
     .bind(vm.to_string())
-    .execute(&mut **tx)
+    .execute(&mut *tx)
     .await
     .context("ask a VM's tasks to end")?;
     Ok(ended)
@@ -150,20 +150,21 @@ pub(super) async fn end_for_stop(
 }
 
 pub(super) async fn request_execution(
-    store: &SqliteStore,
+    store: &Sql,
     id: VmId,
     new: NewExecution,
     task: NewTask,
     idempotency: Option<Idempotency>,
 ) -> Result<(Accepted, Execution), StoreError> {
     expect_kind(&task, task.kind == TaskKind::VmExecute)?;
-    let mut writer = store.writer.lock().await;
-    let mut tx = writer.begin_with("begin immediate").await.context("begin a transaction")?;
+    let mut writer = store.writer().await;
+    let mut tx = writer.begin(&key_lock(idempotency.as_ref())).await?;
     let now = Timestamp::now();
     if let Some(earlier) = earlier(&mut tx, idempotency.as_ref(), now).await? {
         let execution = execution_of(&mut tx, &earlier.task).await?;
         return Ok((earlier, execution));
     }
+    tx.lock(Lock::VmState(id)).await?;
     let vm = write::vm(&mut tx, id).await?.ok_or(StoreError::VmNotFound)?;
     if !vm.state.takes_commands() {
         return Err(StoreError::WrongState { vm: Box::new(vm), action: "run commands" });
@@ -186,19 +187,19 @@ pub(super) async fn request_execution(
     write::insert_task(&mut tx, &task).await?;
     write::insert_execution(&mut tx, &execution).await?;
     remember(&mut tx, idempotency, task.id, now).await?;
-    tx.commit().await.context("commit a request to execute")?;
+    tx.commit("commit a request to execute").await?;
     Ok((Accepted { vm, task, repeated: false, cancelled: Vec::new() }, execution))
 }
 
 pub(super) async fn build_tools(
-    store: &SqliteStore,
+    store: &Sql,
     tools: &[ToolRequest],
     task: NewTask,
     idempotency: Option<Idempotency>,
 ) -> Result<AcceptedBuild, StoreError> {
     expect_kind(&task, task.kind == TaskKind::ToolBuild)?;
-    let mut writer = store.writer.lock().await;
-    let mut tx = writer.begin_with("begin immediate").await.context("begin a transaction")?;
+    let mut writer = store.writer().await;
+    let mut tx = writer.begin(&key_lock(idempotency.as_ref())).await?;
     let now = Timestamp::now();
     if let Some(task) = earlier_task(&mut tx, idempotency.as_ref(), now).await? {
         if task.kind != TaskKind::ToolBuild {
@@ -210,7 +211,7 @@ pub(super) async fn build_tools(
     let task = Task { tools, ..write::pending(&task, None, now) };
     write::insert_task(&mut tx, &task).await?;
     remember(&mut tx, idempotency, task.id, now).await?;
-    tx.commit().await.context("commit a request to build tools")?;
+    tx.commit("commit a request to build tools").await?;
     Ok(AcceptedBuild { task, repeated: false })
 }
 
@@ -218,20 +219,17 @@ async fn execution_of(tx: &mut Tx<'_>, task: &Task) -> Result<Execution, StoreEr
     const OF_TASK: &str =
         concat!("select ", execution_columns!(), " from executions where id = $1");
     let id = task.execution_id.ok_or(StoreError::IdempotencyConflict)?;
-    let row = sqlx::query(OF_TASK)
+    let row = query(OF_TASK)
         .bind(id.to_string())
-        .fetch_optional(&mut **tx)
+        .fetch_optional(&mut *tx)
         .await
         .context("read an execution")?;
     rows::execution(&row.ok_or(StoreError::Corrupt("execution"))?)
 }
 
-pub(super) async fn cancel_task(
-    store: &SqliteStore,
-    id: TaskId,
-) -> Result<CancelOutcome, StoreError> {
-    let mut writer = store.writer.lock().await;
-    let mut tx = writer.begin_with("begin immediate").await.context("begin a transaction")?;
+pub(super) async fn cancel_task(store: &Sql, id: TaskId) -> Result<CancelOutcome, StoreError> {
+    let mut writer = store.writer().await;
+    let mut tx = writer.begin(&[Lock::Task(id)]).await?;
     let now = Timestamp::now();
     let mut task = write::task(&mut tx, id).await?.ok_or(StoreError::TaskNotFound)?;
     if task.state.is_end() {
@@ -252,19 +250,19 @@ pub(super) async fn cancel_task(
     }
     if task.state == TaskState::Running {
         task.cancel_requested = true;
-        sqlx::query("update tasks set cancel_requested = 1 where id = $1")
+        query("update tasks set cancel_requested = 1 where id = $1")
             .bind(id.to_string())
-            .execute(&mut *tx)
+            .execute(&mut tx)
             .await
             .context("ask a task to end")?;
-        tx.commit().await.context("commit a request to cancel")?;
+        tx.commit("commit a request to cancel").await?;
         return Ok(CancelOutcome::Requested(task));
     }
     let fault = Fault::new(ErrorCode::Cancelled, "cancelled before it began");
     task.cancel_requested = true;
-    sqlx::query("update tasks set cancel_requested = 1 where id = $1")
+    query("update tasks set cancel_requested = 1 where id = $1")
         .bind(id.to_string())
-        .execute(&mut *tx)
+        .execute(&mut tx)
         .await
         .context("cancel a task")?;
     write::end_task(&mut tx, &mut task, TaskState::Cancelled, Some(fault.clone()), now).await?;
@@ -277,8 +275,13 @@ pub(super) async fn cancel_task(
             write::move_vm(&mut tx, &mut vm, next, Some(fault), &patch, now).await?;
         }
     }
-    tx.commit().await.context("commit a cancellation")?;
+    tx.commit("commit a cancellation").await?;
     Ok(CancelOutcome::Cancelled(task))
+}
+
+/// The second of two equal requests waits for the first one's answer.
+pub(super) fn key_lock(idempotency: Option<&Idempotency>) -> Vec<Lock<'_>> {
+    idempotency.map(|asked| Lock::Key(&asked.key)).into_iter().collect()
 }
 
 pub(super) fn expect_kind(task: &NewTask, fits: bool) -> Result<(), StoreError> {
@@ -304,13 +307,12 @@ async fn earlier_task(
     now: Timestamp,
 ) -> Result<Option<Task>, StoreError> {
     let Some(Idempotency { key, request_digest }) = idempotency else { return Ok(None) };
-    let row =
-        sqlx::query("select digest, task_id from idempotency where key = $1 and created_at > $2")
-            .bind(key.clone())
-            .bind(now.plus_ms(-IDEMPOTENCY_MS).unix_ms())
-            .fetch_optional(&mut **tx)
-            .await
-            .context("look up an idempotency key")?;
+    let row = query("select digest, task_id from idempotency where key = $1 and created_at > $2")
+        .bind(key.clone())
+        .bind(now.plus_ms(-IDEMPOTENCY_MS).unix_ms())
+        .fetch_optional(&mut *tx)
+        .await
+        .context("look up an idempotency key")?;
     let Some(row) = row else { return Ok(None) };
     let r = rows::Reader { row: &row, noun: "idempotency key" };
     if r.get::<&[u8]>(0)? != request_digest.as_slice() {
@@ -327,17 +329,14 @@ pub(super) async fn remember(
     now: Timestamp,
 ) -> Result<(), StoreError> {
     let Some(Idempotency { key, request_digest }) = idempotency else { return Ok(()) };
-    sqlx::query(
-        "delete from idempotency where created_at <= $4; \
-         insert into idempotency (key, digest, task_id, created_at) values ($1, $2, $3, $5)",
-    )
+    let keep = in_turn(&[
+        "delete from idempotency where created_at <= $4",
+        "insert into idempotency (key, digest, task_id, created_at) values ($1, $2, $3, $5)",
+    ])
     .bind(key)
     .bind(request_digest.to_vec())
     .bind(task.to_string())
     .bind(now.plus_ms(-IDEMPOTENCY_MS).unix_ms())
-    .bind(now.unix_ms())
-    .execute(&mut **tx)
-    .await
-    .context("keep an idempotency key")?;
-    Ok(())
+    .bind(now.unix_ms());
+    tx.run(keep).await.context("keep an idempotency key")
 }

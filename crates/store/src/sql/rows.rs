@@ -3,13 +3,12 @@
 
 use std::str::FromStr;
 
+use super::query::{Column, Row};
+use crate::{Cursor, StoreError};
 use aether_types::{
     Execution, ExecutionState, ExitStatus, Fault, OutputStream, Priority, Snapshot, StateChange,
     Task, Template, Timestamp, Vm, VmSpec, VmTool,
 };
-use sqlx::{Row, sqlite::SqliteRow};
-
-use crate::{Cursor, StoreError};
 
 macro_rules! vm_columns {
     () => {
@@ -49,7 +48,7 @@ macro_rules! template_columns {
 
 pub(super) use {execution_columns, snapshot_columns, task_columns, template_columns, vm_columns};
 
-pub(super) fn vm(row: &SqliteRow) -> Result<Vm, StoreError> {
+pub(super) fn vm(row: &Row) -> Result<Vm, StoreError> {
     let r = Reader { row, noun: "VM" };
     let spec: VmSpec = r.json(5)?;
     let got: Option<Vec<VmTool>> = r.json_option(14)?;
@@ -71,7 +70,7 @@ pub(super) fn vm(row: &SqliteRow) -> Result<Vm, StoreError> {
     })
 }
 
-pub(super) fn task(row: &SqliteRow) -> Result<Task, StoreError> {
+pub(super) fn task(row: &Row) -> Result<Task, StoreError> {
     let r = Reader { row, noun: "task" };
     Ok(Task {
         id: r.parsed(0)?,
@@ -95,11 +94,11 @@ pub(super) fn task(row: &SqliteRow) -> Result<Task, StoreError> {
     })
 }
 
-pub(super) fn execution(row: &SqliteRow) -> Result<Execution, StoreError> {
+pub(super) fn execution(row: &Row) -> Result<Execution, StoreError> {
     let r = Reader { row, noun: "execution" };
     let state: &str = r.get(4)?;
     let state = ExecutionState::ALL.iter().find(|s| s.as_str() == state);
-    let exit = match (r.get::<Option<i32>>(6)?, r.get::<Option<i32>>(7)?) {
+    let exit = match (r.signed_option(6)?, r.signed_option(7)?) {
         (Some(code), _) => Some(ExitStatus::Code(code)),
         (None, Some(signal)) => Some(ExitStatus::Signal(signal)),
         (None, None) => None,
@@ -120,7 +119,7 @@ pub(super) fn execution(row: &SqliteRow) -> Result<Execution, StoreError> {
     })
 }
 
-pub(super) fn snapshot(row: &SqliteRow) -> Result<Snapshot, StoreError> {
+pub(super) fn snapshot(row: &Row) -> Result<Snapshot, StoreError> {
     let r = Reader { row, noun: "snapshot" };
     Ok(Snapshot {
         id: r.parsed(0)?,
@@ -143,7 +142,7 @@ pub(super) fn snapshot(row: &SqliteRow) -> Result<Snapshot, StoreError> {
     })
 }
 
-pub(super) fn template(row: &SqliteRow) -> Result<Template, StoreError> {
+pub(super) fn template(row: &Row) -> Result<Template, StoreError> {
     let r = Reader { row, noun: "template" };
     Ok(Template {
         id: r.parsed(0)?,
@@ -165,7 +164,7 @@ pub(super) fn template(row: &SqliteRow) -> Result<Template, StoreError> {
 }
 
 /// Columns: state, at, reason_code, reason_message.
-pub(super) fn change(row: &SqliteRow) -> Result<StateChange, StoreError> {
+pub(super) fn change(row: &Row) -> Result<StateChange, StoreError> {
     let r = Reader { row, noun: "change of a VM" };
     Ok(StateChange { state: r.parsed(0)?, at: r.time(1)?, reason: r.fault(2, 3)? })
 }
@@ -210,21 +209,21 @@ pub(super) fn json<T: serde::Serialize>(
     serde_json::to_string(value).map_err(|_| StoreError::Corrupt(noun))
 }
 
-/// SQLite's integers are signed.
+/// The databases' integers are signed.
 pub(super) fn size_column(size: u64) -> i64 {
     i64::try_from(size).unwrap_or(i64::MAX)
 }
 
 /// Every row of an answer.
 pub(super) fn all<T>(
-    rows: &[SqliteRow],
-    read: impl Fn(&SqliteRow) -> Result<T, StoreError>,
+    rows: &[Row],
+    read: impl Fn(&Row) -> Result<T, StoreError>,
 ) -> Result<Vec<T>, StoreError> {
     rows.iter().map(read).collect()
 }
 
 pub(super) struct Reader<'r> {
-    pub(super) row: &'r SqliteRow,
+    pub(super) row: &'r Row,
     pub(super) noun: &'static str,
 }
 
@@ -233,11 +232,8 @@ impl<'r> Reader<'r> {
         StoreError::Corrupt(self.noun)
     }
 
-    pub(super) fn get<T>(&self, column: usize) -> Result<T, StoreError>
-    where
-        T: sqlx::Decode<'r, sqlx::Sqlite> + sqlx::Type<sqlx::Sqlite>,
-    {
-        self.row.try_get(column).map_err(|_| self.corrupt())
+    pub(super) fn get<T: Column<'r>>(&self, column: usize) -> Result<T, StoreError> {
+        self.row.get(column).map_err(|_| self.corrupt())
     }
 
     pub(super) fn parsed<T: FromStr>(&self, column: usize) -> Result<T, StoreError> {
@@ -264,6 +260,11 @@ impl<'r> Reader<'r> {
     fn size_option(&self, column: usize) -> Result<Option<u64>, StoreError> {
         let size = self.get::<Option<i64>>(column)?;
         size.map(u64::try_from).transpose().map_err(|_| self.corrupt())
+    }
+
+    fn signed_option(&self, column: usize) -> Result<Option<i32>, StoreError> {
+        let number = self.get::<Option<i64>>(column)?;
+        number.map(i32::try_from).transpose().map_err(|_| self.corrupt())
     }
 
     fn unsigned(&self, column: usize) -> Result<u32, StoreError> {

@@ -1,20 +1,19 @@
 //! Templates: how they are built, deleted and read.
 
-use aether_types::{
-    Origin, SnapshotPurpose, Task, TaskId, TaskKind, Template, TemplateId, TemplateProgress,
-    TemplateState, Timestamp,
-};
-use sqlx::{Connection, QueryBuilder, Sqlite};
-
 use super::{
-    SqliteStore, create, requests,
+    Lock, Sql, Tx, create,
+    query::{Builder, in_turn, query},
+    requests,
     rows::{self, template_columns},
-    snapshots,
-    write::{self, Tx},
+    snapshots, write,
 };
 use crate::{
     Accepted, Idempotency, NewSnapshot, NewTask, NewTemplate, NewVm, Page, PageRequest, StoreError,
     TemplateFilter, error::Context,
+};
+use aether_types::{
+    Origin, SnapshotPurpose, Task, TaskId, TaskKind, Template, TemplateId, TemplateProgress,
+    TemplateState, Timestamp,
 };
 
 const GET: &str = concat!("select ", template_columns!(), " from templates where id = $1");
@@ -30,7 +29,7 @@ const BY_NAME: &str = concat!(
 );
 
 pub(super) async fn build(
-    store: &SqliteStore,
+    store: &Sql,
     new: NewTemplate,
     snapshot: NewSnapshot,
     mut builder: NewVm,
@@ -40,16 +39,17 @@ pub(super) async fn build(
     let fits =
         task.kind == TaskKind::TemplateBuild && snapshot.purpose == SnapshotPurpose::Template;
     requests::expect_kind(&task, fits)?;
-    let mut writer = store.writer.lock().await;
-    let mut tx = writer.begin_with("begin immediate").await.context("begin a transaction")?;
+    let mut writer = store.writer().await;
+    let mut tx = writer.begin(&requests::key_lock(idempotency.as_ref())).await?;
     let now = Timestamp::now();
     if let Some(earlier) = requests::earlier(&mut tx, idempotency.as_ref(), now).await? {
         let template = of_task(&mut tx, earlier.task.id).await?;
         return Ok((earlier, template.ok_or(StoreError::IdempotencyConflict)?));
     }
+    tx.lock(Lock::TemplateName { name: &new.name, tag: &new.tag }).await?;
     if let Some((earlier, template)) = equal_build(&mut tx, &new).await? {
         requests::remember(&mut tx, idempotency, earlier.task.id, now).await?;
-        tx.commit().await.context("commit a repeated build of a template")?;
+        tx.commit("commit a repeated build of a template").await?;
         return Ok((earlier, template));
     }
     builder.spec.origin = Origin::Builder(new.id);
@@ -77,7 +77,7 @@ pub(super) async fn build(
     snapshots::insert(&mut tx, &snapshot).await?;
     insert(&mut tx, &template).await?;
     requests::remember(&mut tx, idempotency, task.id, now).await?;
-    tx.commit().await.context("commit the build of a template")?;
+    tx.commit("commit the build of a template").await?;
     Ok((Accepted { vm, task, repeated: false, cancelled: Vec::new() }, template))
 }
 
@@ -93,10 +93,10 @@ async fn equal_build(
         " from templates where name = $1 and tag = $2 and state <> 'deleted' \
          and state = 'building' order by created_at desc, id desc"
     );
-    let found = sqlx::query(BUILDING)
+    let found = query(BUILDING)
         .bind(new.name.clone())
         .bind(new.tag.clone())
-        .fetch_all(&mut **tx)
+        .fetch_all(&mut *tx)
         .await
         .context("look for an equal build")?;
     for template in rows::all(&found, rows::template)? {
@@ -111,7 +111,7 @@ async fn equal_build(
 }
 
 async fn insert(tx: &mut Tx<'_>, template: &Template) -> Result<(), StoreError> {
-    sqlx::query(
+    query(
         "insert into templates (id, name, tag, state, spec, snapshot_id, builder_id, task_id, \
          progress, created_at, updated_at, generation) \
          values ($1, $2, $3, 'building', $4, $5, $6, $7, $8, $9, $9, 1)",
@@ -125,16 +125,16 @@ async fn insert(tx: &mut Tx<'_>, template: &Template) -> Result<(), StoreError> 
     .bind(template.task_id.to_string())
     .bind(rows::json(&template.progress, "template to record")?)
     .bind(template.created_at.unix_ms())
-    .execute(&mut **tx)
+    .execute(&mut *tx)
     .await
     .context("record a template")?;
     Ok(())
 }
 
 pub(super) async fn read(tx: &mut Tx<'_>, id: TemplateId) -> Result<Option<Template>, StoreError> {
-    sqlx::query(GET)
+    query(GET)
         .bind(id.to_string())
-        .fetch_optional(&mut **tx)
+        .fetch_optional(&mut *tx)
         .await
         .context("read a template")?
         .as_ref()
@@ -143,9 +143,9 @@ pub(super) async fn read(tx: &mut Tx<'_>, id: TemplateId) -> Result<Option<Templ
 }
 
 async fn of_task(tx: &mut Tx<'_>, id: TaskId) -> Result<Option<Template>, StoreError> {
-    sqlx::query(OF_TASK)
+    query(OF_TASK)
         .bind(id.to_string())
-        .fetch_optional(&mut **tx)
+        .fetch_optional(&mut *tx)
         .await
         .context("read a task's template")?
         .as_ref()
@@ -164,7 +164,7 @@ pub(super) async fn settle(
 ) -> Result<(), StoreError> {
     let Some(digest) = digest else {
         let fault = snapshots::implied_fault(task);
-        sqlx::query(
+        query(
             "update templates set state = 'failed', reason_code = $2, reason_message = $3, \
              updated_at = $4, generation = generation + 1 \
              where task_id = $1 and state = 'building'",
@@ -173,32 +173,30 @@ pub(super) async fn settle(
         .bind(fault.code.as_str())
         .bind(fault.message)
         .bind(now.unix_ms())
-        .execute(&mut **tx)
+        .execute(&mut *tx)
         .await
         .context("record that a template failed")?;
         return Ok(());
     };
     let template = of_task(tx, task.id).await?.ok_or(StoreError::Corrupt("template"))?;
-    sqlx::query(
+    tx.lock(Lock::TemplateName { name: &template.name, tag: &template.tag }).await?;
+    let ready = in_turn(&[
         "update templates set state = 'deleted', updated_at = $6, generation = generation + 1 \
-         where name = $2 and tag = $3 and state = 'ready'; \
-         update templates set state = 'ready', digest = $4, size_bytes = $5, updated_at = $6, \
+         where name = $2 and tag = $3 and state = 'ready'",
+        "update templates set state = 'ready', digest = $4, size_bytes = $5, updated_at = $6, \
          generation = generation + 1 where id = $1 and state = 'building'",
-    )
+    ])
     .bind(template.id.to_string())
     .bind(template.name)
     .bind(template.tag)
     .bind(digest)
     .bind(size_bytes.map(rows::size_column))
-    .bind(now.unix_ms())
-    .execute(&mut **tx)
-    .await
-    .context("record that a template is ready")?;
-    Ok(())
+    .bind(now.unix_ms());
+    tx.run(ready).await.context("record that a template is ready")
 }
 
 pub(super) async fn progress(
-    store: &SqliteStore,
+    store: &Sql,
     task: TaskId,
     epoch: i64,
     progress: TemplateProgress,
@@ -210,13 +208,13 @@ pub(super) async fn progress(
         template_columns!()
     );
     let progress = rows::json(&progress, "progress to record")?;
-    let mut writer = store.writer.lock().await;
-    let found = sqlx::query(PROGRESS)
+    let mut writer = store.writer().await;
+    let found = query(PROGRESS)
         .bind(task.to_string())
         .bind(epoch)
         .bind(progress)
         .bind(Timestamp::now().unix_ms())
-        .fetch_all(&mut *writer)
+        .fetch_all(&mut writer)
         .await
         .context("record the progress of a build")?;
     drop(writer);
@@ -228,9 +226,9 @@ pub(super) async fn progress(
     Err(if builds { StoreError::Fenced } else { StoreError::TemplateNotFound })
 }
 
-pub(super) async fn delete(store: &SqliteStore, id: TemplateId) -> Result<Template, StoreError> {
-    let mut writer = store.writer.lock().await;
-    let mut tx = writer.begin_with("begin immediate").await.context("begin a transaction")?;
+pub(super) async fn delete(store: &Sql, id: TemplateId) -> Result<Template, StoreError> {
+    let mut writer = store.writer().await;
+    let mut tx = writer.begin(&[Lock::Template(id)]).await?;
     let mut template = read(&mut tx, id).await?.ok_or(StoreError::TemplateNotFound)?;
     match template.state {
         TemplateState::Ready | TemplateState::Failed => {}
@@ -246,37 +244,31 @@ pub(super) async fn delete(store: &SqliteStore, id: TemplateId) -> Result<Templa
     template.state = TemplateState::Deleted;
     template.updated_at = Timestamp::now();
     template.generation += 1;
-    sqlx::query(
-        "update templates set state = 'deleted', updated_at = $2, generation = $3 where id = $1",
-    )
-    .bind(id.to_string())
-    .bind(template.updated_at.unix_ms())
-    .bind(template.generation)
-    .execute(&mut *tx)
-    .await
-    .context("delete a template")?;
+    query("update templates set state = 'deleted', updated_at = $2, generation = $3 where id = $1")
+        .bind(id.to_string())
+        .bind(template.updated_at.unix_ms())
+        .bind(template.generation)
+        .execute(&mut tx)
+        .await
+        .context("delete a template")?;
     // The disk of such a VM is still to be made from the snapshot.
-    let needed = sqlx::query(
-        "select 1 from vms where origin = $1 and state in ('creating', 'starting') limit 1",
-    )
-    .bind(id.to_string())
-    .fetch_optional(&mut *tx)
-    .await
-    .context("look for VMs that begin as a template")?;
+    let needed =
+        query("select 1 from vms where origin = $1 and state in ('creating', 'starting') limit 1")
+            .bind(id.to_string())
+            .fetch_optional(&mut tx)
+            .await
+            .context("look for VMs that begin as a template")?;
     if needed.is_none() {
         snapshots::mark_deleted(&mut tx, template.snapshot_id, template.updated_at).await?;
     }
-    tx.commit().await.context("commit a template's deletion")?;
+    tx.commit("commit a template's deletion").await?;
     Ok(template)
 }
 
-pub(super) async fn get(
-    store: &SqliteStore,
-    id: TemplateId,
-) -> Result<Option<Template>, StoreError> {
-    sqlx::query(GET)
+pub(super) async fn get(store: &Sql, id: TemplateId) -> Result<Option<Template>, StoreError> {
+    query(GET)
         .bind(id.to_string())
-        .fetch_optional(&store.readers)
+        .fetch_optional(store)
         .await
         .context("read a template")?
         .as_ref()
@@ -285,14 +277,14 @@ pub(super) async fn get(
 }
 
 pub(super) async fn by_name(
-    store: &SqliteStore,
+    store: &Sql,
     name: &str,
     tag: &str,
 ) -> Result<Option<Template>, StoreError> {
-    sqlx::query(BY_NAME)
+    query(BY_NAME)
         .bind(name.to_owned())
         .bind(tag.to_owned())
-        .fetch_optional(&store.readers)
+        .fetch_optional(store)
         .await
         .context("read a template by its name")?
         .as_ref()
@@ -301,22 +293,16 @@ pub(super) async fn by_name(
 }
 
 pub(super) async fn list(
-    store: &SqliteStore,
+    store: &Sql,
     filter: &TemplateFilter,
     page: PageRequest,
 ) -> Result<Page<Template>, StoreError> {
     let limit = page.bounded_limit();
-    let mut query: QueryBuilder<Sqlite> =
-        QueryBuilder::new(concat!("select ", template_columns!(), " from templates where "));
+    let mut query = Builder::new(concat!("select ", template_columns!(), " from templates where "));
     if filter.states.is_empty() {
         query.push("state <> 'deleted'");
     } else {
-        query.push("state in (");
-        let mut states = query.separated(", ");
-        for state in &filter.states {
-            states.push_bind(state.as_str());
-        }
-        query.push(")");
+        query.push_in("state", filter.states.iter().map(|s| s.as_str()));
     }
     if let Some(name) = &filter.name {
         query.push(" and name = ").push_bind(name.clone());
@@ -326,6 +312,6 @@ pub(super) async fn list(
         query.push(", ").push_bind(cursor.id()).push(")");
     }
     query.push(" order by created_at desc, id desc limit ").push_bind(limit + 1);
-    let found = query.build().fetch_all(&store.readers).await.context("list templates")?;
+    let found = query.build().fetch_all(store).await.context("list templates")?;
     Ok(Page::cut(rows::all(&found, rows::template)?, limit, rows::template_position))
 }

@@ -2,7 +2,7 @@
 
 use aether_types::{Execution, ExecutionId, OutputStream, RetainedOutput, VmId};
 
-use super::{SqliteStore, rows, rows::execution_columns};
+use super::{Sql, query::query, rows, rows::execution_columns};
 use crate::{Page, PageRequest, StoreError, error::Context};
 
 const GET: &str = concat!("select ", execution_columns!(), " from executions where id = $1");
@@ -20,13 +20,10 @@ const NEXT: &str = concat!(
      order by created_at desc, id desc limit $2"
 );
 
-pub(super) async fn get(
-    store: &SqliteStore,
-    id: ExecutionId,
-) -> Result<Option<Execution>, StoreError> {
-    sqlx::query(GET)
+pub(super) async fn get(store: &Sql, id: ExecutionId) -> Result<Option<Execution>, StoreError> {
+    query(GET)
         .bind(id.to_string())
-        .fetch_optional(&store.readers)
+        .fetch_optional(store)
         .await
         .context("read an execution")?
         .as_ref()
@@ -35,34 +32,34 @@ pub(super) async fn get(
 }
 
 pub(super) async fn list(
-    store: &SqliteStore,
+    store: &Sql,
     vm: VmId,
     page: PageRequest,
 ) -> Result<Page<Execution>, StoreError> {
     let limit = page.bounded_limit();
-    let query = match page.after {
-        None => sqlx::query(NEWEST).bind(vm.to_string()).bind(limit + 1),
-        Some(cursor) => sqlx::query(NEXT)
+    let asked = match page.after {
+        None => query(NEWEST).bind(vm.to_string()).bind(limit + 1),
+        Some(cursor) => query(NEXT)
             .bind(vm.to_string())
             .bind(limit + 1)
             .bind(cursor.created_at_ms())
             .bind(cursor.id()),
     };
-    let found = query.fetch_all(&store.readers).await.context("list executions")?;
+    let found = asked.fetch_all(store).await.context("list executions")?;
     Ok(Page::cut(rows::all(&found, rows::execution)?, limit, rows::execution_position))
 }
 
 pub(super) async fn output(
-    store: &SqliteStore,
+    store: &Sql,
     id: ExecutionId,
     stream: OutputStream,
 ) -> Result<RetainedOutput, StoreError> {
-    let row = sqlx::query(
+    let row = query(
         "select head, tail, total_bytes from outputs where execution_id = $1 and stream = $2",
     )
     .bind(id.to_string())
     .bind(rows::stream_name(stream))
-    .fetch_optional(&store.readers)
+    .fetch_optional(store)
     .await
     .context("read an execution's output")?;
     let Some(row) = row else { return Ok(RetainedOutput::default()) };

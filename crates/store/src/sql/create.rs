@@ -1,24 +1,23 @@
 //! New VMs: alone, or as the clones of a fork.
 
+use super::{
+    Lock, Sql, Tx,
+    query::{Builder, query, together},
+    requests,
+    rows::{self, task_columns, vm_columns},
+    snapshots, templates, write,
+};
+use crate::{
+    Accepted, Capacity, Forked, Idempotency, NewSnapshot, NewTask, NewVm, StoreError,
+    error::{Context, is_taken},
+};
 use aether_types::{
     Origin, Snapshot, SnapshotId, SnapshotPurpose, SnapshotState, Task, TaskKind, TemplateId,
     TemplateState, Timestamp, Vm, VmId, VmState, VmTool,
 };
-use sqlx::Connection;
-
-use super::{
-    SqliteStore, requests,
-    rows::{self, task_columns, vm_columns},
-    snapshots, templates,
-    write::{self, Tx},
-};
-use crate::{
-    Accepted, Capacity, Forked, Idempotency, NewSnapshot, NewTask, NewVm, StoreError,
-    error::Context,
-};
 
 pub(super) async fn create_vm(
-    store: &SqliteStore,
+    store: &Sql,
     new: NewVm,
     task: NewTask,
     capacity: Capacity,
@@ -30,20 +29,21 @@ pub(super) async fn create_vm(
     let vm = creating(new, now);
     let task = write::pending(&task, vm.id, now);
 
-    let mut writer = store.writer.lock().await;
-    let mut tx = writer.begin_with("begin immediate").await.context("begin a transaction")?;
+    let mut writer = store.writer().await;
+    let mut tx = writer.begin(&requests::key_lock(idempotency.as_ref())).await?;
     if let Some(earlier) = requests::earlier(&mut tx, idempotency.as_ref(), now).await? {
         return Ok(earlier);
     }
+    lock_count(&mut tx, capacity).await?;
     admit(&mut tx, capacity, 1, vm.spec.origin).await?;
     insert_vm(&mut tx, &vm, &task).await?;
     requests::remember(&mut tx, idempotency, task.id, now).await?;
-    tx.commit().await.context("commit a VM's creation")?;
+    tx.commit("commit a VM's creation").await?;
     Ok(Accepted { vm, task, repeated: false, cancelled: Vec::new() })
 }
 
 pub(super) async fn fork_vm(
-    store: &SqliteStore,
+    store: &Sql,
     id: VmId,
     new: NewSnapshot,
     task: NewTask,
@@ -56,12 +56,14 @@ pub(super) async fn fork_vm(
     for (_, task) in &clones {
         requests::expect_kind(task, task.kind == TaskKind::VmCreate)?;
     }
-    let mut writer = store.writer.lock().await;
-    let mut tx = writer.begin_with("begin immediate").await.context("begin a transaction")?;
+    let mut writer = store.writer().await;
+    let mut tx = writer.begin(&requests::key_lock(idempotency.as_ref())).await?;
     let now = Timestamp::now();
     if let Some(earlier) = requests::earlier(&mut tx, idempotency.as_ref(), now).await? {
         return forked(&mut tx, earlier).await;
     }
+    lock_count(&mut tx, capacity).await?;
+    tx.lock(Lock::VmState(id)).await?;
     let vm = write::vm(&mut tx, id).await?.ok_or(StoreError::VmNotFound)?;
     if !vm.state.takes_snapshots() {
         return Err(StoreError::WrongState { vm: Box::new(vm), action: "be forked" });
@@ -74,7 +76,7 @@ pub(super) async fn fork_vm(
     write::insert_task(&mut tx, &task).await?;
     let clones = insert_clones(&mut tx, &snapshot, clones, now).await?;
     requests::remember(&mut tx, idempotency, task.id, now).await?;
-    tx.commit().await.context("commit a fork")?;
+    tx.commit("commit a fork").await?;
     let accepted = Accepted { vm, task, repeated: false, cancelled: Vec::new() };
     Ok(Forked { accepted, snapshot, clones })
 }
@@ -91,16 +93,14 @@ async fn insert_clones(
         let vm = creating(new, now);
         let task = write::pending(&task, vm.id, now);
         insert_vm(tx, &vm, &task).await?;
-        sqlx::query(
-            "insert into forks (snapshot_id, place, vm_id, task_id) values ($1, $2, $3, $4)",
-        )
-        .bind(snapshot.id.to_string())
-        .bind(place)
-        .bind(vm.id.to_string())
-        .bind(task.id.to_string())
-        .execute(&mut **tx)
-        .await
-        .context("record a clone")?;
+        query("insert into forks (snapshot_id, place, vm_id, task_id) values ($1, $2, $3, $4)")
+            .bind(snapshot.id.to_string())
+            .bind(place)
+            .bind(vm.id.to_string())
+            .bind(task.id.to_string())
+            .execute(&mut *tx)
+            .await
+            .context("record a clone")?;
         made.push((vm, task));
     }
     Ok(made)
@@ -111,24 +111,20 @@ async fn forked(tx: &mut Tx<'_>, accepted: Accepted) -> Result<Forked, StoreErro
     const VMS: &str = concat!(
         "select ",
         vm_columns!(),
-        " from vms join (select place, vm_id from forks where snapshot_id = $1) \
+        " from vms join (select place, vm_id from forks where snapshot_id = $1) as made \
          on vm_id = id order by place"
     );
     const TASKS: &str = concat!(
         "select ",
         task_columns!(),
-        " from tasks join (select place, task_id from forks where snapshot_id = $1) \
+        " from tasks join (select place, task_id from forks where snapshot_id = $1) as made \
          on task_id = id order by place"
     );
     let snapshot = snapshots::of_task(tx, &accepted.task).await?;
     let id = snapshot.id.to_string();
-    let vms =
-        sqlx::query(VMS).bind(id.clone()).fetch_all(&mut **tx).await.context("read clones")?;
-    let tasks = sqlx::query(TASKS)
-        .bind(id)
-        .fetch_all(&mut **tx)
-        .await
-        .context("read the tasks of clones")?;
+    let vms = query(VMS).bind(id.clone()).fetch_all(&mut *tx).await.context("read clones")?;
+    let tasks =
+        query(TASKS).bind(id).fetch_all(&mut *tx).await.context("read the tasks of clones")?;
     let vms = rows::all(&vms, rows::vm)?;
     let clones = vms.into_iter().zip(rows::all(&tasks, rows::task)?).collect();
     Ok(Forked { accepted, snapshot, clones })
@@ -166,17 +162,15 @@ pub(super) async fn insert_vm(tx: &mut Tx<'_>, vm: &Vm, task: &Task) -> Result<(
         Origin::Snapshot(id) => (Some(id.to_string()), false),
         Origin::Builder(_) => (None, true),
     };
-    let inserted = sqlx::query(
+    let insert = together(&[
         "insert into vms (id, name, state, spec, driver, created_at, updated_at, expires_at, \
-         generation, origin, builder) values ($1, $2, 'creating', $3, $4, $5, $5, $6, 1, $7, $8); \
-         insert into vm_changes (vm_id, generation, state, at) values ($1, 1, 'creating', $5); \
-         insert into vm_labels (vm_id, key, value) \
-         select $1, key, value from json_each($3, '$.labels'); \
-         insert into tasks (id, kind, state, priority, vm_id, snapshot_id, attempts, \
+         generation, origin, builder) values ($1, $2, 'creating', $3, $4, $5, $5, $6, 1, $7, $8)",
+        "insert into vm_changes (vm_id, generation, state, at) values ($1, 1, 'creating', $5)",
+        "insert into tasks (id, kind, state, priority, vm_id, snapshot_id, attempts, \
          max_attempts, epoch, cancel_requested, created_at) \
-         values ($9, $10, 'pending', $11, $1, $12, 0, $13, 0, 0, $5); \
-         insert into outbox (task_id) values ($9)",
-    )
+         values ($9, $10, 'pending', $11, $1, $12, 0, $13, 0, 0, $5)",
+        "insert into outbox (task_id) values ($9)",
+    ])
     .bind(vm.id.to_string())
     .bind(vm.name.clone())
     .bind(rows::json(&vm.spec, "VM to record")?)
@@ -189,25 +183,40 @@ pub(super) async fn insert_vm(tx: &mut Tx<'_>, vm: &Vm, task: &Task) -> Result<(
     .bind(task.kind.as_str())
     .bind(task.priority.as_str())
     .bind(task.snapshot_id.map(|s| s.to_string()))
-    .bind(task.max_attempts)
-    .execute(&mut **tx)
-    .await;
-    if let Err(sqlx::Error::Database(e)) = &inserted
-        && e.is_unique_violation()
-        && e.message().ends_with("vms.name")
-    {
-        return Err(StoreError::NameTaken { name: vm.name.clone() });
+    .bind(task.max_attempts);
+    match tx.run(insert).await {
+        Err(error) if is_taken(&error, "vms.name", "vms_live_name") => {
+            return Err(StoreError::NameTaken { name: vm.name.clone() });
+        }
+        inserted => inserted.context("record a VM")?,
     }
-    inserted.context("record a VM")?;
+    insert_labels(tx, vm).await
+}
+
+async fn insert_labels(tx: &mut Tx<'_>, vm: &Vm) -> Result<(), StoreError> {
+    if vm.spec.labels.is_empty() {
+        return Ok(());
+    }
+    let mut insert = Builder::new("insert into vm_labels (vm_id, key, value) values ");
+    for (i, (key, value)) in vm.spec.labels.iter().enumerate() {
+        insert.push(if i == 0 { "(" } else { ", (" }).push_bind(vm.id.to_string());
+        insert.push(", ").push_bind(key).push(", ").push_bind(value).push(")");
+    }
+    insert.build().execute(&mut *tx).await.context("record a VM's labels")?;
     Ok(())
+}
+
+/// A bound on the number of VMs holds only where nobody else records one meanwhile.
+async fn lock_count(tx: &mut Tx<'_>, capacity: Capacity) -> Result<(), StoreError> {
+    if capacity == Capacity::default() { Ok(()) } else { tx.lock(Lock::Creation).await }
 }
 
 /// One statement answers what a creation depends on; a subquery that is not asked for is not run.
 /// The first counts in the index that keeps live names apart.
 const ADMIT: &str = "select \
-     case when $1 then (select count(*) from vms where state <> 'deleted') \
+     case when $1 = 1 then (select count(*) from vms where state <> 'deleted') \
      - (select count(*) from vms where builder = 1 and state <> 'deleted') end, \
-     case when $2 then (select count(*) from vms where state in ('creating', 'starting')) end, \
+     case when $2 = 1 then (select count(*) from vms where state in ('creating', 'starting')) end, \
      (select state from templates where id = $3), \
      (select state from snapshots where id = $4 and purpose = 'user')";
 
@@ -226,12 +235,17 @@ async fn admit(
     if capacity == Capacity::default() && template.is_none() && snapshot.is_none() {
         return Ok(());
     }
-    let row = sqlx::query(ADMIT)
+    match origin {
+        Origin::Template(id) => tx.lock(Lock::OriginTemplate(id)).await?,
+        Origin::Snapshot(id) => tx.lock(Lock::OriginSnapshot(id)).await?,
+        Origin::Image | Origin::Builder(_) => {}
+    }
+    let row = query(ADMIT)
         .bind(capacity.vms_max.is_some())
         .bind(capacity.starting_max.is_some())
         .bind(template.map(|id| id.to_string()))
         .bind(snapshot.map(|id| id.to_string()))
-        .fetch_one(&mut **tx)
+        .fetch_one(&mut *tx)
         .await
         .context("look whether there is room for a VM")?;
     let r = rows::Reader { row: &row, noun: "VM" };

@@ -1,27 +1,25 @@
 //! The parts that transactions are made of.
 
-use aether_types::{
-    Execution, ExecutionState, ExitStatus, Fault, RetainedOutput, Task, TaskId, TaskKind,
-    TaskState, Timestamp, Vm, VmEvent, VmId, VmState,
-};
-use sqlx::{Sqlite, Transaction};
-
 use super::{
+    Tx,
+    query::{query, together},
     rows,
     rows::{task_columns, vm_columns},
     snapshots,
 };
 use crate::{ExecutionEnd, NewTask, StoreError, VmPatch, error::Context};
-
-pub(super) type Tx<'c> = Transaction<'c, Sqlite>;
+use aether_types::{
+    Execution, ExecutionState, ExitStatus, Fault, RetainedOutput, Task, TaskId, TaskKind,
+    TaskState, Timestamp, Vm, VmEvent, VmId, VmState,
+};
 
 const VM: &str = concat!("select ", vm_columns!(), " from vms where id = $1");
 const TASK: &str = concat!("select ", task_columns!(), " from tasks where id = $1");
 
 pub(super) async fn vm(tx: &mut Tx<'_>, id: VmId) -> Result<Option<Vm>, StoreError> {
-    sqlx::query(VM)
+    query(VM)
         .bind(id.to_string())
-        .fetch_optional(&mut **tx)
+        .fetch_optional(&mut *tx)
         .await
         .context("read a VM")?
         .as_ref()
@@ -39,9 +37,9 @@ pub(super) async fn vm_of(tx: &mut Tx<'_>, task: &Task) -> Result<Vm, StoreError
 }
 
 pub(super) async fn task(tx: &mut Tx<'_>, id: TaskId) -> Result<Option<Task>, StoreError> {
-    sqlx::query(TASK)
+    query(TASK)
         .bind(id.to_string())
-        .fetch_optional(&mut **tx)
+        .fetch_optional(&mut *tx)
         .await
         .context("read a task")?
         .as_ref()
@@ -91,13 +89,13 @@ pub(super) async fn move_vm(
     let tools =
         patch.tools.as_ref().map(|tools| rows::json(tools, "tools to record")).transpose()?;
     let (reason_code, reason_message) = rows::fault_columns(vm.reason.as_ref());
-    sqlx::query(
+    let change = together(&[
         "update vms set state = $2, reason_code = $3, reason_message = $4, worker_id = $7, \
          address = $8, updated_at = $5, generation = $6, start = $9, memory = $10, \
-         tools = coalesce($11, tools) where id = $1; \
-         insert into vm_changes (vm_id, state, reason_code, reason_message, at, generation) \
+         tools = coalesce($11, tools) where id = $1",
+        "insert into vm_changes (vm_id, state, reason_code, reason_message, at, generation) \
          values ($1, $2, $3, $4, $5, $6)",
-    )
+    ])
     .bind(vm.id.to_string())
     .bind(next.as_str())
     .bind(reason_code)
@@ -108,11 +106,8 @@ pub(super) async fn move_vm(
     .bind(vm.address.map(|a| a.to_string()))
     .bind(start)
     .bind(vm.memory.map(|s| s.to_string()))
-    .bind(tools)
-    .execute(&mut **tx)
-    .await
-    .context("change a VM")?;
-    Ok(())
+    .bind(tools);
+    tx.run(change).await.context("change a VM")
 }
 
 /// A task as it begins; `vm` is `None` of the one kind that is of no VM.
@@ -143,12 +138,12 @@ pub(super) fn pending(new: &NewTask, vm: impl Into<Option<VmId>>, now: Timestamp
 pub(super) async fn insert_task(tx: &mut Tx<'_>, task: &Task) -> Result<(), StoreError> {
     let tools = Some(&task.tools).filter(|tools| !tools.is_empty());
     let tools = tools.map(|tools| rows::json(tools, "tools to record")).transpose()?;
-    sqlx::query(
+    let insert = together(&[
         "insert into tasks (id, kind, state, priority, vm_id, execution_id, attempts, \
          max_attempts, epoch, cancel_requested, created_at, snapshot_id, tools) \
-         values ($1, $2, 'pending', $3, $4, $5, 0, $6, 0, 0, $7, $8, $9); \
-         insert into outbox (task_id) values ($1)",
-    )
+         values ($1, $2, 'pending', $3, $4, $5, 0, $6, 0, 0, $7, $8, $9)",
+        "insert into outbox (task_id) values ($1)",
+    ])
     .bind(task.id.to_string())
     .bind(task.kind.as_str())
     .bind(task.priority.as_str())
@@ -157,11 +152,8 @@ pub(super) async fn insert_task(tx: &mut Tx<'_>, task: &Task) -> Result<(), Stor
     .bind(task.max_attempts)
     .bind(task.created_at.unix_ms())
     .bind(task.snapshot_id.map(|s| s.to_string()))
-    .bind(tools)
-    .execute(&mut **tx)
-    .await
-    .context("record a task")?;
-    Ok(())
+    .bind(tools);
+    tx.run(insert).await.context("record a task")
 }
 
 pub(super) async fn insert_execution(
@@ -169,7 +161,7 @@ pub(super) async fn insert_execution(
     execution: &Execution,
 ) -> Result<(), StoreError> {
     let spec = rows::json(&execution.spec, "execution to record")?;
-    sqlx::query(
+    query(
         "insert into executions (id, vm_id, task_id, spec, state, created_at) \
          values ($1, $2, $3, $4, 'pending', $5)",
     )
@@ -178,7 +170,7 @@ pub(super) async fn insert_execution(
     .bind(execution.task_id.to_string())
     .bind(spec)
     .bind(execution.created_at.unix_ms())
-    .execute(&mut **tx)
+    .execute(&mut *tx)
     .await
     .context("record an execution")?;
     Ok(())
@@ -196,20 +188,17 @@ pub(super) async fn end_task(
     task.error = error;
     task.finished_at = Some(now);
     let (error_code, error_message) = rows::fault_columns(task.error.as_ref());
-    sqlx::query(
+    let end = together(&[
         "update tasks set state = $2, error_code = $3, error_message = $4, finished_at = $5 \
-         where id = $1; \
-         delete from outbox where task_id = $1",
-    )
+         where id = $1",
+        "delete from outbox where task_id = $1",
+    ])
     .bind(task.id.to_string())
     .bind(state.as_str())
     .bind(error_code)
     .bind(error_message)
-    .bind(now.unix_ms())
-    .execute(&mut **tx)
-    .await
-    .context("end a task")?;
-    Ok(())
+    .bind(now.unix_ms());
+    tx.run(end).await.context("end a task")
 }
 
 /// Ends the execution of a task that has ended, where it is still open. An execution never
@@ -217,19 +206,20 @@ pub(super) async fn end_task(
 pub(super) async fn end_execution(
     tx: &mut Tx<'_>,
     task: &Task,
-    end: Option<ExecutionEnd>,
+    end: Option<&ExecutionEnd>,
     now: Timestamp,
 ) -> Result<(), StoreError> {
     let Some(id) = task.execution_id else { return Ok(()) };
     let id = id.to_string();
-    let end = end.unwrap_or_else(|| implied_end(task));
+    let implied = implied_end(task);
+    let end = end.unwrap_or(&implied);
     let (exit_code, exit_signal) = match end.exit {
         Some(ExitStatus::Code(code)) => (Some(code), None),
         Some(ExitStatus::Signal(signal)) => (None, Some(signal)),
         None => (None, None),
     };
     let (error_code, error_message) = rows::fault_columns(end.error.as_ref());
-    sqlx::query(
+    query(
         "update executions set state = $2, exit_code = $3, exit_signal = $4, error_code = $5, \
          error_message = $6, finished_at = $7, duration_us = $8 \
          where id = $1 and state in ('pending', 'running')",
@@ -242,11 +232,11 @@ pub(super) async fn end_execution(
     .bind(error_message)
     .bind(now.unix_ms())
     .bind(end.duration_us.map(rows::size_column))
-    .execute(&mut **tx)
+    .execute(&mut *tx)
     .await
     .context("end an execution")?;
-    insert_output(tx, &id, "stdout", end.stdout).await?;
-    insert_output(tx, &id, "stderr", end.stderr).await
+    insert_output(tx, &id, "stdout", &end.stdout).await?;
+    insert_output(tx, &id, "stderr", &end.stderr).await
 }
 
 fn implied_end(task: &Task) -> ExecutionEnd {
@@ -273,21 +263,21 @@ async fn insert_output(
     tx: &mut Tx<'_>,
     execution: &str,
     stream: &'static str,
-    output: RetainedOutput,
+    output: &RetainedOutput,
 ) -> Result<(), StoreError> {
     if output.total_bytes == 0 {
         return Ok(());
     }
-    sqlx::query(
+    query(
         "insert into outputs (execution_id, stream, head, tail, total_bytes) \
          values ($1, $2, $3, $4, $5) on conflict (execution_id, stream) do nothing",
     )
     .bind(execution.to_owned())
     .bind(stream)
-    .bind(output.head)
-    .bind(output.tail)
+    .bind(&output.head[..])
+    .bind(&output.tail[..])
     .bind(rows::size_column(output.total_bytes))
-    .execute(&mut **tx)
+    .execute(&mut *tx)
     .await
     .context("keep an execution's output")?;
     Ok(())
@@ -314,35 +304,33 @@ pub(super) async fn end_pending_of_vm(
 ) -> Result<Vec<Task>, StoreError> {
     debug_assert!(kinds.len() <= KINDS_MAX);
     let id = vm.to_string();
-    let mut query = sqlx::query(END_PENDING)
+    let mut end = query(END_PENDING)
         .bind(id.clone())
         .bind(state.as_str())
         .bind(fault.code.as_str())
         .bind(fault.message.clone())
         .bind(now.unix_ms());
     for place in 0..KINDS_MAX {
-        query = query.bind(kinds.get(place).map(|k| k.as_str()));
+        end = end.bind(kinds.get(place).map(|k| k.as_str()));
     }
-    let found = query.fetch_all(&mut **tx).await.context("end a VM's pending tasks")?;
+    let found = end.fetch_all(&mut *tx).await.context("end a VM's pending tasks")?;
     if found.is_empty() {
         return Ok(Vec::new());
     }
-    sqlx::query(
+    let ends = together(&[
         "update executions set state = $2, error_code = $3, error_message = $4, \
          finished_at = $5 where vm_id = $1 and state in ('pending', 'running') \
          and not exists (select 1 from tasks where tasks.id = executions.task_id \
-         and tasks.state in ('pending', 'running')); \
-         delete from outbox where exists (select 1 from tasks where tasks.id = outbox.task_id \
+         and tasks.state in ('pending', 'running'))",
+        "delete from outbox where exists (select 1 from tasks where tasks.id = outbox.task_id \
          and tasks.vm_id = $1 and tasks.state = $2)",
-    )
+    ])
     .bind(id)
     .bind(state.as_str())
     .bind(fault.code.as_str())
     .bind(fault.message.clone())
-    .bind(now.unix_ms())
-    .execute(&mut **tx)
-    .await
-    .context("end a VM's pending executions")?;
+    .bind(now.unix_ms());
+    tx.run(ends).await.context("end a VM's pending executions")?;
     let ended = rows::all(&found, rows::task)?;
     for task in &ended {
         snapshots::settle(tx, task, None, None, now).await?;

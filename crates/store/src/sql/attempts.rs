@@ -1,18 +1,17 @@
 //! Attempts at tasks, each fenced by its epoch.
 
+use super::{
+    Lock, Sql, Tx,
+    query::{query, together},
+    rows,
+    rows::task_columns,
+    snapshots, write,
+};
+use crate::{AttemptEnd, Begin, ExecutionEnd, StoreError, VmChange, VmPatch, error::Context};
 use aether_types::{
     ErrorCode, ExecutionId, ExecutionState, Fault, RetainedOutput, SnapshotId, Task, TaskId,
     TaskKind, TaskState, Timestamp, VmEvent, VmState, VmTool, WorkerId,
 };
-use sqlx::Connection;
-
-use super::{
-    SqliteStore, rows,
-    rows::task_columns,
-    snapshots,
-    write::{self, Tx},
-};
-use crate::{AttemptEnd, Begin, ExecutionEnd, StoreError, VmChange, VmPatch, error::Context};
 
 const BEGIN: &str = concat!(
     "update tasks set state = 'running', worker_id = $2, epoch = $3, attempts = attempts + 1, \
@@ -29,26 +28,21 @@ const END: &str = concat!(
 );
 
 pub(super) async fn begin(
-    store: &SqliteStore,
+    store: &Sql,
     id: TaskId,
     worker: WorkerId,
     epoch: i64,
 ) -> Result<Begin, StoreError> {
-    let mut writer = store.writer.lock().await;
+    let mut writer = store.writer().await;
     let now = Timestamp::now();
     // Nearly always this one statement is all.
-    let begun = sqlx::query(BEGIN)
-        .bind(id.to_string())
-        .bind(worker.to_string())
-        .bind(epoch)
-        .bind(now.unix_ms())
-        .fetch_all(&mut *writer)
-        .await
-        .context("begin an attempt")?;
+    let begin =
+        query(BEGIN).bind(id.to_string()).bind(worker.to_string()).bind(epoch).bind(now.unix_ms());
+    let begun = writer.lone(begin, "begin an attempt").await?;
     if let Some(row) = begun.first() {
         return Ok(Begin::Go(rows::task(row)?));
     }
-    let mut tx = writer.begin_with("begin immediate").await.context("begin a transaction")?;
+    let mut tx = writer.begin(&[Lock::Task(id)]).await?;
     let task = write::task(&mut tx, id).await?.ok_or(StoreError::TaskNotFound)?;
     if task.state.is_end() {
         return Ok(Begin::Ended(task));
@@ -57,8 +51,8 @@ pub(super) async fn begin(
         return Ok(Begin::Fenced);
     }
     let end = exhausted(&task);
-    let task = finish(&mut tx, task, end, now).await?;
-    tx.commit().await.context("commit the end of a task")?;
+    let task = finish(&mut tx, task, &end, now).await?;
+    tx.commit("commit the end of a task").await?;
     Ok(Begin::Ended(task))
 }
 
@@ -108,16 +102,16 @@ fn exhausted(task: &Task) -> AttemptEnd {
 }
 
 pub(super) async fn execution_started(
-    store: &SqliteStore,
+    store: &Sql,
     task: TaskId,
     epoch: i64,
     execution: ExecutionId,
     boot_id: &str,
 ) -> Result<(), StoreError> {
-    let mut writer = store.writer.lock().await;
+    let mut writer = store.writer().await;
     // Said again for the same boot it changes nothing: an attempt that takes over asks the guest
     // whether it knows the run.
-    let started = sqlx::query(
+    let started = query(
         "update executions set state = 'running', boot_id = $4, \
          started_at = coalesce(started_at, $5) \
          where id = $3 and task_id = $1 and (state = 'pending' or (state = 'running' and boot_id = $4)) \
@@ -128,11 +122,11 @@ pub(super) async fn execution_started(
     .bind(execution.to_string())
     .bind(boot_id.to_owned())
     .bind(Timestamp::now().unix_ms())
-    .execute(&mut *writer)
+    .execute(&mut writer)
     .await
     .context("mark an execution as started")?;
     drop(writer);
-    if started.rows_affected() > 0 {
+    if started > 0 {
         return Ok(());
     }
     let (Some(task), Some(execution)) =
@@ -148,26 +142,29 @@ pub(super) async fn execution_started(
 }
 
 pub(super) async fn end(
-    store: &SqliteStore,
+    store: &Sql,
     id: TaskId,
     epoch: i64,
-    end: AttemptEnd,
+    end: &AttemptEnd,
 ) -> Result<Task, StoreError> {
     if !end.state.is_end() {
         return Err(StoreError::NotAnEnd);
     }
-    let mut writer = store.writer.lock().await;
-    let mut tx = writer.begin_with("begin immediate").await.context("begin a transaction")?;
+    // A command's end leaves its VM alone.
+    let touches_vm = end.vm.is_some() || end.snapshot.is_some();
+    let locks: &[Lock<'_>] = if touches_vm { &[Lock::Task(id)] } else { &[] };
+    let mut writer = store.writer().await;
+    let mut tx = writer.begin(locks).await?;
     let now = Timestamp::now();
     let (error_code, error_message) = rows::fault_columns(end.error.as_ref());
-    let ended = sqlx::query(END)
+    let ended = query(END)
         .bind(id.to_string())
         .bind(epoch)
         .bind(end.state.as_str())
         .bind(error_code)
         .bind(error_message)
         .bind(now.unix_ms())
-        .fetch_all(&mut *tx)
+        .fetch_all(&mut tx)
         .await
         .context("end an attempt")?;
     let Some(row) = ended.first() else {
@@ -176,48 +173,46 @@ pub(super) async fn end(
     };
     let mut task = rows::task(row)?;
     effects(&mut tx, &mut task, end, now).await?;
-    tx.commit().await.context("commit the end of an attempt")?;
+    tx.commit("commit the end of an attempt").await?;
     Ok(task)
 }
 
 pub(super) async fn retry(
-    store: &SqliteStore,
+    store: &Sql,
     id: TaskId,
     epoch: i64,
     fault: Fault,
-    otherwise: AttemptEnd,
+    otherwise: &AttemptEnd,
 ) -> Result<Task, StoreError> {
     if !otherwise.state.is_end() {
         return Err(StoreError::NotAnEnd);
     }
-    let mut writer = store.writer.lock().await;
-    let mut tx = writer.begin_with("begin immediate").await.context("begin a transaction")?;
+    let mut writer = store.writer().await;
+    let mut tx = writer.begin(&[Lock::Task(id)]).await?;
     let now = Timestamp::now();
     let mut task = write::task(&mut tx, id).await?.ok_or(StoreError::TaskNotFound)?;
     if task.epoch != epoch || task.state != TaskState::Running {
         return Err(StoreError::Fenced);
     }
     if task.cancel_requested {
-        task = finish(&mut tx, task, cancelled(otherwise), now).await?;
+        task = finish(&mut tx, task, &cancelled(otherwise.clone()), now).await?;
     } else if task.attempts >= task.max_attempts {
         task = finish(&mut tx, task, otherwise, now).await?;
     } else {
         task.state = TaskState::Pending;
         let (error_code, error_message) = rows::fault_columns(Some(&fault));
-        sqlx::query(
+        let back = together(&[
             "update tasks set state = 'pending', error_code = $2, error_message = $3 \
-             where id = $1; \
-             insert into outbox (task_id) values ($1) on conflict (task_id) do nothing",
-        )
+             where id = $1",
+            "insert into outbox (task_id) values ($1) on conflict (task_id) do nothing",
+        ])
         .bind(id.to_string())
         .bind(error_code)
-        .bind(error_message)
-        .execute(&mut *tx)
-        .await
-        .context("give a task back")?;
+        .bind(error_message);
+        tx.run(back).await.context("give a task back")?;
         task.error = Some(fault);
     }
-    tx.commit().await.context("commit a task given back")?;
+    tx.commit("commit a task given back").await?;
     Ok(task)
 }
 
@@ -242,7 +237,7 @@ fn cancelled(mut end: AttemptEnd) -> AttemptEnd {
 async fn finish(
     tx: &mut Tx<'_>,
     mut task: Task,
-    end: AttemptEnd,
+    end: &AttemptEnd,
     now: Timestamp,
 ) -> Result<Task, StoreError> {
     write::end_task(tx, &mut task, end.state, end.error.clone(), now).await?;
@@ -254,16 +249,16 @@ async fn finish(
 async fn effects(
     tx: &mut Tx<'_>,
     task: &mut Task,
-    end: AttemptEnd,
+    end: &AttemptEnd,
     now: Timestamp,
 ) -> Result<(), StoreError> {
-    if let Some(tools) = end.tools {
-        set_tools(tx, task, tools).await?;
+    if let Some(tools) = &end.tools {
+        set_tools(tx, task, tools.clone()).await?;
     }
-    write::end_execution(tx, task, end.execution, now).await?;
-    let made = snapshots::settle(tx, task, end.snapshot, end.template, now).await?;
+    write::end_execution(tx, task, end.execution.as_ref(), now).await?;
+    let made = snapshots::settle(tx, task, end.snapshot.clone(), end.template.clone(), now).await?;
     let memory = made.filter(|_| task.kind == TaskKind::VmSuspend);
-    let Some(change) = end.vm else { return settle_memory(tx, task, memory, now).await };
+    let Some(change) = &end.vm else { return settle_memory(tx, task, memory, now).await };
     let mut vm = write::vm_of(tx, task).await?;
     // A failed attempt at a start says nothing about a VM that came to run meanwhile.
     let on_its_way = match (task.kind, change.event) {
@@ -276,15 +271,15 @@ async fn effects(
         return settle_memory(tx, task, memory, now).await;
     };
     vm.memory = memory.or(vm.memory);
-    write::move_vm(tx, &mut vm, next, change.reason, &change.patch, now).await
+    write::move_vm(tx, &mut vm, next, change.reason.clone(), &change.patch, now).await
 }
 
 /// What the task built.
 async fn set_tools(tx: &mut Tx<'_>, task: &mut Task, tools: Vec<VmTool>) -> Result<(), StoreError> {
-    sqlx::query("update tasks set tools = $2 where id = $1")
+    query("update tasks set tools = $2 where id = $1")
         .bind(task.id.to_string())
         .bind(rows::json(&tools, "tools to record")?)
-        .execute(&mut **tx)
+        .execute(&mut *tx)
         .await
         .context("record what was built")?;
     task.tools = tools;
@@ -302,14 +297,14 @@ async fn settle_memory(
     if memory.is_none() && task.kind != TaskKind::VmStart {
         return Ok(());
     }
-    sqlx::query(
+    query(
         "update vms set memory = $2, updated_at = $3, generation = generation + 1 \
          where id = $1 and ($2 is null and memory is not null or $2 is not null and state = 'stopped')",
     )
     .bind(task.vm_id.map(|vm| vm.to_string()))
     .bind(memory.map(|id| id.to_string()))
     .bind(now.unix_ms())
-    .execute(&mut **tx)
+    .execute(&mut *tx)
     .await
     .context("settle a VM's memory")?;
     Ok(())

@@ -1,20 +1,20 @@
 //! Snapshots: how they are asked for, made, deleted and read.
 
-use aether_types::{
-    ErrorCode, Fault, Snapshot, SnapshotId, SnapshotPurpose, SnapshotState, Task, TaskKind,
-    TaskState, Timestamp, Vm, VmEvent, VmId,
-};
-use sqlx::{Connection, QueryBuilder, Sqlite};
-
 use super::{
-    SqliteStore, requests,
+    Lock, Sql, Tx,
+    query::{Builder, query},
+    requests,
     rows::{self, snapshot_columns},
-    templates,
-    write::{self, Tx},
+    templates, write,
 };
 use crate::{
     Accepted, Idempotency, NewSnapshot, NewTask, Page, PageRequest, SnapshotFacts, SnapshotFilter,
-    StoreError, VmPatch, error::Context,
+    StoreError, VmPatch,
+    error::{Context, is_taken},
+};
+use aether_types::{
+    ErrorCode, Fault, Snapshot, SnapshotId, SnapshotPurpose, SnapshotState, Task, TaskKind,
+    TaskState, Timestamp, Vm, VmEvent, VmId,
 };
 
 const GET: &str = concat!("select ", snapshot_columns!(), " from snapshots where id = $1");
@@ -26,7 +26,7 @@ const BY_NAME: &str = concat!(
 );
 
 pub(super) async fn request(
-    store: &SqliteStore,
+    store: &Sql,
     id: VmId,
     new: NewSnapshot,
     task: NewTask,
@@ -37,13 +37,14 @@ pub(super) async fn request(
         (TaskKind::VmSuspend, SnapshotPurpose::Memory) => true,
         _ => return Err(StoreError::WrongKind { kind: task.kind }),
     };
-    let mut writer = store.writer.lock().await;
-    let mut tx = writer.begin_with("begin immediate").await.context("begin a transaction")?;
+    let mut writer = store.writer().await;
+    let mut tx = writer.begin(&requests::key_lock(idempotency.as_ref())).await?;
     let now = Timestamp::now();
     if let Some(earlier) = requests::earlier(&mut tx, idempotency.as_ref(), now).await? {
         let snapshot = of_task(&mut tx, &earlier.task).await?;
         return Ok((earlier, snapshot));
     }
+    tx.lock(if stops { Lock::Vm(id) } else { Lock::VmState(id) }).await?;
     let mut vm = write::vm(&mut tx, id).await?.ok_or(StoreError::VmNotFound)?;
     let mut cancelled = Vec::new();
     if stops {
@@ -61,7 +62,7 @@ pub(super) async fn request(
     insert(&mut tx, &snapshot).await?;
     write::insert_task(&mut tx, &task).await?;
     requests::remember(&mut tx, idempotency, task.id, now).await?;
-    tx.commit().await.context("commit a request for a snapshot")?;
+    tx.commit("commit a request for a snapshot").await?;
     Ok((Accepted { vm, task, repeated: false, cancelled }, snapshot))
 }
 
@@ -91,17 +92,17 @@ pub(super) fn creating(new: NewSnapshot, vm: &Vm, now: Timestamp) -> Snapshot {
 pub(super) async fn insert(tx: &mut Tx<'_>, snapshot: &Snapshot) -> Result<(), StoreError> {
     if let Some(name) = &snapshot.name {
         // One that failed is about to be retired, and does not keep its name from another try.
-        sqlx::query(
+        query(
             "update snapshots set state = 'deleted', updated_at = $2 \
              where name is not null and name = $1 and state <> 'deleted' and state = 'failed'",
         )
         .bind(name.clone())
         .bind(snapshot.created_at.unix_ms())
-        .execute(&mut **tx)
+        .execute(&mut *tx)
         .await
         .context("free the name of a failed snapshot")?;
     }
-    let inserted = sqlx::query(
+    let inserted = query(
         "insert into snapshots (id, name, purpose, state, vm_id, driver, image, vcpus, memory_mb, \
          disk_mb, created_at, updated_at) \
          values ($1, $2, $3, 'creating', $4, $5, $6, $7, $8, $9, $10, $10)",
@@ -116,11 +117,10 @@ pub(super) async fn insert(tx: &mut Tx<'_>, snapshot: &Snapshot) -> Result<(), S
     .bind(snapshot.memory_mb)
     .bind(snapshot.disk_mb)
     .bind(snapshot.created_at.unix_ms())
-    .execute(&mut **tx)
+    .execute(&mut *tx)
     .await;
-    if let (Err(sqlx::Error::Database(e)), Some(name)) = (&inserted, &snapshot.name)
-        && e.is_unique_violation()
-        && e.message().ends_with("snapshots.name")
+    if let (Err(error), Some(name)) = (&inserted, &snapshot.name)
+        && is_taken(error, "snapshots.name", "snapshots_live_name")
     {
         return Err(StoreError::NameTaken { name: name.clone() });
     }
@@ -129,9 +129,9 @@ pub(super) async fn insert(tx: &mut Tx<'_>, snapshot: &Snapshot) -> Result<(), S
 }
 
 pub(super) async fn read(tx: &mut Tx<'_>, id: SnapshotId) -> Result<Option<Snapshot>, StoreError> {
-    sqlx::query(GET)
+    query(GET)
         .bind(id.to_string())
-        .fetch_optional(&mut **tx)
+        .fetch_optional(&mut *tx)
         .await
         .context("read a snapshot")?
         .as_ref()
@@ -178,7 +178,7 @@ async fn make_ready(
     facts: SnapshotFacts,
     now: Timestamp,
 ) -> Result<bool, StoreError> {
-    let done = sqlx::query(
+    let done = query(
         "update snapshots set state = 'ready', worker_id = $2, size_bytes = $3, digest = $4, \
          paused_us = $5, updated_at = $6 where id = $1 and state = 'creating'",
     )
@@ -188,10 +188,10 @@ async fn make_ready(
     .bind(facts.digest)
     .bind(rows::size_column(facts.paused_us))
     .bind(now.unix_ms())
-    .execute(&mut **tx)
+    .execute(&mut *tx)
     .await
     .context("record that a snapshot is ready")?;
-    Ok(done.rows_affected() > 0)
+    Ok(done > 0)
 }
 
 async fn fail(
@@ -201,7 +201,7 @@ async fn fail(
     now: Timestamp,
 ) -> Result<(), StoreError> {
     let fault = implied_fault(task);
-    sqlx::query(
+    query(
         "update snapshots set state = 'failed', reason_code = $2, reason_message = $3, \
          updated_at = $4 where id = $1 and state = 'creating'",
     )
@@ -209,7 +209,7 @@ async fn fail(
     .bind(fault.code.as_str())
     .bind(fault.message)
     .bind(now.unix_ms())
-    .execute(&mut **tx)
+    .execute(&mut *tx)
     .await
     .context("record that a snapshot failed")?;
     Ok(())
@@ -226,9 +226,9 @@ pub(super) fn implied_fault(task: &Task) -> Fault {
     task.error.clone().unwrap_or_else(|| Fault::new(code, "the task ended without a result"))
 }
 
-pub(super) async fn delete(store: &SqliteStore, id: SnapshotId) -> Result<Snapshot, StoreError> {
-    let mut writer = store.writer.lock().await;
-    let mut tx = writer.begin_with("begin immediate").await.context("begin a transaction")?;
+pub(super) async fn delete(store: &Sql, id: SnapshotId) -> Result<Snapshot, StoreError> {
+    let mut writer = store.writer().await;
+    let mut tx = writer.begin(&[Lock::Snapshot(id)]).await?;
     let mut snapshot = read(&mut tx, id).await?.ok_or(StoreError::SnapshotNotFound)?;
     if snapshot.state == SnapshotState::Deleted {
         return Ok(snapshot);
@@ -239,7 +239,7 @@ pub(super) async fn delete(store: &SqliteStore, id: SnapshotId) -> Result<Snapsh
     snapshot.state = SnapshotState::Deleted;
     snapshot.updated_at = Timestamp::now();
     mark_deleted(&mut tx, id, snapshot.updated_at).await?;
-    tx.commit().await.context("commit a snapshot's deletion")?;
+    tx.commit("commit a snapshot's deletion").await?;
     Ok(snapshot)
 }
 
@@ -260,12 +260,12 @@ async fn kept_because(tx: &mut Tx<'_>, snapshot: &Snapshot) -> Result<Option<Str
             SnapshotPurpose::User,
             SnapshotState::Ready | SnapshotState::Failed | SnapshotState::Deleted,
         ) => {
-            let row = sqlx::query(
+            let row = query(
                 "select name from vms where origin = $1 and state in ('creating', 'starting') \
                  and state = 'creating' limit 1",
             )
             .bind(snapshot.id.to_string())
-            .fetch_optional(&mut **tx)
+            .fetch_optional(&mut *tx)
             .await
             .context("look for VMs that begin as a snapshot")?;
             let Some(row) = row else { return Ok(None) };
@@ -284,10 +284,10 @@ pub(super) async fn mark_deleted(
     id: SnapshotId,
     now: Timestamp,
 ) -> Result<(), StoreError> {
-    sqlx::query("update snapshots set state = 'deleted', updated_at = $2 where id = $1")
+    query("update snapshots set state = 'deleted', updated_at = $2 where id = $1")
         .bind(id.to_string())
         .bind(now.unix_ms())
-        .execute(&mut **tx)
+        .execute(&mut *tx)
         .await
         .context("delete a snapshot")?;
     Ok(())
@@ -310,23 +310,17 @@ const RETIRE: &str = concat!(
     snapshot_columns!()
 );
 
-pub(super) async fn retire(store: &SqliteStore) -> Result<Vec<Snapshot>, StoreError> {
-    let mut writer = store.writer.lock().await;
-    let retired = sqlx::query(RETIRE)
-        .bind(Timestamp::now().unix_ms())
-        .fetch_all(&mut *writer)
-        .await
-        .context("retire snapshots")?;
+pub(super) async fn retire(store: &Sql) -> Result<Vec<Snapshot>, StoreError> {
+    let mut writer = store.writer().await;
+    let retire = query(RETIRE).bind(Timestamp::now().unix_ms());
+    let retired = writer.lone(retire, "retire snapshots").await?;
     rows::all(&retired, rows::snapshot)
 }
 
-pub(super) async fn get(
-    store: &SqliteStore,
-    id: SnapshotId,
-) -> Result<Option<Snapshot>, StoreError> {
-    sqlx::query(GET)
+pub(super) async fn get(store: &Sql, id: SnapshotId) -> Result<Option<Snapshot>, StoreError> {
+    query(GET)
         .bind(id.to_string())
-        .fetch_optional(&store.readers)
+        .fetch_optional(store)
         .await
         .context("read a snapshot")?
         .as_ref()
@@ -334,13 +328,10 @@ pub(super) async fn get(
         .transpose()
 }
 
-pub(super) async fn by_name(
-    store: &SqliteStore,
-    name: &str,
-) -> Result<Option<Snapshot>, StoreError> {
-    sqlx::query(BY_NAME)
+pub(super) async fn by_name(store: &Sql, name: &str) -> Result<Option<Snapshot>, StoreError> {
+    query(BY_NAME)
         .bind(name.to_owned())
-        .fetch_optional(&store.readers)
+        .fetch_optional(store)
         .await
         .context("read a snapshot by its name")?
         .as_ref()
@@ -349,30 +340,19 @@ pub(super) async fn by_name(
 }
 
 pub(super) async fn list(
-    store: &SqliteStore,
+    store: &Sql,
     filter: &SnapshotFilter,
     page: PageRequest,
 ) -> Result<Page<Snapshot>, StoreError> {
     let limit = page.bounded_limit();
-    let mut query: QueryBuilder<Sqlite> =
-        QueryBuilder::new(concat!("select ", snapshot_columns!(), " from snapshots where "));
+    let mut query = Builder::new(concat!("select ", snapshot_columns!(), " from snapshots where "));
     if filter.states.is_empty() {
         query.push("state <> 'deleted'");
     } else {
-        query.push("state in (");
-        let mut states = query.separated(", ");
-        for state in &filter.states {
-            states.push_bind(state.as_str());
-        }
-        query.push(")");
+        query.push_in("state", filter.states.iter().map(|s| s.as_str()));
     }
     if !filter.purposes.is_empty() {
-        query.push(" and purpose in (");
-        let mut purposes = query.separated(", ");
-        for purpose in &filter.purposes {
-            purposes.push_bind(purpose.as_str());
-        }
-        query.push(")");
+        query.push(" and ").push_in("purpose", filter.purposes.iter().map(|s| s.as_str()));
     }
     if let Some(vm) = filter.vm_id {
         query.push(" and vm_id = ").push_bind(vm.to_string());
@@ -385,6 +365,6 @@ pub(super) async fn list(
         query.push(", ").push_bind(cursor.id()).push(")");
     }
     query.push(" order by created_at desc, id desc limit ").push_bind(limit + 1);
-    let found = query.build().fetch_all(&store.readers).await.context("list snapshots")?;
+    let found = query.build().fetch_all(store).await.context("list snapshots")?;
     Ok(Page::cut(rows::all(&found, rows::snapshot)?, limit, rows::snapshot_position))
 }

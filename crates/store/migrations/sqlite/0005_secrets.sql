@@ -1,0 +1,6 @@
+-- What all processes on one store must know alike, and nobody else: the first that needs it makes it.
+
+create table secrets (
+    name  text primary key not null,
+    value blob not null
+);

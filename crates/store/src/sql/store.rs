@@ -1,0 +1,406 @@
+//! Every method of the store, on whichever engine; and what is repeated where the engine asks for
+//! it.
+
+use std::time::Duration;
+
+use aether_postgres::Trouble;
+use aether_types::{
+    Execution, ExecutionId, Fault, OutputStream, RetainedOutput, Snapshot, SnapshotId, StateChange,
+    Task, TaskId, Template, TemplateId, TemplateProgress, Timestamp, ToolRequest, Vm, VmId,
+    WorkerId,
+};
+use async_trait::async_trait;
+
+use super::{
+    Sql, attempts, create, executions, keys, query::query, requests, snapshots, tasks, templates,
+    vms,
+};
+use crate::{
+    Accepted, AcceptedBuild, ApiKey, AttemptEnd, Begin, CancelOutcome, Capacity, Forked,
+    Idempotency, NewExecution, NewSnapshot, NewTask, NewTemplate, NewVm, Page, PageRequest,
+    SnapshotFilter, Store, StoreError, TaskFilter, TemplateFilter, VmChange, VmFilter, VmPatch,
+    error::Context,
+};
+
+/// For all tries of one call. The pool and the server end waits before that; this is for a network
+/// that swallows what is sent.
+const CALL_MAX: Duration = Duration::from_secs(30);
+
+/// A store that is nothing but its database.
+pub(crate) trait OnSql: Send + Sync + 'static {
+    fn sql(&self) -> &Sql;
+}
+
+/// Does it again where the server undid it for another's sake, or the connection went before it
+/// was committed. SQLite does neither.
+async fn repeated<T, F>(sql: &Sql, mut once: impl FnMut() -> F) -> Result<T, StoreError>
+where
+    F: Future<Output = Result<T, StoreError>>,
+{
+    match sql {
+        Sql::Sqlite { .. } => once().await,
+        Sql::Postgres(_) => {
+            let tries = tokio::time::timeout(CALL_MAX, aether_postgres::repeated(once, trouble));
+            let late = |_| StoreError::InDoubt { context: "wait for the database", source: None };
+            tries.await.map_err(late)?
+        }
+    }
+}
+
+fn trouble(error: &StoreError) -> Trouble {
+    match error {
+        StoreError::Unreachable { .. } => Trouble::Lost,
+        StoreError::Collided { .. } => Trouble::Conflict,
+        _ => Trouble::Other,
+    }
+}
+
+#[async_trait]
+impl<S: OnSql> Store for S {
+    async fn create_vm(
+        &self,
+        vm: NewVm,
+        task: NewTask,
+        capacity: Capacity,
+        idempotency: Option<Idempotency>,
+    ) -> Result<Accepted, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || {
+            create::create_vm(sql, vm.clone(), task.clone(), capacity, idempotency.clone())
+        })
+        .await
+    }
+
+    async fn request_on_vm(
+        &self,
+        vm: VmId,
+        task: NewTask,
+        idempotency: Option<Idempotency>,
+    ) -> Result<Accepted, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || requests::request_on_vm(sql, vm, task.clone(), idempotency.clone())).await
+    }
+
+    async fn request_snapshot(
+        &self,
+        vm: VmId,
+        snapshot: NewSnapshot,
+        task: NewTask,
+        idempotency: Option<Idempotency>,
+    ) -> Result<(Accepted, Snapshot), StoreError> {
+        let sql = self.sql();
+        repeated(sql, || {
+            snapshots::request(sql, vm, snapshot.clone(), task.clone(), idempotency.clone())
+        })
+        .await
+    }
+
+    async fn fork_vm(
+        &self,
+        vm: VmId,
+        snapshot: NewSnapshot,
+        task: NewTask,
+        clones: Vec<(NewVm, NewTask)>,
+        capacity: Capacity,
+        idempotency: Option<Idempotency>,
+    ) -> Result<Forked, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || {
+            create::fork_vm(
+                sql,
+                vm,
+                snapshot.clone(),
+                task.clone(),
+                clones.clone(),
+                capacity,
+                idempotency.clone(),
+            )
+        })
+        .await
+    }
+
+    async fn build_template(
+        &self,
+        template: NewTemplate,
+        snapshot: NewSnapshot,
+        builder: NewVm,
+        task: NewTask,
+        idempotency: Option<Idempotency>,
+    ) -> Result<(Accepted, Template), StoreError> {
+        let sql = self.sql();
+        repeated(sql, || {
+            templates::build(
+                sql,
+                template.clone(),
+                snapshot.clone(),
+                builder.clone(),
+                task.clone(),
+                idempotency.clone(),
+            )
+        })
+        .await
+    }
+
+    async fn build_tools(
+        &self,
+        tools: Vec<ToolRequest>,
+        task: NewTask,
+        idempotency: Option<Idempotency>,
+    ) -> Result<AcceptedBuild, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || requests::build_tools(sql, &tools, task.clone(), idempotency.clone()))
+            .await
+    }
+
+    async fn delete_snapshot(&self, id: SnapshotId) -> Result<Snapshot, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || snapshots::delete(sql, id)).await
+    }
+
+    async fn delete_template(&self, id: TemplateId) -> Result<Template, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || templates::delete(sql, id)).await
+    }
+
+    async fn template_progress(
+        &self,
+        task: TaskId,
+        epoch: i64,
+        progress: TemplateProgress,
+    ) -> Result<Template, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || templates::progress(sql, task, epoch, progress.clone())).await
+    }
+
+    async fn task_progress(
+        &self,
+        task: TaskId,
+        epoch: i64,
+        now: String,
+        log: String,
+    ) -> Result<Task, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || tasks::progress(sql, task, epoch, now.clone(), log.clone())).await
+    }
+
+    async fn snapshot(&self, id: SnapshotId) -> Result<Option<Snapshot>, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || snapshots::get(sql, id)).await
+    }
+
+    async fn snapshot_by_name(&self, name: &str) -> Result<Option<Snapshot>, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || snapshots::by_name(sql, name)).await
+    }
+
+    async fn snapshots(
+        &self,
+        filter: SnapshotFilter,
+        page: PageRequest,
+    ) -> Result<Page<Snapshot>, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || snapshots::list(sql, &filter, page)).await
+    }
+
+    async fn template(&self, id: TemplateId) -> Result<Option<Template>, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || templates::get(sql, id)).await
+    }
+
+    async fn template_by_name(
+        &self,
+        name: &str,
+        tag: &str,
+    ) -> Result<Option<Template>, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || templates::by_name(sql, name, tag)).await
+    }
+
+    async fn templates(
+        &self,
+        filter: TemplateFilter,
+        page: PageRequest,
+    ) -> Result<Page<Template>, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || templates::list(sql, &filter, page)).await
+    }
+
+    async fn retire_snapshots(&self) -> Result<Vec<Snapshot>, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || snapshots::retire(sql)).await
+    }
+
+    async fn request_execution(
+        &self,
+        vm: VmId,
+        execution: NewExecution,
+        task: NewTask,
+        idempotency: Option<Idempotency>,
+    ) -> Result<(Accepted, Execution), StoreError> {
+        let sql = self.sql();
+        repeated(sql, || {
+            requests::request_execution(
+                sql,
+                vm,
+                execution.clone(),
+                task.clone(),
+                idempotency.clone(),
+            )
+        })
+        .await
+    }
+
+    async fn cancel_task(&self, id: TaskId) -> Result<CancelOutcome, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || requests::cancel_task(sql, id)).await
+    }
+
+    async fn undispatched(&self, limit: u32) -> Result<Vec<Task>, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || tasks::undispatched(sql, limit)).await
+    }
+
+    async fn confirm_dispatched(&self, ids: &[TaskId]) -> Result<(), StoreError> {
+        let sql = self.sql();
+        repeated(sql, || tasks::confirm_dispatched(sql, ids)).await
+    }
+
+    async fn begin_attempt(
+        &self,
+        id: TaskId,
+        worker: WorkerId,
+        epoch: i64,
+    ) -> Result<Begin, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || attempts::begin(sql, id, worker, epoch)).await
+    }
+
+    async fn execution_started(
+        &self,
+        task: TaskId,
+        epoch: i64,
+        execution: ExecutionId,
+        boot_id: &str,
+    ) -> Result<(), StoreError> {
+        let sql = self.sql();
+        repeated(sql, || attempts::execution_started(sql, task, epoch, execution, boot_id)).await
+    }
+
+    async fn end_attempt(
+        &self,
+        id: TaskId,
+        epoch: i64,
+        end: AttemptEnd,
+    ) -> Result<Task, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || attempts::end(sql, id, epoch, &end)).await
+    }
+
+    async fn retry_attempt(
+        &self,
+        id: TaskId,
+        epoch: i64,
+        fault: Fault,
+        otherwise: AttemptEnd,
+    ) -> Result<Task, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || attempts::retry(sql, id, epoch, fault.clone(), &otherwise)).await
+    }
+
+    async fn change_vm(&self, id: VmId, change: VmChange) -> Result<Vm, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || vms::change(sql, id, change.clone())).await
+    }
+
+    async fn patch_vm(&self, id: VmId, patch: VmPatch) -> Result<(), StoreError> {
+        let sql = self.sql();
+        repeated(sql, || vms::patch(sql, id, patch.clone())).await
+    }
+
+    async fn vm(&self, id: VmId) -> Result<Option<Vm>, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || vms::get(sql, id)).await
+    }
+
+    async fn vm_by_name(&self, name: &str) -> Result<Option<Vm>, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || vms::by_name(sql, name)).await
+    }
+
+    async fn vms(&self, filter: VmFilter, page: PageRequest) -> Result<Page<Vm>, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || vms::list(sql, &filter, page)).await
+    }
+
+    async fn vm_history(&self, id: VmId) -> Result<Vec<StateChange>, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || vms::history(sql, id)).await
+    }
+
+    async fn task(&self, id: TaskId) -> Result<Option<Task>, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || tasks::get(sql, id)).await
+    }
+
+    async fn tasks(&self, filter: TaskFilter, page: PageRequest) -> Result<Page<Task>, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || tasks::list(sql, &filter, page)).await
+    }
+
+    async fn execution(&self, id: ExecutionId) -> Result<Option<Execution>, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || executions::get(sql, id)).await
+    }
+
+    async fn executions(&self, vm: VmId, page: PageRequest) -> Result<Page<Execution>, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || executions::list(sql, vm, page)).await
+    }
+
+    async fn output(
+        &self,
+        id: ExecutionId,
+        stream: OutputStream,
+    ) -> Result<RetainedOutput, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || executions::output(sql, id, stream)).await
+    }
+
+    async fn expired_vms(&self, now: Timestamp) -> Result<Vec<VmId>, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || vms::expired(sql, now)).await
+    }
+
+    async fn next_expiry(&self) -> Result<Option<Timestamp>, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || vms::next_expiry(sql)).await
+    }
+
+    async fn open_tasks(&self) -> Result<Vec<Task>, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || tasks::open(sql)).await
+    }
+
+    async fn insert_key(&self, key: ApiKey) -> Result<(), StoreError> {
+        let sql = self.sql();
+        repeated(sql, || keys::insert(sql, key.clone())).await
+    }
+
+    async fn keys(&self) -> Result<Vec<ApiKey>, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || keys::list(sql)).await
+    }
+
+    async fn shared_secret(&self, name: &str, proposed: &[u8]) -> Result<Vec<u8>, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || keys::shared_secret(sql, name, proposed)).await
+    }
+
+    async fn ping(&self) -> Result<(), StoreError> {
+        let sql = self.sql();
+        repeated(sql, || async move {
+            query("select 1").fetch_one(sql).await.context("ping the store").map(drop)
+        })
+        .await
+    }
+}
