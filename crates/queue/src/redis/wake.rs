@@ -52,9 +52,11 @@ pub(super) async fn pass_on(shared: Arc<Shared>) {
 /// are ended by a sweep, or by whoever claims.
 pub(super) async fn end_delays(shared: Arc<Shared>) {
     loop {
+        // Before the question, which takes time: too early is put right by asking again.
+        let asked = shared.clock.now();
         match shared.promote().await {
             Ok(Some(left)) => {
-                let due = shared.clock.now().saturating_add(left);
+                let due = asked.saturating_add(left);
                 tokio::select! {
                     () = shared.clock.sleep_until(due) => {}
                     () = shared.wake.delayed.notified() => {}
