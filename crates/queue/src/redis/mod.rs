@@ -45,7 +45,7 @@ use crate::{
 const BATCH: usize = 256;
 
 /// Delays that a claim ends before it looks.
-const DELAYS_OF_A_CLAIM: usize = 16;
+const DELAYS_OF_A_CLAIM: usize = 64;
 
 /// Between questions to a server that cannot answer.
 const AWAY_PAUSE: Duration = Duration::from_millis(500);
@@ -174,17 +174,10 @@ impl Shared {
     }
 
     /// Does it in batches until one is not full; how much that was.
-    async fn in_batches(
-        &self,
-        context: &'static str,
-        script: &Script,
-        first: Option<String>,
-    ) -> Result<u64, QueueError> {
-        let mut values: Vec<String> = first.into_iter().collect();
-        values.push(BATCH.to_string());
+    async fn in_batches(&self, context: &'static str, script: &Script) -> Result<u64, QueueError> {
         let mut all = 0;
         loop {
-            let done: u64 = self.run(context, script, &values).await?;
+            let done: u64 = self.run(context, script, &[BATCH.to_string()]).await?;
             all += done;
             if done < BATCH as u64 {
                 return Ok(all);
@@ -372,7 +365,7 @@ impl Queue for RedisQueue {
     }
 
     async fn sweep(&self) -> Result<u64, QueueError> {
-        self.shared.in_batches("take back leases", &scripts::SWEEP, None).await
+        self.shared.in_batches("take back leases", &scripts::SWEEP).await
     }
 
     async fn next_lease_end(&self) -> Result<Option<Duration>, QueueError> {
@@ -380,8 +373,27 @@ impl Queue for RedisQueue {
     }
 
     async fn reclaim(&self, worker: WorkerId) -> Result<u64, QueueError> {
-        let of = Some(worker.to_string());
-        self.shared.in_batches("take back a worker's leases", &scripts::RECLAIM, of).await
+        // What is leased by then is seen whatever changes meanwhile, some of it twice.
+        let (shared, name) = (&*self.shared, worker.to_string());
+        let (mut cursor, mut all) = ("0".to_owned(), 0);
+        loop {
+            let mut command = cmd("HSCAN");
+            command.arg(format!("{}h", shared.root)).arg(&cursor).arg("COUNT").arg(BATCH);
+            let (next, page): (String, Vec<(String, String)>) =
+                shared.ask("look for a worker's leases", &command).await?;
+            let its = page.into_iter().filter(|(_, lease)| lease.ends_with(&name));
+            let values: Vec<_> =
+                std::iter::once(name.clone()).chain(its.map(|(task, _)| task)).collect();
+            if values.len() > 1 {
+                let taken: u64 =
+                    shared.run("take back a worker's leases", &scripts::RECLAIM, &values).await?;
+                all += taken;
+            }
+            if next == "0" {
+                return Ok(all);
+            }
+            cursor = next;
+        }
     }
 
     async fn contains(&self, task: TaskId) -> Result<bool, QueueError> {

@@ -1,5 +1,5 @@
 -- Somebody was woken who is not there any more: another may have what is ready.
-for priority = 0, #WEIGHTS - 1 do
+for priority = 0, 3 do
   if redis.call('EXISTS', ready_key(SHARED, priority)) == 1 then
     wake(SHARED)
     return 1

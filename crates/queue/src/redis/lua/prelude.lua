@@ -6,7 +6,6 @@
 --   l     sorted  task by the end of its lease    those that are leased
 --   d     sorted  task by when it is due          those that are delayed
 --   r:LANE:PRIORITY  sorted  task by seq          those that are ready
---   w:WORKER         set     task                 what a worker has leased
 --   c:LANE           hash    priority -> credit   whose turn it is
 --   run   hash    worker -> claims in a row from its own lane while the shared one waited
 --   idle  hash    worker -> channel of its process    those that wait for work
@@ -30,7 +29,7 @@ end
 
 local function micros()
   local time = redis.call('TIME')
-  return tonumber(time[1]) * 1000000 + tonumber(time[2])
+  return time[1] * 1000000 + time[2]
 end
 
 local function now_ms()
@@ -64,8 +63,12 @@ local function tell(worker)
   return channel and redis.call('PUBLISH', channel, worker) > 0
 end
 
+-- Whether nobody waits, as far as this script has seen: nobody comes while it runs.
+local nobody = false
+
 -- Wakes one that waits and may take from the lane.
 local function wake(lane)
+  if nobody then return end
   if lane ~= SHARED then
     if redis.call('HEXISTS', key('idle'), lane) == 1 then tell(lane) end
     return
@@ -73,6 +76,7 @@ local function wake(lane)
   -- Those that are gone are left behind; a bound for a script, not for them.
   for _ = 1, 64 do
     local first = redis.call('ZRANGE', key('line'), 0, 0)[1]
+    if not first then nobody = true end
     if not first or tell(first) then return end
   end
 end
@@ -93,24 +97,15 @@ local function promote(now, most)
   return #due
 end
 
--- The lease is over, however it was; the entry must be somewhere else already.
-local function forget_lease(task, worker)
+-- The lease is over, however it was; the entry must be somewhere else already, or gone.
+local function forget_lease(task)
   redis.call('ZREM', key('l'), task)
   redis.call('HDEL', key('h'), task)
-  redis.call('SREM', key('w:' .. worker), task)
 end
 
 -- Gives back what is leased, in the place that it had.
 local function take_back(task)
-  local _, _, worker = lease(task)
   local priority, seq, lane = entry(task)
   if priority then make_ready(task, priority, seq, lane) end
-  if worker then forget_lease(task, worker) else redis.call('ZREM', key('l'), task) end
-end
-
--- The worker that holds the task with this epoch, or nil.
-local function holder(task, epoch)
-  local held, _, worker = lease(task)
-  if held == epoch then return worker end
-  return nil
+  forget_lease(task)
 end

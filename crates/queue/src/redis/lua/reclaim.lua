@@ -1,8 +1,10 @@
--- ARGV: time, worker, how many at most. How many were taken back.
-local held = redis.call('SRANDMEMBER', key('w:' .. ARGV[2]), ARGV[3])
-for _, task in ipairs(held) do
-  take_back(task)
-  -- One whose lease is not there would be found for ever.
-  redis.call('SREM', key('w:' .. ARGV[2]), task)
+-- ARGV: time, worker, tasks. Takes back those that the worker has leased; how many they were.
+local count = 0
+for i = 3, #ARGV do
+  local _, _, worker = lease(ARGV[i])
+  if worker == ARGV[2] then
+    take_back(ARGV[i])
+    count = count + 1
+  end
 end
-return #held
+return count

@@ -7,7 +7,7 @@ for _, task in ipairs(over) do
   take_back(task)
 end
 -- Who was woken for what is ready may have gone before it looked.
-for priority = 0, #WEIGHTS - 1 do
+for priority = 0, 3 do
   if redis.call('EXISTS', ready_key(SHARED, priority)) == 1 then
     wake(SHARED)
     break
