@@ -1,6 +1,7 @@
 //! The command line, and the environment: everything that is configured from outside.
 
 mod database;
+mod redis;
 mod template;
 mod tools;
 mod up;
@@ -14,6 +15,7 @@ use aether_types::{DriverKind, TaskId, limits};
 use clap::{ArgAction, Parser, Subcommand, ValueEnum};
 
 pub(crate) use database::{DatabaseOptions, Migrate, MigrateCommand, refused};
+pub(crate) use redis::{RedisOptions, refused_redis};
 pub(crate) use template::{
     Pool, Snapshot, SnapshotCreate, SnapshotList, Template, TemplateBuild, TemplateList,
 };
@@ -186,6 +188,8 @@ pub(crate) struct Doctor {
     pub(crate) backend: Backend,
     #[command(flatten)]
     pub(crate) database: DatabaseOptions,
+    #[command(flatten)]
+    pub(crate) redis: RedisOptions,
     /// Check the server that --url names, or that runs here, instead of a temporary one
     #[arg(long)]
     pub(crate) server: bool,

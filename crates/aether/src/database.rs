@@ -1,13 +1,14 @@
-//! The store and the queue that were asked for: files of this data directory, or PostgreSQL.
+//! The store and the queue that were asked for: files of this data directory, PostgreSQL, Redis.
 
 use std::sync::Arc;
 
 use aether_postgres::{Config, Database, Extent, MigrateError, OpenError, Schema};
-use aether_queue::{PostgresQueue, Queue, QueueError, SqliteQueue};
+use aether_queue::{PostgresQueue, Queue, QueueError, RedisQueue, SqliteQueue};
 use aether_store::{Durability, PostgresStore, SqliteStore, Store, StoreError};
+use aether_types::WorkerId;
 
 use crate::{
-    args::refused,
+    args::{refused, refused_redis},
     datadir::LockedDataDir,
     exit::Exit,
     failure::{Failure, chain},
@@ -19,9 +20,16 @@ pub(crate) const SCHEMAS: &[Schema] =
 
 /// What the platform is to be on.
 #[derive(Debug)]
+pub(crate) struct Target {
+    pub(crate) store: StoreTarget,
+    /// `None`: the queue is beside the store.
+    pub(crate) redis: Option<aether_redis::Config>,
+}
+
+#[derive(Debug)]
 #[expect(clippy::large_enum_variant, reason = "one exists in a program")]
-pub(crate) enum Target {
-    /// Files that this process alone uses. It brings them up to date itself.
+pub(crate) enum StoreTarget {
+    /// A file that this process alone uses. It brings it up to date itself.
     Files,
     Postgres {
         config: Config,
@@ -36,48 +44,97 @@ pub(crate) struct Opened {
     pub(crate) database: Option<Database>,
 }
 
+impl Target {
+    pub(crate) fn files() -> Self {
+        Self { store: StoreTarget::Files, redis: None }
+    }
+}
+
 impl Opened {
     pub(crate) async fn open(target: Target, dir: &LockedDataDir) -> Result<Self, Failure> {
-        match target {
-            Target::Files => Self::files(dir).await,
-            Target::Postgres { config, migrate } => Self::postgres(config, migrate).await,
-        }
-    }
-
-    async fn files(dir: &LockedDataDir) -> Result<Self, Failure> {
-        let store = SqliteStore::open(&dir.store(), Durability::default())
-            .await
-            .map_err(|e| Failure::internal("open the store", &e))?;
-        let queue = SqliteQueue::open(&dir.queue())
-            .await
-            .map_err(|e| Failure::internal("open the queue", &e))?;
-        Ok(Self { store: Arc::new(store), queue: Arc::new(queue), database: None })
-    }
-
-    async fn postgres(config: Config, migrate: bool) -> Result<Self, Failure> {
-        if migrate {
-            for step in aether_postgres::up(&config, SCHEMAS, Extent::Expand)
-                .await
-                .map_err(|e| migration(&e))?
-            {
-                tracing::info!(
-                    part = step.part,
-                    version = step.version,
-                    name = step.name,
-                    "migrated"
-                );
+        let Target { store, redis } = target;
+        let (store, database): (Arc<dyn Store>, _) = match store {
+            StoreTarget::Files => {
+                let opened = SqliteStore::open(&dir.store(), Durability::default()).await;
+                (Arc::new(opened.map_err(|e| Failure::internal("open the store", &e))?), None)
             }
+            StoreTarget::Postgres { config, migrate } => {
+                let database = postgres(config, migrate).await?;
+                let opened = PostgresStore::open(&database).await;
+                (Arc::new(opened.map_err(|e| store_failure(&e))?), Some(database))
+            }
+        };
+        let queue: Arc<dyn Queue> = match (redis, &database) {
+            (Some(config), _) => {
+                let owner = installation(&*store).await?;
+                let opened = RedisQueue::open(config, &owner).await;
+                Arc::new(opened.map_err(|e| queue_failure(&e))?)
+            }
+            (None, Some(database)) => {
+                let opened = PostgresQueue::open(database).await;
+                Arc::new(opened.map_err(|e| queue_failure(&e))?)
+            }
+            (None, None) => {
+                let opened = SqliteQueue::open(&dir.queue()).await;
+                Arc::new(opened.map_err(|e| queue_failure(&e))?)
+            }
+        };
+        Ok(Self { store, queue, database })
+    }
+}
+
+async fn postgres(config: Config, migrate: bool) -> Result<Database, Failure> {
+    if migrate {
+        let applied = aether_postgres::up(&config, SCHEMAS, Extent::Expand).await;
+        for step in applied.map_err(|e| migration(&e))? {
+            let (part, version, name) = (step.part, step.version, step.name);
+            tracing::info!(part, version, name, "migrated");
         }
-        let database = open(config).await?;
-        let store = PostgresStore::open(&database).await.map_err(|error| match &error {
-            StoreError::Schema(why) => migration(why),
-            _ => Failure::internal("open the store", &error),
-        })?;
-        let queue = PostgresQueue::open(&database).await.map_err(|error| match &error {
-            QueueError::Schema(why) => migration(why),
-            _ => Failure::internal("open the queue", &error),
-        })?;
-        Ok(Self { store: Arc::new(store), queue: Arc::new(queue), database: Some(database) })
+    }
+    open(config).await
+}
+
+/// The store's name for itself: what is outside of it and belongs to it has this on it.
+async fn installation(store: &dyn Store) -> Result<String, Failure> {
+    let failed = |e: &dyn std::error::Error| Failure::internal("read the store's name", e);
+    let proposed = WorkerId::new().to_string();
+    let kept = store.shared_secret("installation", proposed.as_bytes()).await;
+    String::from_utf8(kept.map_err(|e| failed(&e))?).map_err(|e| failed(&e))
+}
+
+fn store_failure(error: &StoreError) -> Failure {
+    match error {
+        StoreError::Schema(why) => migration(why),
+        _ => Failure::internal("open the store", error),
+    }
+}
+
+fn queue_failure(error: &QueueError) -> Failure {
+    match error {
+        QueueError::Schema(why) => migration(why),
+        QueueError::Open(why) => redis_unreachable(why),
+        QueueError::Foreign { .. } => {
+            Failure::new("redis_of_another", Exit::Conflict, error.to_string())
+                .hint("choose another --redis-prefix, or remove what is left of the other there")
+        }
+        _ => Failure::internal("open the queue", error),
+    }
+}
+
+pub(crate) fn redis_unreachable(error: &aether_redis::OpenError) -> Failure {
+    use aether_redis::OpenError;
+    match error {
+        OpenError::Config(error) => refused_redis(error),
+        OpenError::Connect(error) if error.trouble == aether_redis::Trouble::Refused => {
+            Failure::new("redis_refused", Exit::Unauthorized, chain(error))
+                .hint("check REDIS_PASSWORD, and what the user may do")
+        }
+        OpenError::Connect(error) => {
+            Failure::new("redis_unreachable", Exit::Unavailable, chain(error))
+                .hint("check that it runs, and REDIS_URL or REDIS_ADDR")
+        }
+        OpenError::TooOld { .. } => Failure::new("redis_too_old", Exit::Failure, chain(error))
+            .hint("use a newer one, or none: PostgreSQL has a queue too"),
     }
 }
 

@@ -1,7 +1,7 @@
 //! `aether doctor`: looks at this host, then runs a VM on it through the whole platform, removes
 //! it, and counts what is left. Every finding that is not well says what mends it.
 
-use std::{net::SocketAddr, path::Path, time::Duration};
+use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
 use aether_api::{
     CreateSnapshot, CreateVm, ExecuteRequest, VmView,
@@ -9,6 +9,7 @@ use aether_api::{
 };
 use aether_drivers::CgroupStatus;
 use aether_postgres::{Database, Facts, OpenError};
+use aether_redis::{Link, Listener};
 use aether_types::{DriverKind, ErrorCode, VmState};
 use aether_worker::ShutdownMode;
 use serde::Serialize;
@@ -16,8 +17,8 @@ use tokio::{net::TcpListener, time::Instant};
 
 use crate::{
     args::{
-        Backend, Capacity, DatabaseOptions, Doctor, DriverChoice, Global, PoolChoice, Snapshots,
-        ToolOptions,
+        Backend, Capacity, DatabaseOptions, Doctor, DriverChoice, Global, PoolChoice, RedisOptions,
+        Snapshots, ToolOptions,
     },
     cli,
     compose::{self, Plan, Platform},
@@ -32,6 +33,9 @@ use crate::{
 const WAIT: Duration = Duration::from_mins(4);
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(30);
 const DATABASE: &str = "database";
+const REDIS: &str = "redis";
+/// What a VM can be tried without.
+const BESIDE: [&str; 2] = [DATABASE, REDIS];
 const HINT: &str = "`aether up --log-level debug` says more; see the findings above";
 
 #[derive(Serialize)]
@@ -60,11 +64,12 @@ pub(crate) async fn run(global: &Global, args: Doctor) -> Result<Exit, Failure> 
         }
         // The VM below is on files of its own: what is wrong here does not keep it from running.
         database(&args.database, &mut findings).await;
+        redis(&args.redis, &mut findings).await;
         // A host that lacks something cannot run a VM: that is said already.
         if findings
             .all
             .iter()
-            .any(|found| found.verdict == Verdict::Failed && found.check != DATABASE)
+            .any(|found| found.verdict == Verdict::Failed && !BESIDE.contains(&found.check))
         {
             let found = "not tried, since the host lacks what is said above";
             findings.add(Finding::failed("vm", found, "mend that first"));
@@ -196,6 +201,41 @@ async fn tables(database: &Database) -> Finding {
     Finding::ok(DATABASE, "its tables are those of this program")
 }
 
+/// The one that is configured: is it there, new enough, and does it keep what it is told?
+async fn redis(options: &RedisOptions, findings: &mut Findings) {
+    let config = match options.config() {
+        Ok(Some(config)) => config,
+        Ok(None) => return,
+        Err(failure) => return findings.failed(REDIS, &failure),
+    };
+    let link = match Link::open(config, Arc::new(Deaf)).await {
+        Ok(link) => link,
+        Err(error) => return findings.failed(REDIS, &database::redis_unreachable(&error)),
+    };
+    let (info, place) = (link.info(), link.config().place());
+    findings.add(Finding::ok(REDIS, format!("Redis {} answers at {place}", info.version)));
+    if let Some(weakness) = link.config().weakness() {
+        findings.add(Finding::warning(REDIS, weakness, "use rediss://"));
+    }
+    if info.evicts() {
+        let found = format!("when it is full it throws tasks away ({})", info.eviction);
+        findings.add(Finding::warning(REDIS, found, "set maxmemory-policy noeviction"));
+    }
+    if !info.has_append_only_file {
+        let found = "a restart forgets the queue, which the store then fills again";
+        findings.add(Finding::warning(REDIS, found, "set appendonly yes"));
+    }
+}
+
+/// The doctor asks, and hears nothing.
+struct Deaf;
+
+impl Listener for Deaf {
+    fn message(&self, _text: &str) {}
+
+    fn connected(&self, _restarted: bool) {}
+}
+
 /// A platform of its own, in a temporary folder, on a free port.
 async fn try_here(backend: Backend, findings: &mut Findings) -> Result<(), Failure> {
     let folder = tempfile::Builder::new()
@@ -212,7 +252,7 @@ async fn try_here(backend: Backend, findings: &mut Findings) -> Result<(), Failu
     let capacity = Capacity { max_vms: 2, max_starting: 2, pool: vec![PoolChoice::None] };
     let snapshots = Snapshots { no_default_template: true, ..Snapshots::default() };
     let tools = ToolOptions { no_default_tools: true, ..ToolOptions::default() };
-    let plan = Plan { dir, listener, target: Target::Files, backend, capacity, snapshots, tools };
+    let plan = Plan { dir, listener, target: Target::files(), backend, capacity, snapshots, tools };
     let platform = match Box::pin(Platform::start(plan)).await {
         Ok(platform) => platform,
         Err(failure) => {

@@ -11,7 +11,7 @@ use crate::{
     args::{Global, Up},
     cli::local_url,
     compose::{self, Plan, Platform},
-    database::Target,
+    database::{StoreTarget, Target},
     datadir::DataDir,
     default_template::DefaultTemplate,
     exit::Exit,
@@ -59,10 +59,11 @@ pub(crate) async fn run(global: &Global, args: Up) -> Result<Exit, Failure> {
     logging::start(args.log_format, &args.log_level)?;
     check_address(args.listen, args.insecure_http)?;
     let mode = if args.keep_vms { ShutdownMode::KeepVms } else { ShutdownMode::StopVms };
-    let target = match args.database.config()? {
-        Some(config) => Target::Postgres { config, migrate: args.migrate },
-        None => Target::Files,
+    let store = match args.database.config()? {
+        Some(config) => StoreTarget::Postgres { config, migrate: args.migrate },
+        None => StoreTarget::Files,
     };
+    let target = Target { store, redis: args.redis.config()? };
     let dir = DataDir::choose(global.data_dir.as_deref()).lock()?;
     let listener = bind(args.listen).await?;
     let mut signals = Signals::take()?;

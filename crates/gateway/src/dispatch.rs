@@ -27,8 +27,9 @@ const CONFIRMATIONS_MAX: usize = 1024;
 /// Tasks read from the outbox at once.
 const BATCH: u32 = 256;
 
-/// After a failure: doubled each time, up to the beat.
+/// After a failure: doubled each time. Tasks wait for a queue that was away and is back.
 const RETRY_MIN: Duration = Duration::from_millis(50);
+const RETRY_MAX: Duration = Duration::from_millis(800);
 
 /// The outbox is looked at this often though nobody said that there is something in it.
 const BEAT: Duration = Duration::from_secs(5);
@@ -120,7 +121,7 @@ impl DispatchLoop {
                         retry = RETRY_MIN;
                         BEAT
                     } else {
-                        retry = (retry * 2).min(BEAT);
+                        retry = (retry * 2).min(RETRY_MAX);
                         retry
                     };
                     next_sweep = Instant::now() + wait;

@@ -20,12 +20,26 @@ pub enum QueueError {
         #[source]
         source: sqlx::Error,
     },
-    /// The database went away. A claim may have been made, and runs out; the rest can be repeated.
-    #[error("{context}: the database cannot be reached")]
+    /// What the queue is on went away. A claim may have been made, and runs out; the rest can be
+    /// repeated.
+    #[error("{context}: the queue cannot be reached")]
     Unreachable {
         context: &'static str,
         #[source]
-        source: Option<sqlx::Error>,
+        source: Option<Box<dyn std::error::Error + Send + Sync>>,
+    },
+    /// There is no room for more entries; nothing was taken in.
+    #[error("{context}: the queue is full")]
+    Full {
+        context: &'static str,
+        #[source]
+        source: Box<aether_redis::CallError>,
+    },
+    #[error("{context}")]
+    Redis {
+        context: &'static str,
+        #[source]
+        source: Box<aether_redis::CallError>,
     },
     /// Others changed the same at the same time, again and again; this was undone.
     #[error("{context}: others changed the same at the same time")]
@@ -34,6 +48,11 @@ pub enum QueueError {
         #[source]
         source: sqlx::Error,
     },
+    #[error("open the queue")]
+    Open(#[source] Box<aether_redis::OpenError>),
+    /// Tasks of another store are in it, which this one knows nothing of.
+    #[error("the queue in Redis at {place} under this prefix is another installation's")]
+    Foreign { place: aether_redis::Place },
     #[error("bring the queue's tables up to date")]
     Migration(#[source] Box<sqlx::migrate::MigrateError>),
     /// The tables are not those that this program knows.
@@ -46,10 +65,15 @@ impl QueueError {
     #[must_use]
     pub fn code(&self) -> ErrorCode {
         match self {
-            Self::Busy | Self::Unreachable { .. } | Self::Collided { .. } => ErrorCode::Unavailable,
+            Self::Busy | Self::Unreachable { .. } | Self::Full { .. } | Self::Collided { .. } => {
+                ErrorCode::Unavailable
+            }
             Self::Lost
             | Self::Corrupt(_)
+            | Self::Redis { .. }
             | Self::Database { .. }
+            | Self::Open(_)
+            | Self::Foreign { .. }
             | Self::Migration(_)
             | Self::Schema(_) => ErrorCode::Internal,
         }
@@ -61,9 +85,16 @@ impl QueueError {
         match self {
             Self::Busy
             | Self::Unreachable { .. }
+            | Self::Full { .. }
+            | Self::Redis { .. }
             | Self::Collided { .. }
             | Self::Database { .. } => true,
-            Self::Lost | Self::Corrupt(_) | Self::Migration(_) | Self::Schema(_) => false,
+            Self::Lost
+            | Self::Corrupt(_)
+            | Self::Open(_)
+            | Self::Foreign { .. }
+            | Self::Migration(_)
+            | Self::Schema(_) => false,
         }
     }
 }
@@ -81,7 +112,9 @@ impl<T> Context<T> for Result<T, sqlx::Error> {
             }
             match aether_postgres::trouble(&source) {
                 Trouble::Busy => QueueError::Busy,
-                Trouble::Lost => QueueError::Unreachable { context, source: Some(source) },
+                Trouble::Lost => {
+                    QueueError::Unreachable { context, source: Some(Box::new(source)) }
+                }
                 Trouble::Conflict => QueueError::Collided { context, source },
                 Trouble::Other => QueueError::Database { context, source },
             }

@@ -13,6 +13,7 @@
 pub mod clock;
 mod error;
 pub mod postgres;
+pub mod redis;
 mod schedule;
 mod share;
 pub mod sqlite;
@@ -26,6 +27,7 @@ use async_trait::async_trait;
 pub use clock::{Clock, ManualClock, SystemClock};
 pub use error::QueueError;
 pub use postgres::PostgresQueue;
+pub use redis::RedisQueue;
 pub use sqlite::SqliteQueue;
 
 /// Who may claim an entry.
@@ -103,4 +105,10 @@ pub trait Queue: Send + Sync + 'static {
     async fn contains(&self, task: TaskId) -> Result<bool, QueueError>;
 
     async fn depth(&self) -> Result<Depth, QueueError>;
+
+    /// Completes when entries that were acknowledged may be gone: what the queue is on came back
+    /// with less than it had. Who has the truth enqueues it again. One caller at a time is told.
+    async fn may_have_lost(&self) {
+        std::future::pending::<()>().await;
+    }
 }

@@ -18,6 +18,8 @@ use crate::Lane;
 pub(crate) struct Waiters {
     /// The one that waits longest first.
     waiting: Mutex<VecDeque<Entry>>,
+    /// A wake-up was for nobody here.
+    unused: Notify,
 }
 
 #[derive(Debug)]
@@ -46,20 +48,42 @@ impl Waiters {
 
     /// Wakes one that may take from the lane.
     pub(crate) fn wake(&self, lane: Lane) {
+        self.try_wake(lane);
+    }
+
+    /// `false`: there is none.
+    fn try_wake(&self, lane: Lane) -> bool {
         let mut waiting = self.lock();
         let place = waiting.iter().position(|w| match lane {
             Lane::Shared => true,
             Lane::Worker(worker) => w.worker == worker,
         });
-        if let Some(entry) = place.and_then(|p| waiting.remove(p)) {
+        let entry = place.and_then(|p| waiting.remove(p));
+        if let Some(entry) = &entry {
             entry.woken.notify_one();
+        }
+        entry.is_some()
+    }
+
+    /// As [`Waiters::wake`]; where there is none, [`Waiters::unused`] completes.
+    pub(crate) fn wake_or_pass(&self, lane: Lane) {
+        if !self.try_wake(lane) {
+            self.unused.notify_one();
         }
     }
 
     /// Wakes another that may take what this worker may.
     pub(crate) fn wake_another(&self, worker: WorkerId) {
-        self.wake(Lane::Worker(worker));
-        self.wake(Lane::Shared);
+        let own = self.try_wake(Lane::Worker(worker));
+        let shared = self.try_wake(Lane::Shared);
+        if !own && !shared {
+            self.unused.notify_one();
+        }
+    }
+
+    /// Completes when a wake-up was for nobody here: another process may have use for it.
+    pub(crate) async fn unused(&self) {
+        self.unused.notified().await;
     }
 
     /// Wakes everybody: something may have become ready that nobody told.

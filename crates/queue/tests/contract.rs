@@ -7,9 +7,10 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use aether_postgres::{Database, Extent, testing, testing::TestDatabase};
 use aether_queue::{
-    Depth, Entry, Lane, Lease, ManualClock, PostgresQueue, Queue, QueueError, SqliteQueue,
-    postgres::SCHEMA,
+    Depth, Entry, Lane, Lease, ManualClock, PostgresQueue, Queue, QueueError, RedisQueue,
+    SqliteQueue, postgres::SCHEMA,
 };
+use aether_redis::testing::Server;
 use aether_types::{Priority, TaskId, WorkerId};
 use async_trait::async_trait;
 
@@ -104,6 +105,42 @@ impl Rig for PostgresRig {
         drop(self.queue.take());
         let database = Database::open(self.test.config.clone()).await.unwrap();
         let queue = PostgresQueue::open_with_clock(&database, self.clock.clone()).await.unwrap();
+        self.queue = Some(Arc::new(queue));
+    }
+}
+
+struct RedisRig {
+    clock: Arc<ManualClock>,
+    queue: Option<Arc<RedisQueue>>,
+    server: Server,
+}
+
+#[async_trait]
+impl Rig for RedisRig {
+    type Queue = RedisQueue;
+
+    async fn new() -> Option<Self> {
+        if !aether_redis::testing::available() {
+            return None;
+        }
+        let clock = Arc::new(ManualClock::new());
+        let mut rig = Self { clock, queue: None, server: Server::forgetful() };
+        rig.restart().await;
+        Some(rig)
+    }
+
+    fn queue(&self) -> Arc<RedisQueue> {
+        Arc::clone(self.queue.as_ref().unwrap())
+    }
+
+    async fn pass(&self, time: Duration) {
+        self.clock.advance(time);
+    }
+
+    async fn restart(&mut self) {
+        drop(self.queue.take());
+        let config = self.server.config();
+        let queue = RedisQueue::open_with_clock(config, "test", self.clock.clone()).await.unwrap();
         self.queue = Some(Arc::new(queue));
     }
 }
@@ -501,4 +538,8 @@ mod sqlite {
 
 mod postgres {
     contract!(super::PostgresRig);
+}
+
+mod redis {
+    contract!(super::RedisRig);
 }

@@ -3,11 +3,16 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use aether_queue::{Clock, Depth, Entry, Lane, Lease, ManualClock, Queue, QueueError, SqliteQueue};
+use aether_postgres::{Database, Extent, testing::TestDatabase};
+use aether_queue::{
+    Clock, Depth, Entry, Lane, Lease, ManualClock, PostgresQueue, Queue, QueueError, RedisQueue,
+    SqliteQueue, postgres::SCHEMA,
+};
+use aether_redis::{Parts, testing::Server};
 use aether_types::{Priority, TaskId, WorkerId};
-use proptest::prelude::*;
+use proptest::{prelude::*, test_runner::TestRunner};
 
 const LEASE: Duration = Duration::from_secs(10);
 const WORKERS: usize = 3;
@@ -75,10 +80,42 @@ struct Modelled {
     delay: Duration,
 }
 
+/// What is under a queue.
+enum Engine {
+    Sqlite(tempfile::TempDir),
+    Postgres(TestDatabase),
+    Redis(aether_redis::Config),
+}
+
+impl Engine {
+    async fn open(&self, clock: Arc<ManualClock>) -> Box<dyn Queue> {
+        match self {
+            Self::Sqlite(folder) => {
+                let path = folder.path().join("queue.db");
+                Box::new(SqliteQueue::open_with_clock(&path, clock).await.unwrap())
+            }
+            Self::Postgres(test) => {
+                let database = Database::open(test.config.clone()).await.unwrap();
+                Box::new(PostgresQueue::open_with_clock(&database, clock).await.unwrap())
+            }
+            Self::Redis(config) => {
+                let opened = RedisQueue::open_with_clock(config.clone(), "test", clock).await;
+                Box::new(opened.unwrap())
+            }
+        }
+    }
+
+    /// Whether leases and delays are in the process, and begin anew with it. Else they are a
+    /// server's, with which a call goes on though nobody waits for its answer.
+    fn is_in_process(&self) -> bool {
+        matches!(self, Self::Sqlite(_))
+    }
+}
+
 struct World {
-    path: PathBuf,
+    engine: Engine,
     clock: Arc<ManualClock>,
-    queue: Option<SqliteQueue>,
+    queue: Option<Box<dyn Queue>>,
     workers: Vec<WorkerId>,
     entries: BTreeMap<TaskId, Modelled>,
     leases: Vec<Lease>,
@@ -97,8 +134,23 @@ fn pick<T: Clone>(of: &[T], at: usize) -> Option<T> {
 }
 
 impl World {
-    fn queue(&self) -> &SqliteQueue {
-        self.queue.as_ref().unwrap()
+    async fn new(engine: Engine) -> Self {
+        let mut world = Self {
+            engine,
+            clock: Arc::new(ManualClock::new()),
+            queue: None,
+            workers: (0..WORKERS).map(|_| WorkerId::new()).collect(),
+            entries: BTreeMap::new(),
+            leases: Vec::new(),
+            made: Vec::new(),
+            last_epoch: 0,
+        };
+        world.reopen().await;
+        world
+    }
+
+    fn queue(&self) -> &dyn Queue {
+        &**self.queue.as_ref().unwrap()
     }
 
     fn now(&self) -> Duration {
@@ -119,8 +171,7 @@ impl World {
 
     async fn reopen(&mut self) {
         drop(self.queue.take());
-        self.queue =
-            Some(SqliteQueue::open_with_clock(&self.path, self.clock.clone()).await.unwrap());
+        self.queue = Some(self.engine.open(self.clock.clone()).await);
     }
 
     async fn claim(&mut self, worker: usize) -> Option<Lease> {
@@ -203,6 +254,8 @@ impl World {
             Op::Claim(worker) => {
                 self.claim(worker).await;
             }
+            // With a server it is not known when what is left of it ends.
+            Op::DropClaim(_) if !self.engine.is_in_process() => {}
             Op::DropClaim(worker) => {
                 let wait = Duration::from_secs(100);
                 let mut claim = self.queue().claim(self.workers[worker], LEASE, wait);
@@ -276,6 +329,9 @@ impl World {
             }
             Op::Restart => {
                 self.reopen().await;
+                if !self.engine.is_in_process() {
+                    return;
+                }
                 let now = self.now();
                 for m in self.entries.values_mut() {
                     match &mut m.place {
@@ -314,30 +370,56 @@ impl World {
     }
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
-
-    #[test]
-    fn the_queue_is_its_model(ops in prop::collection::vec(op(), 1..120)) {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+/// Runs random operations, each case on what `engine` gives.
+fn check<F>(cases: u32, engine: impl Fn() -> F)
+where
+    F: Future<Output = Engine>,
+{
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let mut runner = TestRunner::new(ProptestConfig { cases, ..ProptestConfig::default() });
+    let all = prop::collection::vec(op(), 1..120);
+    let outcome = runner.run(&all, |ops| {
         runtime.block_on(async {
-            let folder = tempfile::tempdir().unwrap();
-            let mut world = World {
-                path: folder.path().join("queue.db"),
-                clock: Arc::new(ManualClock::new()),
-                queue: None,
-                workers: (0..WORKERS).map(|_| WorkerId::new()).collect(),
-                entries: BTreeMap::new(),
-                leases: Vec::new(),
-                made: Vec::new(),
-                last_epoch: 0,
-            };
-            world.reopen().await;
+            let mut world = World::new(engine().await).await;
             for op in ops {
                 world.apply(op).await;
                 world.check().await;
             }
             world.drain().await;
         });
+        Ok(())
+    });
+    if let Err(error) = outcome {
+        panic!("{error}");
     }
+}
+
+#[test]
+fn the_queue_is_its_model_on_sqlite() {
+    check(48, || async { Engine::Sqlite(tempfile::tempdir().unwrap()) });
+}
+
+#[test]
+fn the_queue_is_its_model_on_postgres() {
+    if !aether_postgres::testing::available() {
+        return;
+    }
+    check(16, || async {
+        let made = aether_postgres::testing::database("queue", async |config| {
+            aether_postgres::up(&config, &[SCHEMA], Extent::Expand).await.unwrap();
+        });
+        Engine::Postgres(made.await)
+    });
+}
+
+#[test]
+fn the_queue_is_its_model_on_redis() {
+    if !aether_redis::testing::available() {
+        return;
+    }
+    let server = Server::forgetful();
+    check(64, || async {
+        let prefix = Some(WorkerId::new().to_string());
+        Engine::Redis(server.config().with(Parts { prefix, ..Parts::default() }).unwrap())
+    });
 }

@@ -8,8 +8,8 @@ use aether_events::{Event, Received, Subscription};
 use aether_queue::{Entry, Lane};
 use aether_store::{NewTask, PageRequest, StoreError, TaskFilter, VmFilter};
 use aether_types::{
-    ErrorCode, Fault, MachineId, Origin, Task, TaskId, TaskKind, Timestamp, Vm, VmEvent, VmId,
-    VmState, limits,
+    ErrorCode, Fault, MachineId, Origin, Task, TaskId, TaskKind, TaskState, Timestamp, Vm, VmEvent,
+    VmId, VmState, limits,
 };
 
 use crate::{WorkerError, fault, guest::Guest, lifecycle::parse_token, worker::Core};
@@ -62,8 +62,21 @@ pub(crate) async fn at_start(core: &Arc<Core>) -> Result<(), WorkerError> {
         }
     }
     settle_without_machine(core, &found, &busy).await?;
-    dispatch(core, core.parts.store.open_tasks().await?).await?;
-    Ok(())
+    dispatch_open(core).await
+}
+
+/// All that has not ended, for a queue that may not have it; what it has it keeps as it is. What
+/// another has in hand is left to that one for as long as a lease.
+async fn dispatch_open(core: &Core) -> Result<(), WorkerError> {
+    let in_hand: HashSet<TaskId> =
+        core.attempts.leases().into_iter().map(|lease| lease.task).collect();
+    let open = core.parts.store.open_tasks().await?.into_iter();
+    let (running, waiting): (Vec<_>, Vec<_>) =
+        open.filter(|task| !in_hand.contains(&task.id)).partition(|task| {
+            task.state == TaskState::Running && task.worker_id != Some(core.parts.id)
+        });
+    dispatch(core, waiting).await?;
+    dispatch_after(core, running, core.parts.config.lease).await
 }
 
 /// A machine that the driver knows: adopt it, leave it to the task that is on its way, or remove
@@ -232,18 +245,32 @@ async fn remove(driver: &Arc<dyn Driver>, id: MachineId) {
 
 /// Runs until the worker closes: times to live, leases of the dead, dispatches of the dead.
 pub(crate) async fn keep(core: Arc<Core>, mut events: Box<dyn Subscription>) {
+    // The queue may lack what it was told.
+    let mut is_owed = false;
     loop {
         let expiry = next_expiry(&core).await;
         tokio::select! {
             () = core.draining.cancelled() => return,
             () = tokio::time::sleep(expiry.min(SWEEP)) => {}
+            () = core.parts.queue.may_have_lost() => is_owed = true,
             // A new VM may expire before the timer that was set without it.
             () = vm_event(&mut events) => continue,
         }
-        if let Err(error) = sweep(&core).await {
-            tracing::error!(error = fault::chain(&error), "reconcile");
+        if is_owed {
+            tracing::warn!("the queue may have lost entries; all open tasks are dispatched again");
+            is_owed = noted(dispatch_open(&core).await).is_err();
         }
+        let _ = noted(sweep(&core).await);
+        // A queue that is away keeps no VM alive.
+        let _ = noted(expire(&core).await);
     }
+}
+
+fn noted(done: Result<(), WorkerError>) -> Result<(), WorkerError> {
+    if let Err(error) = &done {
+        tracing::error!(error = fault::chain(error), "reconcile");
+    }
+    done
 }
 
 async fn vm_event(events: &mut Box<dyn Subscription>) {
@@ -274,7 +301,10 @@ async fn next_expiry(core: &Core) -> Duration {
 
 async fn sweep(core: &Arc<Core>) -> Result<(), WorkerError> {
     core.parts.queue.sweep().await?;
-    dispatch(core, core.parts.store.undispatched(limits::PAGE_LIMIT_MAX).await?).await?;
+    dispatch(core, core.parts.store.undispatched(limits::PAGE_LIMIT_MAX).await?).await
+}
+
+async fn expire(core: &Arc<Core>) -> Result<(), WorkerError> {
     for id in core.parts.store.expired_vms(Timestamp::now()).await? {
         tracing::info!(vm.id = %id, "the VM's time to live is over");
         delete(core, id).await;
@@ -283,6 +313,10 @@ async fn sweep(core: &Arc<Core>) -> Result<(), WorkerError> {
 }
 
 pub(crate) async fn dispatch(core: &Core, tasks: Vec<Task>) -> Result<(), WorkerError> {
+    dispatch_after(core, tasks, Duration::ZERO).await
+}
+
+async fn dispatch_after(core: &Core, tasks: Vec<Task>, delay: Duration) -> Result<(), WorkerError> {
     let mut entries = Vec::with_capacity(tasks.len());
     for task in &tasks {
         let vm = match task.vm_id {
@@ -291,7 +325,7 @@ pub(crate) async fn dispatch(core: &Core, tasks: Vec<Task>) -> Result<(), Worker
         };
         let worker = vm.and_then(|vm| vm.worker_id);
         let lane = worker.map_or(Lane::Shared, Lane::Worker);
-        entries.push(Entry { task: task.id, lane, priority: task.priority, delay: Duration::ZERO });
+        entries.push(Entry { task: task.id, lane, priority: task.priority, delay });
     }
     if entries.is_empty() {
         return Ok(());

@@ -4,7 +4,7 @@ use std::{net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::ArgAction;
 
-use super::{Backend, DatabaseOptions, ToolOptions, values::parse_duration};
+use super::{Backend, DatabaseOptions, RedisOptions, ToolOptions, values::parse_duration};
 use crate::logging::LogFormat;
 
 const EXAMPLES: &str = "\
@@ -13,6 +13,7 @@ Examples:
   aether up --pool default=2..8 --pool web:v2=4
   aether up --pool none --max-vms 50 --snapshot-keep 5 --snapshot-max-age 30d
   DATABASE_URL=postgres://aetherium@localhost/aetherium aether up --migrate
+  REDIS_ADDR=localhost:6379 aether up
   aether up --default-tool nodejs@22 --default-tool go --tools-budget-mb 20000";
 
 #[derive(Debug, Clone, clap::Args)]
@@ -32,6 +33,8 @@ pub(crate) struct Up {
     /// Bring the tables in PostgreSQL up to date first, as `aether migrate up` does
     #[arg(long, env = "AETHER_MIGRATE", help_heading = "PostgreSQL")]
     pub(crate) migrate: bool,
+    #[command(flatten)]
+    pub(crate) redis: RedisOptions,
     #[command(flatten)]
     pub(crate) backend: Backend,
     #[command(flatten)]

@@ -11,6 +11,8 @@ mod plain;
 #[cfg(test)]
 mod postgres;
 #[cfg(test)]
+mod redis;
+#[cfg(test)]
 mod rig;
 #[cfg(test)]
 mod tools;

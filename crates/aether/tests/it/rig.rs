@@ -165,6 +165,12 @@ pub(crate) fn command(data: &Path) -> Command {
         "POSTGRES_PASSWORD",
         "POSTGRES_DB",
         "POSTGRES_SSLMODE",
+        "REDIS_URL",
+        "REDIS_ADDR",
+        "REDIS_USER",
+        "REDIS_PASSWORD",
+        "REDIS_CA_FILE",
+        "REDIS_PREFIX",
         "NOTIFY_SOCKET",
     ] {
         command.env_remove(name);

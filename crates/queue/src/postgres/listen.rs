@@ -115,11 +115,13 @@ pub(super) async fn wake_when_due(shared: Arc<Shared>) {
             sql::promote(&shared.pool, shared.now_ms()).await?;
             sql::next_due(&shared.pool, shared.now_ms()).await
         };
+        // Before the question, which takes time: too early is put right by asking again.
+        let asked = shared.clock.now();
         // A delay that begins after the question leaves its permit in `delayed`.
         match due.await {
             Ok(Some(left)) => {
                 pause = PAUSE_MIN;
-                let due = shared.clock.now().saturating_add(left);
+                let due = asked.saturating_add(left);
                 tokio::select! {
                     () = shared.clock.sleep_until(due) => {}
                     () = shared.delayed.notified() => {}

@@ -186,6 +186,10 @@ fn trouble(error: &QueueError) -> Trouble {
         QueueError::Busy
         | QueueError::Lost
         | QueueError::Corrupt(_)
+        | QueueError::Full { .. }
+        | QueueError::Redis { .. }
+        | QueueError::Open(_)
+        | QueueError::Foreign { .. }
         | QueueError::Database { .. }
         | QueueError::Migration(_)
         | QueueError::Schema(_) => Trouble::Other,

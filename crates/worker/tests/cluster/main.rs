@@ -4,6 +4,7 @@
 
 mod crashes;
 mod executions;
+mod forgetful;
 mod interrupted;
 mod memory;
 mod rig;

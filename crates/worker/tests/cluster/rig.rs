@@ -13,7 +13,7 @@ use aether_drivers::{
 };
 use aether_events::{Event, LocalBus, Received, Subscription};
 use aether_images::SnapshotStore;
-use aether_queue::{Entry, Lane, SqliteQueue};
+use aether_queue::{Entry, Lane, Queue, SqliteQueue};
 use aether_store::{
     Capacity, Durability, NewExecution, NewSnapshot, NewTask, NewTemplate, NewVm, SqliteStore,
     Store,
@@ -126,21 +126,32 @@ pub(crate) fn template_spec() -> TemplateSpec {
 impl Rig {
     pub(crate) async fn new(config: SimConfig) -> Self {
         let dir = TempDir::new().unwrap();
+        let queue = SqliteQueue::open(&dir.path().join("queue.db")).await.unwrap();
+        Self::on(Arc::new(queue), dir, config, |_| {}).await
+    }
+
+    /// On this queue, and with a worker that is set up otherwise.
+    pub(crate) async fn on(
+        queue: Arc<dyn Queue>,
+        dir: TempDir,
+        config: SimConfig,
+        change: impl FnOnce(&mut WorkerConfig),
+    ) -> Self {
         let host = SimHost::new(config);
         let store = SqliteStore::open(&dir.path().join("store.db"), Durability::Process).await;
-        let queue = SqliteQueue::open(&dir.path().join("queue.db")).await;
         let open = |name| Arc::new(SnapshotStore::open(dir.path().join(name)).unwrap());
-        let config = WorkerConfig {
+        let mut config = WorkerConfig {
             pools: Vec::new(),
             stop_grace: Duration::from_secs(2),
             guest_limit: Duration::from_secs(2),
             template_rest: Duration::ZERO,
             ..WorkerConfig::default()
         };
+        change(&mut config);
         let parts = WorkerParts {
             id: WorkerId::new(),
             store: Arc::new(store.unwrap()),
-            queue: Arc::new(queue.unwrap()),
+            queue,
             bus: Arc::new(LocalBus::new()),
             sessions: Sessions::default(),
             drivers: vec![Arc::new(SimDriver::new(Arc::clone(&host))) as Arc<dyn Driver>],
