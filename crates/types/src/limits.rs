@@ -96,3 +96,13 @@ pub const TOOL_VERSION_BYTES_MAX: usize = 64;
 pub const TOOL_BUILD_TIMEOUT_S: u64 = 20 * 60;
 /// Kept of what an installer says: the end.
 pub const TOOL_LOG_BYTES: usize = 64 * 1024;
+
+/// Of one line of a log; what is longer is cut, and the entry says by how much.
+pub const LOG_LINE_BYTES_MAX: usize = 16 * 1024;
+/// Of the text that lines are searched for.
+pub const LOG_TEXT_BYTES_MAX: usize = 1024;
+pub const LOG_QUERY_LIMIT_DEFAULT: u32 = 1000;
+/// What Loki gives at once, unless it is configured otherwise.
+pub const LOG_QUERY_LIMIT_MAX: u32 = 5000;
+/// Of the lines of one answer together.
+pub const LOG_QUERY_BYTES_MAX: usize = 8 * 1024 * 1024;
