@@ -404,7 +404,7 @@ fn the_queue_is_its_model_on_postgres() {
     if !aether_postgres::testing::available() {
         return;
     }
-    check(16, || async {
+    check(6, || async {
         let made = aether_postgres::testing::database("queue", async |config| {
             aether_postgres::up(&config, &[SCHEMA], Extent::Expand).await.unwrap();
         });

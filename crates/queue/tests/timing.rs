@@ -52,12 +52,17 @@ async fn methods_on_redis() {
     if !aether_redis::testing::available() {
         return;
     }
-    let server = Server::start(&["--appendonly", "yes", "--appendfsync", "everysec"]);
+    for file in ["no", "yes"] {
+        println!("-- Redis, appendonly {file}");
+        on_redis(Server::start(&["--appendonly", file, "--appendfsync", "everysec"])).await;
+    }
+}
+
+async fn on_redis(server: Server) {
     let [gateway, worker] = [&server, &server]
         .map(|server| async { Arc::new(RedisQueue::open(server.config(), "t").await.unwrap()) });
     let (gateway, worker) = (gateway.await, worker.await);
     let link = Link::open(server.config(), Arc::new(Deaf)).await.unwrap();
-    println!("-- Redis");
     print("PING", times(&link, || cmd("PING")).await);
     measure(Arc::clone(&gateway), Arc::clone(&worker)).await;
     commands_of_a_task(&server, &*worker).await;

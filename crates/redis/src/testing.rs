@@ -9,18 +9,27 @@ use std::{
     process::{Child, Command, Stdio},
 };
 
-use crate::Config;
+use crate::{Config, VERSION_MIN};
 
-/// `false`: this host has no server. The test says `skipped: ` and why.
+/// `false`: this host has no server, or too old a one. The test says `skipped: ` and why.
 pub fn available() -> bool {
-    let there = program("redis-server").is_some() && program("redis-cli").is_some();
+    let there = program("redis-cli").is_some() && version().is_some_and(|v| v >= VERSION_MIN);
     if !there {
         #[expect(clippy::print_stdout, reason = "the line that `./dev test` collects")]
         {
-            println!("skipped: no Redis server is installed here");
+            println!(
+                "skipped: no Redis server of version {VERSION_MIN} or newer is installed here"
+            );
         }
     }
     there
+}
+
+/// The number before the first dot of what the installed server says: `Redis server v=7.0.15 …`.
+fn version() -> Option<u32> {
+    let output = Command::new(program("redis-server")?).arg("--version").output().ok()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    text.split("v=").nth(1)?.split('.').next()?.parse().ok()
 }
 
 #[derive(Debug)]

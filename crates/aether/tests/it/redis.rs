@@ -64,6 +64,35 @@ fn a_full_redis_takes_no_task_and_none_is_lost() {
     assert!(rig.ok(&["vm", "list"]).contains("running"));
 }
 
+/// How many commands of clients the server has seen; those of scripts are not sent.
+fn sent(server: &Server) -> u64 {
+    const SENT: &[&str] = &["evalsha", "script|load", "hscan", "ping", "subscribe", "hello"];
+    let stats = server.ask(&["INFO", "commandstats"]);
+    let calls = |line: &str| {
+        let (name, rest) = line.trim().strip_prefix("cmdstat_")?.split_once(":calls=")?;
+        let calls = rest.split(',').next()?.parse::<u64>().ok()?;
+        SENT.contains(&name).then_some(calls)
+    };
+    stats.lines().filter_map(calls).sum()
+}
+
+#[test]
+fn an_idle_platform_asks_redis_at_most_once_a_second() {
+    const WINDOW: u64 = 6;
+    if !testing::available() {
+        return;
+    }
+    let server = Server::forgetful();
+    let rig = platform(&server);
+    rig.ok(&["vm", "create", "--name", "web"]);
+    assert_eq!(rig.ok(&["exec", "-n", "web", "--", "echo", "here"]), "here\n");
+    let before = sent(&server);
+    // A window: the server answers when it is over.
+    server.ask(&["BLPOP", "nothing", &WINDOW.to_string()]);
+    let sent = sent(&server) - before;
+    assert!((1..=WINDOW).contains(&sent), "{sent} commands in {WINDOW} s");
+}
+
 #[test]
 fn another_installation_is_refused_until_it_has_a_prefix_of_its_own() {
     if !testing::available() {

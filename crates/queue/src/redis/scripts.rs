@@ -16,9 +16,6 @@ use crate::share::OWN_RUN_MAX;
 
 const PRELUDE: &str = include_str!("lua/prelude.lua");
 
-/// In microseconds, the year 2001: lower is none that was taken from a clock.
-const EPOCH_MIN: u64 = 1_000_000_000_000_000;
-
 /// What a script says of itself in its first line.
 #[derive(Debug, Clone, Copy)]
 enum May {
@@ -38,10 +35,8 @@ fn script(may: May, body: &str) -> Script {
     };
     let weights: Vec<String> = Priority::ALL.iter().map(|p| p.weight().to_string()).collect();
     let weights = weights.join(", ");
-    let epoch_min = EPOCH_MIN;
     Script::new(&format!(
         "#!lua{flags}\nlocal WEIGHTS = {{ {weights} }}\nlocal OWN_RUN_MAX = {OWN_RUN_MAX}\n\
-         local EPOCH_MIN = {epoch_min}\n\
          {PRELUDE}\n{body}"
     ))
 }

@@ -65,13 +65,10 @@ end
 
 local from = ready_key(lane, best)
 local task = redis.call('ZRANGE', from, 0, 0)[1]
-local epoch = redis.call('INCR', key('epoch'))
-if epoch < EPOCH_MIN then
-  -- A server that is new, or has lost everything. From the clock on epochs rise over that, and over
-  -- a change from another queue: nobody claims a million times a second.
-  epoch = clock
-  redis.call('SET', key('epoch'), whole(epoch))
-end
+-- No lower than the clock: epochs rise over a server that lost its last second, or everything, and
+-- over a change from another queue.
+local epoch = math.max((redis.call('GET', key('epoch')) or 0) + 1, clock)
+redis.call('SET', key('epoch'), whole(epoch))
 redis.call('HSET', key('h'), task, whole(epoch) .. ':' .. length .. ':' .. worker)
 redis.call('ZADD', key('l'), whole(now + length), task)
 redis.call('ZREM', from, task)
