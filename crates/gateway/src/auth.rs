@@ -112,8 +112,8 @@ async fn hashes(store: &dyn Store) -> Result<Hashes, StoreError> {
 pub struct KeyRing {
     secret: AuthSecret,
     keys: Arc<RwLock<Hashes>>,
-    /// When they were last read, and whether they could be.
-    read: Arc<Mutex<(Instant, bool)>>,
+    /// When they were last read anew, and whether they could be.
+    read: Arc<Mutex<Option<(Instant, bool)>>>,
 }
 
 impl fmt::Debug for KeyRing {
@@ -125,7 +125,7 @@ impl fmt::Debug for KeyRing {
 impl KeyRing {
     pub async fn load(store: &dyn Store, secret: AuthSecret) -> Result<Self, StoreError> {
         let keys = Arc::new(RwLock::new(hashes(store).await?));
-        Ok(Self { secret, keys, read: Arc::new(Mutex::new((Instant::now(), true))) })
+        Ok(Self { secret, keys, read: Arc::default() })
     }
 
     /// As [`KeyRing::knows`]; a key that is not known may be another process', and is looked for in
@@ -135,7 +135,6 @@ impl KeyRing {
             return Ok(Some(id));
         }
         let mut read = self.read.lock().await;
-        let (at, could_be_read) = *read;
         // Those that waited for the same reading are answered from it.
         let answer = |found: Option<KeyId>, could_be_read: bool| match found {
             None if !could_be_read => {
@@ -144,11 +143,13 @@ impl KeyRing {
             }
             found => Ok(found),
         };
-        if at.elapsed() < REREAD_AFTER {
+        if let Some((at, could_be_read)) = *read
+            && at.elapsed() < REREAD_AFTER
+        {
             return answer(self.find(text), could_be_read);
         }
         let hashes = hashes(store).await;
-        *read = (Instant::now(), hashes.is_ok());
+        *read = Some((Instant::now(), hashes.is_ok()));
         match hashes {
             Ok(hashes) => {
                 *self.keys.write().unwrap_or_else(PoisonError::into_inner) = hashes;
@@ -247,7 +248,7 @@ mod tests {
         let keys: Vec<_> = keys.iter().map(|k| (KeyId::new(), secret.hash(k))).collect();
         let ids = keys.iter().map(|(id, _)| *id).collect();
         let keys = Arc::new(RwLock::new(keys));
-        (KeyRing { secret, keys, read: Arc::new(Mutex::new((Instant::now(), true))) }, ids)
+        (KeyRing { secret, keys, read: Arc::default() }, ids)
     }
 
     #[tokio::test]
@@ -258,6 +259,9 @@ mod tests {
         let store = aether_store::SqliteStore::open(&path, durability).await.unwrap();
         let secret = AuthSecret::generate().unwrap();
         let ring = KeyRing::load(&store, secret.clone()).await.unwrap();
+        // However soon after the start.
+        let (early, key) = create_key(&store, &secret, "early").await.unwrap();
+        assert_eq!(ring.look_up(&store, &early).await.unwrap(), Some(key.id));
         let (text, key) = create_key(&store, &secret, "other").await.unwrap();
         assert_eq!(ring.look_up(&store, &text).await.unwrap(), None, "it was just read");
         // Paused only here: the store has limits of its own, which must not pass at once.
