@@ -65,6 +65,36 @@ pub(crate) async fn at_start(core: &Arc<Core>) -> Result<(), WorkerError> {
     dispatch_open(core).await
 }
 
+/// Ends what still runs when all VMs were stopped: a predecessor's, of a task that was not taken up
+/// again. The task makes it anew at the next start.
+pub(crate) async fn at_end(core: &Arc<Core>) {
+    for driver in &core.parts.drivers {
+        let machines = match driver.list().await {
+            Ok(machines) => machines,
+            Err(error) => {
+                tracing::error!(error = fault::chain(&error), "look for machines that still run");
+                continue;
+            }
+        };
+        for machine in machines {
+            if !matches!(machine.state, MachineState::Running | MachineState::Paused) {
+                continue;
+            }
+            let vm_id = machine.spec.as_ref().map_or_else(|| own(machine.id), |spec| spec.vm);
+            let vm = match vm_id {
+                Some(id) => core.parts.store.vm(id).await.ok().flatten(),
+                None => None,
+            };
+            // A VM that was made once has a disk, which stays.
+            if vm.is_none_or(|vm| vm.state == VmState::Creating) {
+                remove(driver, machine.id).await;
+            } else if let Err(error) = driver.kill(machine.id).await {
+                tracing::error!(machine.id = %machine.id, error = fault::chain(&error), "end a machine");
+            }
+        }
+    }
+}
+
 /// All that has not ended, for a queue that may not have it; what it has it keeps as it is. What
 /// another has in hand is left to that one for as long as a lease.
 async fn dispatch_open(core: &Core) -> Result<(), WorkerError> {

@@ -227,6 +227,9 @@ impl Worker {
         if mode == ShutdownMode::StopVms {
             // A boot may have ended between the word to end and the list of those that run.
             report.vms_stopped += self.stop_all(deadline).await;
+            if timeout_at(deadline, reconcile::at_end(core)).await.is_err() {
+                tracing::error!("no time was left to look for machines that still run");
+            }
         }
         report.tasks_left = core.attempts.count();
         if mode == ShutdownMode::StopVms {
