@@ -85,8 +85,11 @@ pub(crate) async fn at_end(core: &Arc<Core>) {
                 Some(id) => core.parts.store.vm(id).await.ok().flatten(),
                 None => None,
             };
-            // A VM that was made once has a disk, which stays.
-            if vm.is_none_or(|vm| vm.state == VmState::Creating) {
+            // A VM that was made once has a disk, which stays; a builder is made anew.
+            let is_made_anew = |vm: Vm| {
+                vm.state == VmState::Creating || matches!(vm.spec.origin, Origin::Builder(_))
+            };
+            if vm.is_none_or(is_made_anew) {
                 remove(driver, machine.id).await;
             } else if let Err(error) = driver.kill(machine.id).await {
                 tracing::error!(machine.id = %machine.id, error = fault::chain(&error), "end a machine");
