@@ -22,7 +22,7 @@ use bytes::Bytes;
 
 /// Of all layers of a VM, on a busy machine with an empty cache.
 const BUILDS_MAX: Duration = Duration::from_mins(15);
-const ONE_WAIT: Duration = Duration::from_secs(60);
+const ONE_WAIT: Duration = Duration::from_mins(1);
 
 const DEFAULTS: &[&str] = &["git", "nodejs@20", "bun", "claude-code"];
 /// What a command prints, and where: `(what it shows, script, text that it prints)`.
