@@ -69,32 +69,41 @@ pub(crate) async fn at_start(core: &Arc<Core>) -> Result<(), WorkerError> {
 /// again. The task makes it anew at the next start.
 pub(crate) async fn at_end(core: &Arc<Core>) {
     for driver in &core.parts.drivers {
-        let machines = match driver.list().await {
-            Ok(machines) => machines,
+        match driver.list().await {
+            Ok(machines) => {
+                let lives = |machine: &Machine| {
+                    matches!(machine.state, MachineState::Running | MachineState::Paused)
+                };
+                for machine in machines.into_iter().filter(lives) {
+                    end_machine(core, driver, machine).await;
+                }
+            }
             Err(error) => {
                 tracing::error!(error = fault::chain(&error), "look for machines that still run");
-                continue;
-            }
-        };
-        for machine in machines {
-            if !matches!(machine.state, MachineState::Running | MachineState::Paused) {
-                continue;
-            }
-            let vm_id = machine.spec.as_ref().map_or_else(|| own(machine.id), |spec| spec.vm);
-            let vm = match vm_id {
-                Some(id) => core.parts.store.vm(id).await.ok().flatten(),
-                None => None,
-            };
-            // A VM that was made once has a disk, which stays; a builder is made anew.
-            let is_made_anew = |vm: Vm| {
-                vm.state == VmState::Creating || matches!(vm.spec.origin, Origin::Builder(_))
-            };
-            if vm.is_none_or(is_made_anew) {
-                remove(driver, machine.id).await;
-            } else if let Err(error) = driver.kill(machine.id).await {
-                tracing::error!(machine.id = %machine.id, error = fault::chain(&error), "end a machine");
             }
         }
+    }
+}
+
+/// A VM that was made once has a disk, which stays; and so does one of which nothing is known now.
+async fn end_machine(core: &Core, driver: &Arc<dyn Driver>, machine: Machine) {
+    let vm_id = machine.spec.as_ref().map_or_else(|| own(machine.id), |spec| spec.vm);
+    let is_made_anew = match vm_id {
+        // A spare.
+        None => true,
+        Some(id) => match core.parts.store.vm(id).await {
+            Ok(None) => true,
+            Ok(Some(vm)) => {
+                vm.state == VmState::Creating || matches!(vm.spec.origin, Origin::Builder(_))
+            }
+            Err(_) => false,
+        },
+    };
+    if is_made_anew {
+        return remove(driver, machine.id).await;
+    }
+    if let Err(error) = driver.kill(machine.id).await {
+        tracing::error!(machine.id = %machine.id, error = fault::chain(&error), "end a machine");
     }
 }
 

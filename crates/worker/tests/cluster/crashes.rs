@@ -1,6 +1,9 @@
 use std::time::Duration;
 
-use aether_drivers::sim::{SimConfig, SimLatency};
+use aether_drivers::{
+    MachineState,
+    sim::{SimConfig, SimLatency},
+};
 use aether_store::VmPatch;
 use aether_types::{ExecutionState, ExitStatus, TaskKind, TaskState, VmState, WorkerId};
 use aether_worker::ShutdownMode;
@@ -109,6 +112,34 @@ async fn a_crash_at_any_moment_leaves_nothing_and_loses_nothing() {
         }
         assert_eq!(rig.ended(deletion.id).await.state, TaskState::Completed);
     }
+    rig.assert_clean().await;
+}
+
+async fn has_running_machine(rig: &Rig) -> bool {
+    let machines = rig.parts.drivers[0].list().await.unwrap();
+    machines.iter().any(|machine| machine.state == MachineState::Running)
+}
+
+/// The worker is asked to end before it takes up what its predecessor had in hand.
+#[tokio::test]
+async fn a_clean_end_leaves_no_machine_of_a_task_that_was_not_taken_up() {
+    // It runs, and is not configured yet.
+    let latency = SimLatency { connect: Duration::from_millis(300), ..Default::default() };
+    let mut rig = Rig::new(SimConfig { latency, ..SimConfig::default() }).await;
+    let begun = rig.request_create("begun").await;
+    while !has_running_machine(&rig).await {
+        tokio::task::yield_now().await;
+    }
+    rig.crash().await;
+    assert!(has_running_machine(&rig).await);
+    // Nothing that it spawned has run when it is told to end: there is one thread.
+    rig.start().await;
+    rig.shut_down(ShutdownMode::StopVms).await;
+    assert_eq!(rig.host.leftovers(), Vec::<String>::new());
+    rig.start().await;
+    assert_eq!(rig.ended(begun.id).await.state, TaskState::Completed);
+    let delete = rig.request(begun.vm_id.unwrap(), TaskKind::VmDelete).await;
+    assert_eq!(rig.ended(delete.id).await.state, TaskState::Completed);
     rig.assert_clean().await;
 }
 
