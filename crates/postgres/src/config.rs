@@ -4,6 +4,7 @@
 
 use std::{fmt, net::IpAddr, path::PathBuf, str::FromStr, time::Duration};
 
+use aether_types::Password;
 use sqlx::postgres::{PgConnectOptions, PgSslMode};
 use url::Url;
 
@@ -42,22 +43,6 @@ pub enum ConfigError {
     TlsOnSocket,
     #[error("{0} must be at least {1}")]
     TooSmall(&'static str, u32),
-}
-
-/// A password, which neither `Debug` nor anything else prints.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Password(String);
-
-impl fmt::Debug for Password {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("(hidden)")
-    }
-}
-
-impl From<String> for Password {
-    fn from(text: String) -> Self {
-        Self(text)
-    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -211,7 +196,7 @@ impl Config {
             host: host.and_then(given),
             port: url.port(),
             user: given(url.username()),
-            password: url.password().map(decoded).map(Password),
+            password: url.password().map(decoded).map(Password::from),
             database: given(url.path().trim_start_matches('/')),
         };
         let (mut tls, mut ca_file) = (None, None);
@@ -350,7 +335,7 @@ impl Config {
             Place::Tcp { host, port } => options.host(host).port(*port),
             Place::Socket { folder, port } => options.socket(folder).port(*port),
         };
-        if let Some(Password(password)) = &self.password {
+        if let Some(password) = self.password.as_ref().map(Password::expose) {
             options = options.password(password);
         }
         if let Some(file) = &self.ca_file {
@@ -395,7 +380,7 @@ mod tests {
         let read = config("postgres://a%40b:s%2Fcret@db.example:6000/own?sslmode=require");
         assert_eq!(read.place, Place::Tcp { host: "db.example".into(), port: 6000 });
         assert_eq!((read.user.as_str(), read.database.as_str()), ("a@b", "own"));
-        assert_eq!(read.password, Some(Password("s/cret".into())));
+        assert_eq!(read.password, Some(Password::from("s/cret".to_owned())));
         assert_eq!(read.tls_mode(), TlsMode::Require);
         let read = config("postgresql://[::1]");
         assert_eq!(read.place, Place::Tcp { host: "::1".into(), port: 5432 });

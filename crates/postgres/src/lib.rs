@@ -15,7 +15,7 @@ mod trouble;
 /// The oldest version of the server that is tested.
 pub const VERSION_MIN: u32 = 15;
 
-pub use config::{Config, ConfigError, Limits, Parts, Password, Place, TlsMode};
+pub use config::{Config, ConfigError, Limits, Parts, Place, TlsMode};
 pub use database::{Database, Facts, OpenError};
 pub use migrate::{Extent, MigrateError, Schema, Status, Step, check, status, up};
 pub use repeat::repeated;

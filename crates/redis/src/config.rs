@@ -4,6 +4,7 @@
 
 use std::{fmt, net::IpAddr, path::PathBuf};
 
+use aether_types::Password;
 use percent_encoding::percent_decode_str;
 use redis::{
     Client, ConnectionAddr, IntoConnectionInfo as _, ProtocolVersion, RedisConnectionInfo,
@@ -34,22 +35,6 @@ pub enum ConfigError {
     /// What the library finds wrong.
     #[error("the settings of Redis: {0}")]
     Library(String),
-}
-
-/// A password, which neither `Debug` nor anything else prints.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Password(String);
-
-impl fmt::Debug for Password {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("(hidden)")
-    }
-}
-
-impl From<String> for Password {
-    fn from(text: String) -> Self {
-        Self(text)
-    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -127,7 +112,7 @@ impl Config {
             config.number = number.parse::<u16>().map_err(|_| ConfigError::MalformedUrl)?.into();
         }
         config.user = user;
-        config.password = password.map(Password);
+        config.password = password.map(Password::from);
         Ok(config)
     }
 
@@ -213,7 +198,7 @@ impl Config {
         if let Some(user) = &self.user {
             settings = settings.set_username(user);
         }
-        if let Some(Password(password)) = &self.password {
+        if let Some(password) = self.password.as_ref().map(Password::expose) {
             settings = settings.set_password(password);
         }
         let info = address.into_connection_info().map_err(library)?.set_redis_settings(settings);
@@ -253,8 +238,8 @@ mod tests {
         let read = config("redis://a%40b:s%2Fcret@cache.example:7000/3");
         assert_eq!(read.place, tcp("cache.example", 7000, false));
         assert_eq!((read.user.as_deref(), read.number), (Some("a@b"), 3));
-        assert_eq!(read.password, Some(Password("s/cret".into())));
-        assert_eq!(config("redis://:word@h").password, Some(Password("word".into())));
+        assert_eq!(read.password, Some(Password::from("s/cret".to_owned())));
+        assert_eq!(config("redis://:word@h").password, Some(Password::from("word".to_owned())));
         let read = config("rediss://[::1]");
         assert_eq!(
             (read.place.to_string().as_str(), read.place),

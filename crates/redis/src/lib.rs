@@ -11,7 +11,7 @@ mod link;
 pub mod testing;
 mod trouble;
 
-pub use config::{Config, ConfigError, Parts, Password, Place};
+pub use config::{Config, ConfigError, Parts, Place};
 pub use info::{Info, VERSION_MIN};
 pub use link::{Link, Listener, OpenError};
 pub use redis::{self, aio::MultiplexedConnection};

@@ -8,6 +8,7 @@ pub mod execution;
 pub mod id;
 pub mod limits;
 pub mod network;
+mod password;
 pub mod snapshot;
 pub mod start;
 pub mod task;
@@ -22,6 +23,7 @@ pub use execution::{
 };
 pub use id::{ExecutionId, KeyId, MachineId, SnapshotId, TaskId, TemplateId, VmId, WorkerId};
 pub use network::{AllowRule, Egress, NetworkPolicy, PortRange, TransportProtocol};
+pub use password::Password;
 pub use snapshot::{Snapshot, SnapshotPurpose, SnapshotState};
 pub use start::{StartKind, StartPhase, StartReport};
 pub use task::{Priority, Task, TaskKind, TaskProgress, TaskState};

@@ -2,7 +2,8 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use aether_postgres::{Config, ConfigError, Limits, Parts, Password, TlsMode};
+use aether_postgres::{Config, ConfigError, Limits, Parts, TlsMode};
+use aether_types::Password;
 use clap::Subcommand;
 
 use super::values::parse_duration;

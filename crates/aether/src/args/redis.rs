@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use aether_redis::{Config, ConfigError, Parts, Password};
+use aether_redis::{Config, ConfigError, Parts};
+use aether_types::Password;
 
 use crate::failure::Failure;
 
