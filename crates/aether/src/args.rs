@@ -7,6 +7,7 @@ mod tools;
 mod up;
 mod values;
 mod vm;
+mod worker;
 
 use std::{path::PathBuf, time::Duration};
 
@@ -23,6 +24,7 @@ pub(crate) use tools::{ToolOptions, ToolVersions, Tools, ToolsBuild, ToolsPrune}
 pub(crate) use up::{Capacity, PoolChoice, PoolSpec, Snapshots, Up};
 use values::{parse_duration, parse_env};
 pub(crate) use vm::{Vm, VmAct, VmCreate, VmFork, VmList, VmNames, VmStop};
+pub(crate) use worker::{FleetOptions, Worker, WorkerList};
 
 const EXIT_STATUSES: &str = "\
 Exit status:
@@ -96,6 +98,12 @@ pub(crate) enum Command {
     /// See and cancel tasks
     #[command(subcommand)]
     Task(Task),
+    /// See workers, and take them out of use and into it
+    #[command(subcommand)]
+    Worker(Worker),
+    /// See the queues, and tasks that used up their attempts
+    #[command(subcommand)]
+    Queue(Queue),
     /// Build and see the images on this machine
     Image(ImageArgs),
     /// Bring the tables in PostgreSQL up to date, and see what is pending
@@ -273,6 +281,24 @@ pub(crate) enum Task {
         /// Return at once
         #[arg(long)]
         no_wait: bool,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Queue {
+    /// List the queues: the shared one, and each worker's own
+    #[command(visible_alias = "ls")]
+    List,
+    /// List tasks that used up their attempts
+    Dead {
+        /// `shared`, or the id of a worker
+        queue: String,
+    },
+    /// Ask again for what a task was to do that used up its attempts
+    Retry {
+        /// `shared`, or the id of a worker
+        queue: String,
+        task: TaskId,
     },
 }
 

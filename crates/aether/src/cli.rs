@@ -11,6 +11,7 @@ pub(crate) mod image;
 mod outcome;
 pub(crate) mod pool;
 mod progress;
+pub(crate) mod queue;
 pub(crate) mod shell;
 pub(crate) mod snapshot;
 mod start;
@@ -22,6 +23,7 @@ mod template_file;
 mod terminal;
 pub(crate) mod tools;
 pub(crate) mod vm;
+pub(crate) mod worker;
 
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},

@@ -23,13 +23,15 @@ use aether_store::Store;
 use aether_streams::Sessions;
 use aether_types::{DriverKind, ToolRequest, template::DEFAULT_TAG};
 use aether_worker::{
-    ImageSource, PoolConfig, Retention, ShutdownMode, ShutdownReport, Worker, WorkerConfig,
-    WorkerParts,
+    FleetConfig, ImageSource, PoolConfig, Retention, ShutdownMode, ShutdownReport, Worker,
+    WorkerConfig, WorkerParts,
 };
 use tokio::{net::TcpListener, time::Instant};
 
 use crate::{
-    args::{Backend, Capacity, DriverChoice, PoolChoice, PoolSpec, Snapshots, ToolOptions},
+    args::{
+        Backend, Capacity, DriverChoice, FleetOptions, PoolChoice, PoolSpec, Snapshots, ToolOptions,
+    },
     database::{Opened, Target},
     datadir::LockedDataDir,
     default_template::{self, DefaultTemplate},
@@ -50,6 +52,7 @@ pub(crate) struct Plan {
     pub(crate) capacity: Capacity,
     pub(crate) snapshots: Snapshots,
     pub(crate) tools: ToolOptions,
+    pub(crate) fleet: FleetConfig,
 }
 
 /// Everything, running.
@@ -85,7 +88,7 @@ impl Platform {
     /// Opens the data directory's content and starts the parts, those first that others need.
     /// What fails leaves the rest as a crash would: the next start takes it over.
     pub(crate) async fn start(plan: Plan) -> Result<Self, Failure> {
-        let Plan { dir, listener, target, backend, capacity, snapshots, tools } = plan;
+        let Plan { dir, listener, target, backend, capacity, snapshots, tools, fleet } = plan;
         let address = listener.local_addr().map_err(|e| Failure::io("read the address", &e))?;
         let Opened { store, queue, database } = Opened::open(target, &dir).await?;
         let bus: Arc<dyn EventBus> = Arc::new(LocalBus::new());
@@ -110,7 +113,7 @@ impl Platform {
             snapshots: kept,
             templates,
             tools: tools.tools.clone(),
-            config: worker_config(&capacity, &snapshots, backend.driver),
+            config: WorkerConfig { fleet, ..worker_config(&capacity, &snapshots, backend.driver) },
         })
         .await
         .map_err(|e| Failure::internal("start the worker", &e))?;
@@ -230,6 +233,28 @@ impl Platform {
         drop(dir);
         report
     }
+}
+
+/// What the worker says of itself.
+pub(crate) fn fleet(
+    options: FleetOptions,
+    template_dir: Option<&std::path::Path>,
+) -> Result<FleetConfig, Failure> {
+    let here = || rustix::system::uname().nodename().to_string_lossy().into_owned();
+    let fleet = FleetConfig {
+        host: options.worker_host.unwrap_or_else(here),
+        zone: options.worker_zone,
+        labels: options.worker_labels.into_iter().collect(),
+        vcpus_max: options.worker_vcpus,
+        memory_mb_max: options.worker_memory,
+        vms_max: options.worker_vms,
+        template_folder: template_dir.map(|dir| dir.to_string_lossy().into_owned()),
+        heartbeat: options.worker_heartbeat,
+        lease: options.worker_lease,
+    };
+    let wrong = |text: String| Failure::usage(format!("of the worker: {text}"));
+    fleet.validate().map_err(wrong)?;
+    Ok(fleet)
 }
 
 /// Makes the folder where it is not there, and removes what a crash left in it.

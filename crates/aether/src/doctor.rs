@@ -11,7 +11,7 @@ use aether_drivers::CgroupStatus;
 use aether_postgres::{Database, Facts, OpenError};
 use aether_redis::{Link, Listener};
 use aether_types::{DriverKind, ErrorCode, VmState};
-use aether_worker::ShutdownMode;
+use aether_worker::{FleetConfig, ShutdownMode};
 use serde::Serialize;
 use tokio::{net::TcpListener, time::Instant};
 
@@ -252,7 +252,8 @@ async fn try_here(backend: Backend, findings: &mut Findings) -> Result<(), Failu
     let capacity = Capacity { max_vms: 2, max_starting: 2, pool: vec![PoolChoice::None] };
     let snapshots = Snapshots { no_default_template: true, ..Snapshots::default() };
     let tools = ToolOptions { no_default_tools: true, ..ToolOptions::default() };
-    let plan = Plan { dir, listener, target: Target::files(), backend, capacity, snapshots, tools };
+    let (target, fleet) = (Target::files(), FleetConfig::default());
+    let plan = Plan { dir, listener, target, backend, capacity, snapshots, tools, fleet };
     let platform = match Box::pin(Platform::start(plan)).await {
         Ok(platform) => platform,
         Err(failure) => {

@@ -55,6 +55,8 @@ impl From<ErrorCode> for Exit {
             | ErrorCode::BodyTooLarge => Self::Usage,
             ErrorCode::VmNotFound
             | ErrorCode::TaskNotFound
+            | ErrorCode::WorkerNotFound
+            | ErrorCode::QueueNotFound
             | ErrorCode::ExecutionNotFound
             | ErrorCode::ImageNotFound
             | ErrorCode::SnapshotNotFound
@@ -86,6 +88,7 @@ impl From<ErrorCode> for Exit {
             | ErrorCode::GuestShutdown
             | ErrorCode::GuestAgentLost
             | ErrorCode::VmmExited
+            | ErrorCode::WorkerLost
             | ErrorCode::VmStopped
             | ErrorCode::GuestUnreachable
             | ErrorCode::GuestProtocol

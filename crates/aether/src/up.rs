@@ -68,8 +68,9 @@ pub(crate) async fn run(global: &Global, args: Up) -> Result<Exit, Failure> {
     let listener = bind(args.listen).await?;
     let mut signals = Signals::take()?;
 
-    let Up { backend, capacity, snapshots, tools, .. } = args;
-    let plan = Plan { dir, listener, target, backend, capacity, snapshots, tools };
+    let Up { backend, capacity, snapshots, tools, fleet, .. } = args;
+    let fleet = compose::fleet(fleet, snapshots.template_dir.as_deref())?;
+    let plan = Plan { dir, listener, target, backend, capacity, snapshots, tools, fleet };
     let mut platform = tokio::select! {
         platform = Box::pin(Platform::start(plan)) => platform?,
         signal = next_end(&mut signals) => {

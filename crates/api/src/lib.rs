@@ -15,6 +15,7 @@ mod health;
 mod page;
 mod pool;
 mod problem;
+mod queue;
 mod snapshot;
 mod stream;
 mod task;
@@ -22,6 +23,7 @@ mod template;
 mod tool;
 mod vm;
 mod wait;
+mod worker;
 
 pub use execution::{ExecuteRequest, ExecutionView, KeptOutput};
 pub use file::{
@@ -31,6 +33,7 @@ pub use health::{ComponentHealth, Health, HealthStatus};
 pub use page::Page;
 pub use pool::PoolView;
 pub use problem::{PROBLEM_MEDIA_TYPE, Problem};
+pub use queue::{QueueView, Retried};
 pub use snapshot::{CloneAccepted, CreateSnapshot, ForkAccepted, ForkVm, Forked, SnapshotView};
 pub use stream::{
     CHANNEL_STDERR, CHANNEL_STDIN, CHANNEL_STDOUT, NDJSON_MEDIA_TYPE, STDIN_WINDOW_BYTES,
@@ -44,6 +47,7 @@ pub use tool::{
 };
 pub use vm::{CreateVm, OriginKind, OriginView, PhaseView, StartView, VmView};
 pub use wait::{ParseWaitError, format_wait, parse_wait};
+pub use worker::{ClusterStats, WorkerShare, WorkerView};
 
 /// Of every path.
 pub const PREFIX: &str = "/api/v1";

@@ -1,8 +1,8 @@
 use std::{collections::BTreeMap, net::IpAddr};
 
 use aether_types::{
-    DriverKind, Fault, NetworkPolicy, Origin, SnapshotId, StartKind, StartReport, StateChange,
-    TemplateId, Timestamp, Vm, VmId, VmState, VmTool, WorkerId,
+    DriverKind, Fault, NetworkPolicy, Origin, Placement, SnapshotId, StartKind, StartReport,
+    StateChange, TemplateId, Timestamp, Vm, VmId, VmState, VmTool, WorkerId,
 };
 use serde::{Deserialize, Serialize};
 
@@ -53,6 +53,9 @@ pub struct CreateVm {
     /// has, so not together with one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub default_tools: Option<bool>,
+    /// Which workers it may go to: `{"zone": "eu-1", "labels": {"gpu": "a100"}}`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub placement: Option<Placement>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -152,7 +155,11 @@ pub struct VmView {
     pub labels: BTreeMap<String, String>,
     pub network: NetworkPolicy,
     pub address: Option<IpAddr>,
+    /// The worker that has it, or is to have it. `null`: it waits for one.
     pub worker_id: Option<WorkerId>,
+    /// Which workers it may be on.
+    #[serde(default, skip_serializing_if = "Placement::is_anywhere")]
+    pub placement: Placement,
     pub timeout_s: Option<u64>,
     pub created_at: Timestamp,
     pub updated_at: Timestamp,
@@ -207,6 +214,7 @@ impl VmView {
             network: spec.network,
             address,
             worker_id,
+            placement: spec.placement,
             timeout_s: spec.timeout_s,
             created_at,
             updated_at,

@@ -40,6 +40,7 @@ pub(crate) struct Dispatcher(Arc<Inner>);
 struct Inner {
     queue: Arc<dyn Queue>,
     owed: Arc<Notify>,
+    changed: Arc<Notify>,
     confirmed: mpsc::Sender<TaskId>,
 }
 
@@ -47,6 +48,7 @@ pub(crate) struct DispatchLoop {
     store: Arc<dyn Store>,
     queue: Arc<dyn Queue>,
     owed: Arc<Notify>,
+    changed: Arc<Notify>,
     confirmed: mpsc::Receiver<TaskId>,
 }
 
@@ -54,12 +56,23 @@ impl Dispatcher {
     pub(crate) fn new(store: Arc<dyn Store>, queue: Arc<dyn Queue>) -> (Self, DispatchLoop) {
         let (sender, confirmed) = mpsc::channel(CONFIRMATIONS_MAX);
         let owed = Arc::new(Notify::new());
-        let inner = Inner { queue: Arc::clone(&queue), owed: Arc::clone(&owed), confirmed: sender };
-        (Self(Arc::new(inner)), DispatchLoop { store, queue, owed, confirmed })
+        let changed = Arc::new(Notify::new());
+        let inner = Inner {
+            queue: Arc::clone(&queue),
+            owed: Arc::clone(&owed),
+            changed: Arc::clone(&changed),
+            confirmed: sender,
+        };
+        (Self(Arc::new(inner)), DispatchLoop { store, queue, owed, changed, confirmed })
     }
 
-    /// Enqueues a task that was just recorded; leaves it to the loop where that fails.
+    /// Enqueues a task that was just recorded; leaves it to the loop where that fails, and where its
+    /// VM waits for a worker, which its progress says.
     pub(crate) async fn dispatch(&self, task: &Task, worker: Option<WorkerId>) {
+        if worker.is_none() && task.progress.is_some() {
+            self.look();
+            return;
+        }
         match self.0.queue.enqueue(&[entry(task, worker)]).await {
             // Where there is no room the loop finds it in the outbox once more.
             Ok(()) => drop(self.0.confirmed.try_send(task.id)),
@@ -68,6 +81,11 @@ impl Dispatcher {
                 self.0.owed.notify_one();
             }
         }
+    }
+
+    /// There may be something to dispatch, or room for what waits: the loop looks at once.
+    pub(crate) fn look(&self) {
+        self.0.changed.notify_one();
     }
 
     /// A task ended before it was claimed.
@@ -111,6 +129,7 @@ impl DispatchLoop {
                     self.confirm(&mut gathered).await;
                     gather_until = None;
                 }
+                () = self.changed.notified() => next_sweep = Instant::now(),
                 () = self.owed.notified() => {
                     next_sweep = next_sweep.min(Instant::now() + retry);
                 }
@@ -147,6 +166,10 @@ impl DispatchLoop {
 
     /// Empties the outbox. `false`: something failed, try again soon.
     async fn sweep(&self) -> bool {
+        if let Err(error) = self.store.place_waiting(BATCH).await {
+            tracing::warn!(error = chain(&error), "give VMs that wait a worker");
+            return false;
+        }
         loop {
             match self.sweep_page().await {
                 Ok(count) if count < BATCH as usize => return true,
@@ -165,7 +188,7 @@ impl DispatchLoop {
             return Ok(0);
         }
         let mut workers: HashMap<VmId, Option<WorkerId>> = HashMap::new();
-        let mut entries = Vec::with_capacity(tasks.len());
+        let mut dispatched = Vec::with_capacity(tasks.len());
         for task in &tasks {
             let worker = match task.vm_id {
                 // Any worker takes it.
@@ -181,12 +204,18 @@ impl DispatchLoop {
                     }
                 }
             };
-            entries.push(entry(task, worker));
+            // It may have an entry in the lane of a worker that it was for before. While that one
+            // has it in hand it is owed still.
+            let moved = self.queue.relocate(entry(task, worker)).await;
+            if moved.map_err(|e| chain(&e))? {
+                dispatched.push(task.id);
+            }
         }
-        self.queue.enqueue(&entries).await.map_err(|e| chain(&e))?;
-        let ids: Vec<_> = tasks.iter().map(|task| task.id).collect();
-        self.store.confirm_dispatched(&ids).await.map_err(|e| chain(&e))?;
-        tracing::info!(count = ids.len(), "dispatched tasks from the outbox");
+        if dispatched.is_empty() {
+            return Ok(0);
+        }
+        self.store.confirm_dispatched(&dispatched).await.map_err(|e| chain(&e))?;
+        tracing::debug!(count = dispatched.len(), "dispatched tasks from the outbox");
         Ok(tasks.len())
     }
 }

@@ -24,6 +24,7 @@ mod catalogue;
 mod dispatch;
 mod edge;
 mod extract;
+mod fleet;
 mod follow;
 mod health;
 mod hosts;

@@ -1,6 +1,10 @@
 //! What the gateway is made of, and the state that its routes share.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    sync::{Arc, atomic::AtomicBool},
+    time::Duration,
+};
 
 use aether_api::PREFIX;
 use aether_events::{Event, EventBus};
@@ -94,6 +98,7 @@ impl Gateway {
             requests: Arc::new(Semaphore::new(parts.config.requests_max)),
             streams: Arc::new(Semaphore::new(parts.config.streams_max)),
             templates: Templates::new(&*parts.bus),
+            works_elsewhere: AtomicBool::new(false),
             parts,
             dispatcher,
             closing: CancellationToken::new(),
@@ -122,6 +127,8 @@ pub(crate) struct Shared {
     pub(crate) parts: GatewayParts,
     pub(crate) dispatcher: Dispatcher,
     pub(crate) templates: Templates,
+    /// Workers of other processes are there, whose events the bus does not bring.
+    pub(crate) works_elsewhere: AtomicBool,
     /// The gateway ends: whoever waits or follows stops.
     pub(crate) closing: CancellationToken,
     /// Work that goes on when its client has gone: recordings, terminals.

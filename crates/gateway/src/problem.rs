@@ -133,12 +133,14 @@ impl From<StoreError> for ApiError {
             StoreError::BadCursor => Self::new(code, error.to_string()).field("cursor"),
             StoreError::VmNotFound
             | StoreError::TaskNotFound
+            | StoreError::WorkerNotFound
             | StoreError::ExecutionNotFound
             | StoreError::SnapshotNotFound
             | StoreError::TemplateNotFound
             | StoreError::SnapshotNotReady { .. }
             | StoreError::TemplateNotReady { .. }
             | StoreError::TooManyVms { .. }
+            | StoreError::NoRoom { .. }
             | StoreError::NotCancellable { .. }
             | StoreError::TaskEnded { .. }
             | StoreError::IdempotencyConflict => Self::new(code, error.to_string()),
@@ -245,6 +247,8 @@ fn status(code: ErrorCode) -> StatusCode {
         ErrorCode::RouteNotFound
         | ErrorCode::VmNotFound
         | ErrorCode::TaskNotFound
+        | ErrorCode::WorkerNotFound
+        | ErrorCode::QueueNotFound
         | ErrorCode::ExecutionNotFound
         | ErrorCode::SnapshotNotFound
         | ErrorCode::TemplateNotFound
@@ -275,6 +279,7 @@ fn status(code: ErrorCode) -> StatusCode {
         | ErrorCode::GuestShutdown
         | ErrorCode::GuestAgentLost
         | ErrorCode::VmmExited
+        | ErrorCode::WorkerLost
         | ErrorCode::GuestUnreachable
         | ErrorCode::GuestProtocol => StatusCode::BAD_GATEWAY,
         ErrorCode::VmStartTimeout | ErrorCode::ExecutionTimeout => StatusCode::GATEWAY_TIMEOUT,
@@ -298,6 +303,8 @@ fn title(code: ErrorCode) -> &'static str {
         ErrorCode::MethodNotAllowed => "The path does not take this method",
         ErrorCode::VmNotFound => "There is no such VM",
         ErrorCode::TaskNotFound => "There is no such task",
+        ErrorCode::WorkerNotFound => "There is no such worker",
+        ErrorCode::QueueNotFound => "There is no such queue",
         ErrorCode::ExecutionNotFound => "There is no such execution",
         ErrorCode::ImageNotFound => "There is no such image",
         ErrorCode::SnapshotNotFound => "There is no such snapshot",
@@ -325,6 +332,7 @@ fn title(code: ErrorCode) -> &'static str {
         ErrorCode::GuestShutdown => "The guest ended by itself",
         ErrorCode::GuestAgentLost => "The agent in the guest died",
         ErrorCode::VmmExited => "The VM's process ended",
+        ErrorCode::WorkerLost => "The worker that had the VM is lost",
         ErrorCode::VmStopped => "The VM was stopped or deleted",
         ErrorCode::GuestUnreachable => "The guest does not answer",
         ErrorCode::GuestProtocol => "The guest broke the protocol",

@@ -21,7 +21,7 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::Gateway;
+use crate::{Gateway, fleet};
 
 /// For the head of a request, and for how long a connection is kept without one.
 const HEAD_LIMIT: Duration = Duration::from_secs(30);
@@ -49,6 +49,7 @@ impl Gateway {
         };
         let stop_dispatch = CancellationToken::new();
         let dispatching = tokio::spawn(dispatch.run(stop_dispatch.clone()));
+        let watching = tokio::spawn(fleet::watch(self.app.clone(), stop_dispatch.clone()));
 
         let connections = TaskTracker::new();
         let cut_off = CancellationToken::new();
@@ -73,6 +74,9 @@ impl Gateway {
         stop_dispatch.cancel();
         if let Err(error) = dispatching.await {
             tracing::error!(%error, "the dispatcher ended badly");
+        }
+        if let Err(error) = watching.await {
+            tracing::error!(%error, "the watch over the workers ended badly");
         }
         Ok(())
     }

@@ -1,16 +1,42 @@
 //! Waiting for the end of tasks, and for news of a template: on events, with a look at the store only
-//! where some were missed.
+//! where some were missed, or may have been: events of workers in other processes do not come here.
 
-use std::{collections::HashSet, time::Duration};
+use std::{collections::HashSet, sync::atomic::Ordering, time::Duration};
 
 use aether_events::{Event, Received, Subscription};
 use aether_types::{Task, TaskId, TaskState, TemplateId};
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval, sleep_until};
 
 use crate::{
     parts::App,
     problem::{ApiError, ApiResult},
 };
+
+/// While workers of other processes are there the store is looked at this often by who waits.
+const ELSEWHERE_BEAT: Duration = Duration::from_millis(250);
+
+/// Ticks only while something may happen of which no event comes.
+struct Beat(Interval);
+
+impl Beat {
+    fn new() -> Self {
+        let mut ticks = interval(ELSEWHERE_BEAT);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        // The first tick is at once, and nothing was missed yet.
+        ticks.reset();
+        Self(ticks)
+    }
+
+    /// Cancel-safe.
+    async fn next(&mut self, app: &App) {
+        loop {
+            self.0.tick().await;
+            if app.works_elsewhere.load(Ordering::Relaxed) {
+                return;
+            }
+        }
+    }
+}
 
 /// Hears of every task from the moment it is made. Make it before the task is recorded or read,
 /// and nothing is missed between.
@@ -18,11 +44,17 @@ pub(crate) struct TaskWatch {
     app: App,
     events: Box<dyn Subscription>,
     is_closed: bool,
+    beat: Beat,
 }
 
 impl TaskWatch {
     pub(crate) fn new(app: &App) -> Self {
-        Self { app: app.clone(), events: app.parts.bus.subscribe(), is_closed: false }
+        Self {
+            app: app.clone(),
+            events: app.parts.bus.subscribe(),
+            is_closed: false,
+            beat: Beat::new(),
+        }
     }
 
     /// The state in which the task ended, or `None` when the time is over or the gateway ends.
@@ -66,7 +98,11 @@ impl TaskWatch {
             if self.is_closed {
                 return std::future::pending().await;
             }
-            match self.events.next().await {
+            let received = tokio::select! {
+                received = self.events.next() => received,
+                () = self.beat.next(&self.app) => return,
+            };
+            match received {
                 Received::Event(Event::Task { task_id, .. }) if task_id == task => return,
                 Received::Missed(_) => return,
                 Received::Event(_) => {}
@@ -132,7 +168,12 @@ impl TaskWatch {
             if self.is_closed {
                 return std::future::pending().await;
             }
-            match self.events.next().await {
+            let received = tokio::select! {
+                biased;
+                received = self.events.next() => received,
+                () = self.beat.next(&self.app) => return Heard::Missed,
+            };
+            match received {
                 Received::Event(Event::Task { task_id, state, .. }) if state.is_end() => {
                     return Heard::Ended(task_id, state);
                 }
@@ -160,17 +201,25 @@ pub(crate) enum Together {
 }
 
 /// Hears of every template from the moment it is made.
-pub(crate) struct TemplateWatch(Box<dyn Subscription>);
+pub(crate) struct TemplateWatch {
+    app: App,
+    events: Box<dyn Subscription>,
+    beat: Beat,
+}
 
 impl TemplateWatch {
     pub(crate) fn new(app: &App) -> Self {
-        Self(app.parts.bus.subscribe())
+        Self { app: app.clone(), events: app.parts.bus.subscribe(), beat: Beat::new() }
     }
 
     /// The template may have changed. Cancel-safe.
     pub(crate) async fn changed(&mut self, template: TemplateId) {
         loop {
-            match self.0.next().await {
+            let received = tokio::select! {
+                received = self.events.next() => received,
+                () = self.beat.next(&self.app) => return,
+            };
+            match received {
                 Received::Event(Event::Template { template_id, .. }) if template_id == template => {
                     return;
                 }

@@ -102,6 +102,16 @@ pub trait Queue: Send + Sync + 'static {
     /// just started holds none.
     async fn reclaim(&self, worker: WorkerId) -> Result<u64, QueueError>;
 
+    /// Puts an entry where it belongs now, whatever lane it was in. `false`: somebody has it in
+    /// hand; ask again when that has ended.
+    async fn relocate(&self, entry: Entry) -> Result<bool, QueueError> {
+        if !self.remove(entry.task).await? && self.contains(entry.task).await? {
+            return Ok(false);
+        }
+        self.enqueue(&[entry]).await?;
+        Ok(true)
+    }
+
     async fn contains(&self, task: TaskId) -> Result<bool, QueueError>;
 
     async fn depth(&self) -> Result<Depth, QueueError>;

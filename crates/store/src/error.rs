@@ -14,6 +14,8 @@ pub enum StoreError {
     VmNotFound,
     #[error("no such task")]
     TaskNotFound,
+    #[error("no such worker")]
+    WorkerNotFound,
     #[error("no such execution")]
     ExecutionNotFound,
     #[error("no such snapshot")]
@@ -28,6 +30,9 @@ pub enum StoreError {
     /// `what` is counted, and `max` of it are allowed.
     #[error("there is no room for more: {max} {what} at once are the most that is configured")]
     TooManyVms { what: &'static str, max: u32 },
+    /// `detail` is a whole sentence for the client.
+    #[error("{detail}")]
+    NoRoom { detail: String },
     /// The VM as it is. `action` completes "it cannot ...".
     #[error("VM `{}` is {}; it cannot {action}", vm.name, vm.state)]
     WrongState { vm: Box<Vm>, action: &'static str },
@@ -101,6 +106,7 @@ impl StoreError {
             Self::NameTaken { .. } => ErrorCode::NameTaken,
             Self::VmNotFound => ErrorCode::VmNotFound,
             Self::TaskNotFound => ErrorCode::TaskNotFound,
+            Self::WorkerNotFound => ErrorCode::WorkerNotFound,
             Self::ExecutionNotFound => ErrorCode::ExecutionNotFound,
             Self::SnapshotNotFound => ErrorCode::SnapshotNotFound,
             Self::TemplateNotFound => ErrorCode::TemplateNotFound,
@@ -108,6 +114,7 @@ impl StoreError {
                 ErrorCode::SnapshotStateConflict
             }
             Self::TooManyVms { .. } => ErrorCode::TooManyVms,
+            Self::NoRoom { .. } => ErrorCode::InsufficientCapacity,
             Self::WrongState { .. } | Self::NotCancellable { .. } => ErrorCode::VmStateConflict,
             Self::TaskEnded { .. } => ErrorCode::TaskEnded,
             Self::IdempotencyConflict => ErrorCode::IdempotencyConflict,
@@ -142,8 +149,10 @@ impl StoreError {
             | Self::SnapshotNotReady { .. }
             | Self::TemplateNotReady { .. }
             | Self::TooManyVms { .. }
+            | Self::NoRoom { .. }
             | Self::VmNotFound
             | Self::TaskNotFound
+            | Self::WorkerNotFound
             | Self::ExecutionNotFound
             | Self::WrongState { .. }
             | Self::NotCancellable { .. }

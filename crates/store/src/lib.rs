@@ -9,6 +9,7 @@
 //! later attempt has begun, or the task has ended.
 
 mod error;
+mod fleet;
 mod page;
 pub mod postgres;
 mod sql;
@@ -16,14 +17,15 @@ pub mod sqlite;
 
 use aether_types::{
     DriverKind, Execution, ExecutionId, ExecutionSpec, ExecutionState, ExitStatus, Fault, KeyId,
-    OutputStream, Priority, RetainedOutput, Snapshot, SnapshotId, SnapshotPurpose, SnapshotState,
-    StartReport, StateChange, Task, TaskId, TaskKind, TaskState, Template, TemplateId,
-    TemplateProgress, TemplateSpec, TemplateState, Timestamp, ToolRequest, Vm, VmEvent, VmId,
-    VmSpec, VmState, VmTool, WorkerId,
+    OutputStream, Priority, QueueName, RetainedOutput, Snapshot, SnapshotId, SnapshotPurpose,
+    SnapshotState, StartReport, StateChange, Task, TaskId, TaskKind, TaskState, Template,
+    TemplateId, TemplateProgress, TemplateSpec, TemplateState, Timestamp, ToolRequest, Vm, VmEvent,
+    VmId, VmSpec, VmState, VmTool, Worker, WorkerId, WorkerLoad,
 };
 use async_trait::async_trait;
 
 pub use error::StoreError;
+pub use fleet::{NewWorker, Orphan, QueueStatus, Registration};
 pub use page::{Cursor, Page, PageRequest};
 pub use postgres::PostgresStore;
 pub use sqlite::{Durability, SqliteStore};
@@ -174,8 +176,10 @@ pub enum Begin {
     Go(Task),
     /// The task ended before (or its attempts are used up, which ends it now).
     Ended(Task),
-    /// A later attempt has begun.
+    /// A later attempt has begun, or the worker is not in the registry as it says.
     Fenced,
+    /// The task's VM is another worker's, or waits for one. The task's dispatch is owed again.
+    Elsewhere(Task),
 }
 
 #[derive(Debug, Clone)]
@@ -240,7 +244,8 @@ pub struct ApiKey {
 pub trait Store: Send + Sync + 'static {
     // --- requests, from the gateway ---
 
-    /// Records a VM in `creating` with its task. Fails with `NameTaken` where a VM that is not
+    /// Records a VM in `creating` with its task, and gives it a worker where one fits and has room;
+    /// else its dispatch waits (see [`Store::place_waiting`]). Fails with `NameTaken` where a VM that is not
     /// deleted has the name, with `TooManyVms` where there is no room for one more, and with
     /// `SnapshotNotFound`, `TemplateNotFound`, `SnapshotNotReady` or `TemplateNotReady` where its
     /// origin is gone or will never be ready (one that is still being made is waited for). Only a
@@ -351,10 +356,13 @@ pub trait Store: Send + Sync + 'static {
     /// attempts are used up the task ends as failed with `attempts_exhausted`; a VM that it was
     /// creating, starting or stopping has failed, its execution is failed as lost, and what it was
     /// to make has failed.
+    ///
+    /// A worker in the registry begins only tasks of its own VMs, deletions of VMs that are nobody's,
+    /// and creations that no worker has, where it has room for them: those are its own then.
     async fn begin_attempt(
         &self,
         id: TaskId,
-        worker: WorkerId,
+        by: Registration,
         epoch: i64,
     ) -> Result<Begin, StoreError>;
 
@@ -410,8 +418,14 @@ pub trait Store: Send + Sync + 'static {
     ) -> Result<Task, StoreError>;
 
     /// A change that no task asked for: the guest died, a paused VM was found running.
-    /// `WrongState` where the state machine has no such transition.
-    async fn change_vm(&self, id: VmId, change: VmChange) -> Result<Vm, StoreError>;
+    /// `WrongState` where the state machine has no such transition. `Fenced` where it is a worker's
+    /// word (`by`) and the VM is another's, or that worker is lost or has registered anew.
+    async fn change_vm(
+        &self,
+        id: VmId,
+        by: Option<Registration>,
+        change: VmChange,
+    ) -> Result<Vm, StoreError>;
 
     /// Facts learnt about a VM, without a change of state; they count as a change (the generation
     /// rises), and are not in the history.
@@ -489,6 +503,68 @@ pub trait Store: Send + Sync + 'static {
 
     /// Tasks that have not ended, oldest first.
     async fn open_tasks(&self) -> Result<Vec<Task>, StoreError>;
+
+    // --- workers ---
+
+    /// The worker is there, with a higher epoch than ever before. Whether it drains is as it was.
+    async fn register_worker(&self, worker: NewWorker) -> Result<Worker, StoreError>;
+
+    /// The worker's lease begins anew, by the store's clock. `Fenced` where it is lost, has left, or
+    /// has registered anew.
+    async fn heartbeat(&self, by: Registration) -> Result<Worker, StoreError>;
+
+    /// The worker ends. Creations that were placed on it and have not begun wait for another.
+    /// `Fenced` as [`Store::heartbeat`].
+    async fn leave(&self, by: Registration) -> Result<Worker, StoreError>;
+
+    /// The worker gets no new VMs; once this is answered none is placed on it. Creations that have
+    /// not begun go elsewhere. Repeating it is harmless.
+    async fn drain_worker(&self, id: WorkerId) -> Result<Worker, StoreError>;
+
+    async fn activate_worker(&self, id: WorkerId) -> Result<Worker, StoreError>;
+
+    async fn worker(&self, id: WorkerId) -> Result<Option<(Worker, WorkerLoad)>, StoreError>;
+
+    /// All of them, with what they have promised. What has been gone for a month and has no VM is
+    /// forgotten.
+    async fn workers(&self) -> Result<Vec<(Worker, WorkerLoad)>, StoreError>;
+
+    /// Declares a worker lost whose lease has run out since this heartbeat, which was its last.
+    /// `None`: it is not so, or another was faster: it is answered once.
+    async fn lose_worker(
+        &self,
+        seen: Registration,
+        heartbeat_at: Timestamp,
+    ) -> Result<Option<Worker>, StoreError>;
+
+    /// VMs of lost workers, with something left to settle.
+    async fn orphans(&self, limit: u32) -> Result<Vec<VmId>, StoreError>;
+
+    /// Fails a VM of a lost worker and ends its tasks; a creation goes to another worker, and a
+    /// deletion to any. `None`: it is settled, or the worker is back.
+    async fn settle_orphan(&self, vm: VmId) -> Result<Option<Orphan>, StoreError>;
+
+    /// Gives workers to VMs that wait for one, oldest first, and says how many. Their tasks are in
+    /// [`Store::undispatched`] from then on.
+    async fn place_waiting(&self, limit: u32) -> Result<u64, StoreError>;
+
+    /// How many VMs wait for a worker.
+    async fn waiting_vms(&self) -> Result<u64, StoreError>;
+
+    // --- queues ---
+
+    /// Of every worker, and the shared one.
+    async fn queues(&self) -> Result<Vec<QueueStatus>, StoreError>;
+
+    /// Tasks that failed with their attempts used up and were not retried since, newest first.
+    async fn dead_tasks(
+        &self,
+        queue: QueueName,
+        page: PageRequest,
+    ) -> Result<Page<Task>, StoreError>;
+
+    /// `again` does what the dead one did not: that is a dead letter no more. The first counts.
+    async fn retried(&self, dead: TaskId, again: TaskId) -> Result<(), StoreError>;
 
     // --- keys ---
 

@@ -234,7 +234,7 @@ impl<S: Store> World<S> {
             Op::Begin { task, ahead } => {
                 let Some(before) = self.task(task).await else { return };
                 let epoch = before.epoch + ahead;
-                match store.begin_attempt(before.id, WorkerId::new(), epoch).await.unwrap() {
+                match store.begin_attempt(before.id, WorkerId::new().into(), epoch).await.unwrap() {
                     Begin::Go(after) => {
                         assert!(epoch > before.epoch && !before.state.is_end());
                         assert_eq!(after.attempts, before.attempts + 1);
@@ -246,6 +246,7 @@ impl<S: Store> World<S> {
                         assert!(before.state.is_end() || (used_up && epoch > before.epoch));
                     }
                     Begin::Fenced => assert!(epoch <= before.epoch && !before.state.is_end()),
+                    Begin::Elsewhere(_) => panic!("there is no registry"),
                 }
             }
             Op::ExecutionStarted { task, boot } => {
@@ -289,7 +290,7 @@ impl<S: Store> World<S> {
                 let Some(vm) = pick(&self.vms, vm) else { return };
                 let patch = VmPatch::default();
                 let change = VmChange { event: EVENTS[event], reason: None, patch };
-                refused(store.change_vm(vm, change).await);
+                refused(store.change_vm(vm, None, change).await);
             }
         }
     }

@@ -66,7 +66,7 @@ async fn methods() {
             let request = store.request_execution(vm, execution, new, None);
             let (accepted, execution) = watch.time("request_execution", request).await.unwrap();
             let task = accepted.task.id;
-            watch.time("begin_attempt", store.begin_attempt(task, worker, 1)).await.unwrap();
+            watch.time("begin_attempt", store.begin_attempt(task, worker.into(), 1)).await.unwrap();
             let started = store.execution_started(task, 1, execution.id, "boot");
             watch.time("execution_started", started).await.unwrap();
             let end = store.end_attempt(task, 1, support::exited(0));

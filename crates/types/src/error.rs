@@ -33,6 +33,8 @@ codes! {
     MethodNotAllowed = "method_not_allowed",
     VmNotFound = "vm_not_found",
     TaskNotFound = "task_not_found",
+    WorkerNotFound = "worker_not_found",
+    QueueNotFound = "queue_not_found",
     ExecutionNotFound = "execution_not_found",
     ImageNotFound = "image_not_found",
     SnapshotNotFound = "snapshot_not_found",
@@ -79,6 +81,8 @@ codes! {
     GuestAgentLost = "guest_agent_lost",
     /// The VM's process on the host ended or was killed.
     VmmExited = "vmm_exited",
+    /// The worker that had the VM does not answer any more; nobody knows what became of the VM.
+    WorkerLost = "worker_lost",
     /// The VM was stopped or deleted while the work ran.
     VmStopped = "vm_stopped",
     /// The guest does not answer on its channel.

@@ -9,6 +9,7 @@ pub mod id;
 pub mod limits;
 pub mod network;
 mod password;
+pub mod placement;
 pub mod snapshot;
 pub mod start;
 pub mod task;
@@ -16,6 +17,7 @@ pub mod template;
 pub mod time;
 pub mod tool;
 pub mod vm;
+pub mod worker;
 
 pub use error::{ErrorCode, Fault};
 pub use execution::{
@@ -24,9 +26,10 @@ pub use execution::{
 pub use id::{ExecutionId, KeyId, MachineId, SnapshotId, TaskId, TemplateId, VmId, WorkerId};
 pub use network::{AllowRule, Egress, NetworkPolicy, PortRange, TransportProtocol};
 pub use password::Password;
+pub use placement::Placement;
 pub use snapshot::{Snapshot, SnapshotPurpose, SnapshotState};
 pub use start::{StartKind, StartPhase, StartReport};
-pub use task::{Priority, Task, TaskKind, TaskProgress, TaskState};
+pub use task::{Priority, QueueName, Task, TaskKind, TaskProgress, TaskState};
 pub use template::{
     Template, TemplateFile, TemplateProgress, TemplateReady, TemplateSpec, TemplateState,
     TemplateStep,
@@ -34,3 +37,6 @@ pub use template::{
 pub use time::Timestamp;
 pub use tool::{ToolRequest, VmTool};
 pub use vm::{DriverKind, Origin, StateChange, Vm, VmEvent, VmSpec, VmState};
+pub use worker::{
+    Presence, Standing, Worker, WorkerCapacity, WorkerDriver, WorkerEvent, WorkerLoad, WorkerState,
+};

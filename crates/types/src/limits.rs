@@ -29,6 +29,16 @@ pub const LABELS_MAX: usize = 64;
 pub const LABEL_KEY_BYTES_MAX: usize = 63;
 pub const LABEL_VALUE_BYTES_MAX: usize = 255;
 
+/// A worker's host name (the longest that DNS has) or zone.
+pub const WORKER_NAME_BYTES_MAX: usize = 253;
+/// Between two heartbeats of a worker: each is a write, and much longer would be no news.
+pub const WORKER_HEARTBEAT_MS_MIN: u64 = 100;
+pub const WORKER_HEARTBEAT_MS_MAX: u64 = 60_000;
+/// Of a worker's lease, in heartbeats: two may be late and it is still there.
+pub const WORKER_LEASE_HEARTBEATS_MIN: u32 = 3;
+/// Its VMs have nobody for so long.
+pub const WORKER_LEASE_MS_MAX: u64 = 600_000;
+
 pub const ENV_VARS_MAX: usize = 1024;
 /// Of all names and values together; the guest's protocol has the same bound.
 pub const ENV_BYTES_MAX: usize = 128 * 1024;

@@ -192,6 +192,41 @@ impl FromStr for Priority {
     }
 }
 
+/// Where tasks wait: one queue is every worker's, and each worker has one for its own VMs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum QueueName {
+    Shared,
+    Worker(WorkerId),
+}
+
+impl QueueName {
+    #[must_use]
+    pub fn of(worker: Option<WorkerId>) -> Self {
+        worker.map_or(Self::Shared, Self::Worker)
+    }
+}
+
+impl fmt::Display for QueueName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Shared => f.write_str("shared"),
+            Self::Worker(worker) => worker.fmt(f),
+        }
+    }
+}
+
+impl FromStr for QueueName {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "shared" {
+            return Ok(Self::Shared);
+        }
+        let worker = text.parse().map(Self::Worker);
+        worker.map_err(|_| "unknown queue; `shared`, or the id of a worker".to_owned())
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Task {
     pub id: TaskId,

@@ -21,8 +21,8 @@ use std::{collections::BTreeMap, fmt, net::IpAddr, str::FromStr};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Fault, NetworkPolicy, SnapshotId, StartReport, TemplateId, Timestamp, ToolRequest, VmId,
-    VmTool, WorkerId, limits, tool::validate_tools,
+    Fault, NetworkPolicy, Placement, SnapshotId, StartReport, TemplateId, Timestamp, ToolRequest,
+    VmId, VmTool, WorkerId, limits, tool::validate_tools,
 };
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -145,6 +145,21 @@ impl VmState {
             | Self::Failed
             | Self::Deleting
             | Self::Deleted => false,
+        }
+    }
+
+    /// It counts against what its worker may promise: it runs, or is on its way to, or its machine
+    /// is not known to be gone.
+    #[must_use]
+    pub fn holds_capacity(self) -> bool {
+        match self {
+            Self::Creating
+            | Self::Starting
+            | Self::Running
+            | Self::Paused
+            | Self::Stopping
+            | Self::Deleting => true,
+            Self::Stopped | Self::Failed | Self::Deleted => false,
         }
     }
 
@@ -271,6 +286,9 @@ pub struct VmSpec {
     /// By name, each once: the defaults, what the origin has, and what was asked for.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tools: Vec<ToolRequest>,
+    /// Where it is to be.
+    #[serde(default, skip_serializing_if = "Placement::is_anywhere")]
+    pub placement: Placement,
 }
 
 impl VmSpec {
@@ -285,6 +303,7 @@ impl VmSpec {
         validate_env("env", &self.env)?;
         validate_labels(&self.labels)?;
         validate_tools("tools", &self.tools)?;
+        self.placement.validate()?;
         self.network.validate()
     }
 }
@@ -335,7 +354,7 @@ pub fn validate_env(field: &str, env: &BTreeMap<String, String>) -> Result<(), S
     Ok(())
 }
 
-fn validate_labels(labels: &BTreeMap<String, String>) -> Result<(), String> {
+pub(crate) fn validate_labels(labels: &BTreeMap<String, String>) -> Result<(), String> {
     if labels.len() > limits::LABELS_MAX {
         return Err(format!("labels: at most {}", limits::LABELS_MAX));
     }

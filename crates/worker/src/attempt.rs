@@ -7,7 +7,7 @@ use aether_queue::Lease;
 use aether_store::{AttemptEnd, Begin, ExecutionEnd, StoreError, VmChange, VmPatch};
 use aether_types::{
     ErrorCode, ExecutionState, Fault, Origin, RetainedOutput, Snapshot, SnapshotId, Task, TaskKind,
-    TaskState, Template, Timestamp, Vm, VmEvent, VmState,
+    TaskState, Template, Timestamp, Vm, VmEvent, VmId, VmState,
 };
 use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::CancellationToken;
@@ -35,6 +35,8 @@ pub(crate) enum Outcome {
     Fenced,
     /// The process ends, and the next one takes the task up again.
     Left,
+    /// It is for another worker, to which it is on its way.
+    PassedOn,
 }
 
 impl Core {
@@ -45,7 +47,7 @@ impl Core {
         drop(place);
         match outcome {
             Ok(Outcome::Ended) => self.settle(&lease).await,
-            Ok(Outcome::GivenBack | Outcome::Fenced | Outcome::Left) => {}
+            Ok(Outcome::GivenBack | Outcome::Fenced | Outcome::Left | Outcome::PassedOn) => {}
             Err(error) => {
                 // The lease runs out and the task is claimed again, here or elsewhere.
                 tracing::error!(task.id = %lease.task, error = fault::chain(&error), "attempt");
@@ -59,19 +61,31 @@ impl Core {
         }
     }
 
+    /// The task's VM is another worker's, or waits for one. The store owes the dispatch, so that the
+    /// entry here is of no use.
+    async fn pass_on(&self, lease: &Lease, task: Task) -> Result<Outcome, StoreError> {
+        tracing::debug!(task.id = %task.id, "the task is for another worker");
+        self.settle(lease).await;
+        if let Err(error) = reconcile::pass_on(self, &task).await {
+            tracing::warn!(error = fault::chain(&error), "pass a task on; it is owed still");
+        }
+        Ok(Outcome::PassedOn)
+    }
+
     async fn carry_out(
         self: &Arc<Self>,
         lease: &Lease,
         cancelled: CancellationToken,
     ) -> Result<Outcome, StoreError> {
         let store = &self.parts.store;
-        let task = match store.begin_attempt(lease.task, lease.worker, lease.epoch).await {
+        let task = match store.begin_attempt(lease.task, self.registration(), lease.epoch).await {
             Ok(Begin::Go(task)) => task,
             Ok(Begin::Ended(task)) => {
                 self.publish_task(&task).await;
                 return Ok(Outcome::Ended);
             }
             Ok(Begin::Fenced) => return Ok(Outcome::Fenced),
+            Ok(Begin::Elsewhere(task)) => return self.pass_on(lease, task).await,
             Err(StoreError::TaskNotFound) => return Ok(Outcome::Ended),
             Err(error) => return Err(error),
         };
@@ -110,10 +124,26 @@ impl Core {
             Ok(end) => self.end(&attempt, end).await,
             Err(failure) => self.fail(&attempt, &vm, failure).await,
         };
+        if boots && matches!(outcome, Ok(Outcome::Fenced)) {
+            self.undo_if_anothers(vm.id).await;
+        }
         if attempt.task.kind == TaskKind::TemplateBuild && matches!(outcome, Ok(Outcome::Ended)) {
             reconcile::delete(self, vm.id).await;
         }
         outcome
+    }
+
+    /// What an attempt made that was too slow, or whose worker was declared lost, is of no use: the
+    /// VM is made elsewhere, or will not be made.
+    async fn undo_if_anothers(&self, id: VmId) {
+        match self.parts.store.vm(id).await {
+            Ok(Some(vm)) if vm.worker_id == Some(self.parts.id) => {}
+            Ok(Some(vm)) => self.undo_create(&vm).await,
+            Ok(None) => {}
+            Err(error) => {
+                tracing::error!(vm.id = %id, error = fault::chain(&error), "look whose a VM is");
+            }
+        }
     }
 
     /// The process ends and does not wait for a boot: nothing stays of it, and the next process

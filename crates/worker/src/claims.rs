@@ -4,6 +4,8 @@ use std::{sync::Arc, time::Duration};
 
 use aether_events::{Event, Received, Subscription};
 use aether_queue::QueueError;
+use aether_store::{PageRequest, StoreError, TaskFilter};
+use aether_types::{TaskState, limits};
 use tokio::{sync::Semaphore, time::MissedTickBehavior};
 
 use crate::{fault, worker::Core};
@@ -15,12 +17,20 @@ const FAILURE_PAUSE: Duration = Duration::from_millis(500);
 
 pub(crate) async fn claim(core: Arc<Core>) {
     let places = Arc::new(Semaphore::new(core.parts.config.tasks_at_once));
+    let mut claiming = core.claiming.subscribe();
     loop {
+        tokio::select! {
+            () = core.draining.cancelled() => return,
+            // The sender lives as long as the worker.
+            _ = claiming.wait_for(|may| *may) => {}
+        }
         let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
         let claim = core.parts.queue.claim(core.parts.id, core.parts.config.lease, CLAIM_WAIT);
         let claimed = tokio::select! {
             biased;
             () = core.draining.cancelled() => return,
+            // What it claimed in this moment is a lease that runs out.
+            _ = claiming.wait_for(|may| !*may) => continue,
             claimed = claim => claimed,
         };
         match claimed {
@@ -77,6 +87,29 @@ pub(crate) async fn listen(core: Arc<Core>, mut events: Box<dyn Subscription>) {
             Received::Event(_) => {}
             Received::Missed(_) => reread(&core).await,
             Received::Closed => return,
+        }
+    }
+}
+
+/// Requests of other processes, whose events do not come here: the store has them.
+pub(crate) async fn reread_cancelled(core: &Core) -> Result<(), StoreError> {
+    if core.attempts.leases().is_empty() {
+        return Ok(());
+    }
+    let filter = TaskFilter {
+        states: vec![TaskState::Running],
+        worker_id: Some(core.parts.id),
+        ..TaskFilter::default()
+    };
+    let mut page = PageRequest { limit: limits::PAGE_LIMIT_MAX, after: None };
+    loop {
+        let tasks = core.parts.store.tasks(filter.clone(), page).await?;
+        for task in tasks.items.iter().filter(|task| task.cancel_requested) {
+            core.attempts.cancel(task.id);
+        }
+        match tasks.next {
+            Some(cursor) => page.after = Some(cursor),
+            None => return Ok(()),
         }
     }
 }

@@ -47,7 +47,8 @@ impl Core {
         let mut session = self.parts.sessions.take(execution.id);
         if execution.spec.interactive && session.is_none() {
             // Its client was connected to a process that has ended.
-            let fault = Fault::new(ErrorCode::ClientGone, "the client went away");
+            let text = "the client went away, or asked another process than the one with the VM";
+            let fault = Fault::new(ErrorCode::ClientGone, text);
             return self.end(attempt, failed_execution(fault)).await;
         }
         let outcome = self.run_to_end(attempt, &execution, &mut session).await?;

@@ -5,6 +5,7 @@
 //!     │           ├──────► execute ──► pump (guest ⇄ session)
 //!     │           └──────► tool_build: layers of tools, for VMs and ahead of them
 //!     │
+//!   registry:  says that the worker is there, and lets go where it was declared lost
 //!   reconcile: at the start and whenever a lease, a time to live or a VMM ends
 //!   garbage:   the files of snapshots that nothing needs any more
 //! ```
@@ -35,6 +36,7 @@ mod phases;
 mod pool;
 mod pump;
 mod reconcile;
+mod registry;
 mod sealed;
 mod snapshot;
 mod template;
@@ -55,6 +57,7 @@ use aether_types::{Fault, WorkerId};
 
 pub use garbage::Retention;
 pub use pool::{PoolConfig, default_memory_reserve_mb, host_memory_mb};
+pub use registry::FleetConfig;
 pub use template::EnsureError;
 pub use worker::{ShutdownMode, ShutdownReport, Worker};
 
@@ -126,6 +129,8 @@ pub struct WorkerConfig {
     /// A guest that lost a connection has this long to answer again before its command is given
     /// up. With what an exchange takes, a lost guest is reported within two seconds.
     pub reattach_limit: Duration,
+    /// What the registry is told.
+    pub fleet: FleetConfig,
     pub retention: Retention,
     /// Other data directories use the template store too; what no template here is made of stays.
     pub templates_are_shared: bool,
@@ -151,6 +156,7 @@ impl Default for WorkerConfig {
             guest_limit: Duration::from_secs(10),
             template_rest: Duration::from_secs(1),
             reattach_limit: Duration::from_millis(1500),
+            fleet: FleetConfig::default(),
             retention: Retention::default(),
             templates_are_shared: false,
             pools: PoolConfig::default_for(memory_mb),
@@ -163,6 +169,9 @@ impl Default for WorkerConfig {
 /// Why a worker does not start.
 #[derive(Debug, thiserror::Error)]
 pub enum WorkerError {
+    /// `0` names the field and its bounds.
+    #[error("{0}")]
+    Config(String),
     #[error("read the store")]
     Store(#[from] StoreError),
     #[error("use the queue")]

@@ -232,12 +232,14 @@ impl Core {
     /// faster, and the VM is as they left it.
     pub(crate) async fn change_vm(&self, id: VmId, event: VmEvent, reason: Option<Fault>) {
         let change = VmChange { event, reason, patch: VmPatch::default() };
-        match self.parts.store.change_vm(id, change).await {
+        match self.parts.store.change_vm(id, Some(self.registration()), change).await {
             Ok(vm) => {
                 self.guests.notify();
                 self.publish_vm(&vm).await;
             }
-            Err(aether_store::StoreError::WrongState { .. }) => {}
+            // Nor where the VM is not this worker's any more.
+            Err(aether_store::StoreError::WrongState { .. } | aether_store::StoreError::Fenced) => {
+            }
             Err(error) => {
                 tracing::error!(vm.id = %id, error = fault::chain(&error), "record a change");
             }

@@ -65,6 +65,37 @@ pub(crate) async fn at_start(core: &Arc<Core>) -> Result<(), WorkerError> {
     dispatch_open(core).await
 }
 
+/// What this process has made of VMs that are not its own any more, once it has registered anew.
+/// What is still its own goes on: a VM that nobody had come to settle, or a spare.
+pub(crate) async fn after_loss(core: &Arc<Core>) -> Result<(), WorkerError> {
+    // What was let go of is free at once, for whoever it is for now.
+    core.parts.queue.reclaim(core.parts.id).await?;
+    let open = core.parts.store.open_tasks().await?;
+    let busy = Busy::new(&open);
+    for driver in &core.parts.drivers {
+        for machine in driver.list().await? {
+            let Some(vm_id) = machine.spec.as_ref().map_or_else(|| own(machine.id), |s| s.vm)
+            else {
+                continue;
+            };
+            let vm = core.parts.store.vm(vm_id).await?;
+            let is_kept = vm.as_ref().is_some_and(|vm| {
+                vm.worker_id == Some(core.parts.id)
+                    && matches!(vm.state, VmState::Running | VmState::Paused)
+            });
+            if is_kept && core.guests.get(vm_id).is_some() {
+                continue;
+            }
+            if let Some(guest) = core.guests.get(vm_id) {
+                guest.will_end(lost());
+            }
+            core.guests.remove_guest(vm_id);
+            settle_machine(core, driver, machine, vm, vm_id, &busy).await;
+        }
+    }
+    dispatch_owed(core).await
+}
+
 /// Ends what still runs when all VMs were stopped: a predecessor's, of a task that was not taken up
 /// again. The task makes it anew at the next start.
 pub(crate) async fn at_end(core: &Arc<Core>) {
@@ -136,9 +167,10 @@ async fn settle_machine(
         core.guests.forget(id);
         return remove(driver, machine.id).await;
     };
-    if vm.worker_id.is_some_and(|worker| worker != core.parts.id) {
-        // An attempt here was too slow, and another worker made the VM.
-        tracing::warn!(vm.id = %id, "remove a machine whose VM another worker has");
+    let is_anothers = vm.worker_id.is_some_and(|worker| worker != core.parts.id);
+    if is_anothers || vm.worker_id.is_none() && vm.state == VmState::Creating {
+        // An attempt here was too slow, and another worker makes the VM, or will.
+        tracing::warn!(vm.id = %id, "remove a machine whose VM is another worker's");
         core.guests.forget(id);
         return remove(driver, machine.id).await;
     }
@@ -257,17 +289,26 @@ async fn settle_without_machine(
     }
 }
 
-/// Whether no other worker has the VM. One that has no worker yet may be in another's hands, or on
-/// its way into them: its tasks tell, which are read after it, so that none is missed.
+/// Whether no other worker has the VM, and it is not on its way. One that has no worker yet may be in
+/// another's hands, and one that is to be made may have come since the tasks were listed: its tasks
+/// tell, which are read after it, so that none is missed.
 async fn is_mine(core: &Core, vm: &Vm) -> Result<bool, WorkerError> {
-    if let Some(worker) = vm.worker_id {
-        return Ok(worker == core.parts.id);
+    let is_on_its_way = matches!(vm.state, VmState::Creating | VmState::Starting);
+    match vm.worker_id {
+        Some(worker) if worker != core.parts.id => return Ok(false),
+        Some(_) if !is_on_its_way => return Ok(true),
+        Some(_) | None => {}
     }
     let filter = TaskFilter { vm_id: Some(vm.id), ..TaskFilter::default() };
     let newest_first = PageRequest { limit: limits::PAGE_LIMIT_MAX, after: None };
     let tasks = core.parts.store.tasks(filter, newest_first).await?.items;
-    if tasks.iter().any(|task| !task.state.is_end()) {
+    // A command waits for a VM, and does not make it.
+    let makes = |task: &Task| vm.worker_id.is_none() || task.kind != TaskKind::VmExecute;
+    if tasks.iter().any(|task| !task.state.is_end() && makes(task)) {
         return Ok(false);
+    }
+    if vm.worker_id.is_some() {
+        return Ok(true);
     }
     // It ended under the worker that had it last, which puts in order what it left.
     let last = tasks.iter().find_map(|task| task.worker_id);
@@ -296,7 +337,12 @@ pub(crate) async fn keep(core: Arc<Core>, mut events: Box<dyn Subscription>) {
             () = tokio::time::sleep(expiry.min(SWEEP)) => {}
             () = core.parts.queue.may_have_lost() => is_owed = true,
             // A new VM may expire before the timer that was set without it.
-            () = vm_event(&mut events) => continue,
+            is_room = vm_event(&mut events) => {
+                if is_room {
+                    let _ = noted(fill_room(&core).await);
+                }
+                continue;
+            }
         }
         if is_owed {
             tracing::warn!("the queue may have lost entries; all open tasks are dispatched again");
@@ -315,12 +361,14 @@ fn noted(done: Result<(), WorkerError>) -> Result<(), WorkerError> {
     done
 }
 
-async fn vm_event(events: &mut Box<dyn Subscription>) {
+/// Whether a VM gave back room that another may wait for, or one began to run.
+async fn vm_event(events: &mut Box<dyn Subscription>) -> bool {
     loop {
         match events.next().await {
             Received::Event(Event::Vm { state: VmState::Running, .. }) | Received::Missed(_) => {
-                return;
+                return false;
             }
+            Received::Event(Event::Vm { state, .. }) if !state.holds_capacity() => return true,
             Received::Event(_) => {}
             Received::Closed => std::future::pending().await,
         }
@@ -343,7 +391,52 @@ async fn next_expiry(core: &Core) -> Duration {
 
 async fn sweep(core: &Arc<Core>) -> Result<(), WorkerError> {
     core.parts.queue.sweep().await?;
-    dispatch(core, core.parts.store.undispatched(limits::PAGE_LIMIT_MAX).await?).await
+    dispatch_owed(core).await
+}
+
+/// A VM gave back its room. Nearly always nobody waits for it, which one look tells.
+async fn fill_room(core: &Core) -> Result<(), WorkerError> {
+    if core.parts.store.place_waiting(limits::PAGE_LIMIT_MAX).await? > 0 {
+        dispatch_owed(core).await?;
+    }
+    Ok(())
+}
+
+/// Gives places to VMs that wait for one, and dispatches what is owed.
+pub(crate) async fn dispatch_owed(core: &Core) -> Result<(), WorkerError> {
+    core.parts.store.place_waiting(limits::PAGE_LIMIT_MAX).await?;
+    let owed = core.parts.store.undispatched(limits::PAGE_LIMIT_MAX).await?;
+    let mut dispatched = Vec::with_capacity(owed.len());
+    for task in owed {
+        let entry = entry(core, &task, Duration::ZERO).await?;
+        // It may have an entry in the lane of a worker that it was for before.
+        if core.parts.queue.relocate(entry).await? {
+            dispatched.push(task.id);
+        }
+    }
+    if !dispatched.is_empty() {
+        core.parts.store.confirm_dispatched(&dispatched).await?;
+    }
+    Ok(())
+}
+
+/// A task came here that is for another worker.
+pub(crate) async fn pass_on(core: &Core, task: &Task) -> Result<(), WorkerError> {
+    let entry = entry(core, task, Duration::ZERO).await?;
+    // One that waits for a worker comes with what is owed, when it has one.
+    if entry.lane != Lane::Shared && core.parts.queue.relocate(entry).await? {
+        core.parts.store.confirm_dispatched(&[task.id]).await?;
+    }
+    dispatch_owed(core).await
+}
+
+async fn entry(core: &Core, task: &Task, delay: Duration) -> Result<Entry, WorkerError> {
+    let vm = match task.vm_id {
+        Some(id) => core.parts.store.vm(id).await?,
+        None => None,
+    };
+    let lane = vm.and_then(|vm| vm.worker_id).map_or(Lane::Shared, Lane::Worker);
+    Ok(Entry { task: task.id, lane, priority: task.priority, delay })
 }
 
 async fn expire(core: &Arc<Core>) -> Result<(), WorkerError> {
@@ -361,13 +454,7 @@ pub(crate) async fn dispatch(core: &Core, tasks: Vec<Task>) -> Result<(), Worker
 async fn dispatch_after(core: &Core, tasks: Vec<Task>, delay: Duration) -> Result<(), WorkerError> {
     let mut entries = Vec::with_capacity(tasks.len());
     for task in &tasks {
-        let vm = match task.vm_id {
-            Some(id) => core.parts.store.vm(id).await?,
-            None => None,
-        };
-        let worker = vm.and_then(|vm| vm.worker_id);
-        let lane = worker.map_or(Lane::Shared, Lane::Worker);
-        entries.push(Entry { task: task.id, lane, priority: task.priority, delay });
+        entries.push(entry(core, task, delay).await?);
     }
     if entries.is_empty() {
         return Ok(());
@@ -413,6 +500,10 @@ pub(crate) async fn delete(core: &Core, id: VmId) {
 
 fn gone() -> Fault {
     Fault::new(ErrorCode::VmmExited, "the VM's process was gone when the worker started")
+}
+
+fn lost() -> Fault {
+    Fault::new(ErrorCode::WorkerLost, "the worker was declared lost, and the VM with it")
 }
 
 fn interrupted() -> Fault {

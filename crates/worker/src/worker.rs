@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     fmt,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError, atomic::AtomicI64},
     time::Duration,
 };
 
@@ -13,7 +13,7 @@ use aether_types::{
     ErrorCode, Fault, Task, TaskId, Template, TemplateSpec, VmEvent, VmId, VmState,
 };
 use tokio::{
-    sync::Semaphore,
+    sync::{Notify, Semaphore, watch},
     task::JoinHandle,
     time::{Instant, timeout_at},
 };
@@ -26,7 +26,7 @@ use crate::{
     garbage::Garbage,
     guest::{GuestLinks, Guests},
     pool::{self, PoolSet},
-    reconcile,
+    reconcile, registry,
     template::{Builds, TemplateCache},
 };
 
@@ -53,6 +53,10 @@ pub(crate) struct Core {
     pub(crate) parts: WorkerParts,
     pub(crate) guests: Arc<Guests>,
     pub(crate) attempts: Attempts,
+    /// Of its registration.
+    pub(crate) epoch: AtomicI64,
+    /// Whether work is claimed: not while the worker finds out what is its own.
+    pub(crate) claiming: watch::Sender<bool>,
     pub(crate) boots: Arc<Semaphore>,
     pub(crate) restores: Semaphore,
     pub(crate) pools: Arc<PoolSet>,
@@ -75,6 +79,7 @@ pub(crate) struct Core {
 #[derive(Default)]
 pub(crate) struct Attempts {
     running: Mutex<HashMap<TaskId, InHand>>,
+    ended: Notify,
 }
 
 struct InHand {
@@ -109,11 +114,29 @@ impl Attempts {
 
     pub(crate) fn end(&self, task: TaskId) {
         self.lock().remove(&task);
+        self.ended.notify_waiters();
     }
 
     pub(crate) fn cancel(&self, task: TaskId) {
         if let Some(in_hand) = self.lock().get(&task) {
             in_hand.cancelled.cancel();
+        }
+    }
+
+    pub(crate) fn cancel_all(&self) {
+        for in_hand in self.lock().values() {
+            in_hand.cancelled.cancel();
+        }
+    }
+
+    /// Completes when nothing is in hand.
+    pub(crate) async fn none(&self) {
+        loop {
+            let ended = self.ended.notified();
+            if self.count() == 0 {
+                return;
+            }
+            ended.await;
         }
     }
 
@@ -145,9 +168,14 @@ impl fmt::Debug for Worker {
 impl Worker {
     /// Adopts what runs, repairs what an earlier process left half done, and begins to claim.
     pub async fn start(parts: WorkerParts) -> Result<Self, WorkerError> {
+        parts.config.fleet.validate().map_err(WorkerError::Config)?;
+        // First of all: what a predecessor of the same id still writes is refused from now on.
+        let registered = registry::register(&parts).await?;
         let core = Arc::new(Core {
             guests: Arc::new(Guests::default()),
             attempts: Attempts::default(),
+            epoch: AtomicI64::new(registered.epoch),
+            claiming: watch::Sender::new(true),
             boots: Arc::new(Semaphore::new(parts.config.boots_at_once)),
             restores: Semaphore::new(parts.config.restores_at_once),
             pools: Arc::new(PoolSet::new(
@@ -166,7 +194,10 @@ impl Worker {
             dropped: CancellationToken::new(),
             parts,
         });
-        reconcile::at_start(&core).await?;
+        // A long look around must not cost the worker its lease.
+        core.spawn(registry::keep(Arc::clone(&core)));
+        let begun = reconcile::at_start(&core).await;
+        begun.inspect_err(|_| core.dropped.cancel())?;
         core.spawn(claims::claim(Arc::clone(&core)));
         core.spawn(claims::renew(Arc::clone(&core)));
         core.spawn(claims::listen(Arc::clone(&core), core.parts.bus.subscribe()));
@@ -232,6 +263,9 @@ impl Worker {
             }
         }
         report.tasks_left = core.attempts.count();
+        if timeout_at(deadline, registry::leave(core)).await.is_err() {
+            tracing::warn!("no time was left to leave the registry");
+        }
         if mode == ShutdownMode::StopVms {
             for driver in &core.parts.drivers {
                 match timeout_at(deadline, driver.release()).await {

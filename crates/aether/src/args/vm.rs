@@ -100,6 +100,12 @@ pub(crate) struct VmCreate {
     /// Only the tools that --tool names
     #[arg(long, conflicts_with_all = ["template", "snapshot"])]
     pub(crate) no_default_tools: bool,
+    /// Only on workers of this zone
+    #[arg(long, value_name = "ZONE")]
+    pub(crate) zone: Option<String>,
+    /// Only on workers with this label; may be given several times, all must fit
+    #[arg(long, value_name = "K=V", action = ArgAction::Append, value_parser = parse_pair)]
+    pub(crate) worker_label: Vec<(String, String)>,
     /// Return as soon as the request is recorded
     #[arg(long)]
     pub(crate) no_wait: bool,

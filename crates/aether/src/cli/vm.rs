@@ -6,7 +6,7 @@ use aether_api::{
     CreateVm, VmView,
     client::{CallOptions, Client, ClientError, PageQuery, VmQuery, Waited},
 };
-use aether_types::{AllowRule, Egress, NetworkPolicy, Timestamp, VmState, limits};
+use aether_types::{AllowRule, Egress, NetworkPolicy, Placement, Timestamp, VmState, limits};
 use futures::{StreamExt as _, stream};
 
 use super::{
@@ -110,6 +110,11 @@ fn create_request(args: VmCreate) -> CreateVm {
         network,
         tools: args.tools.iter().map(ToString::to_string).collect(),
         default_tools: args.no_default_tools.then_some(false),
+        placement: Some(Placement {
+            zone: args.zone,
+            labels: args.worker_label.into_iter().collect(),
+        })
+        .filter(|placement| !placement.is_anywhere()),
         ..CreateVm::default()
     }
 }

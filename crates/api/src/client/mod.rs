@@ -18,10 +18,12 @@ mod error;
 mod files;
 mod follow;
 mod http;
+mod queues;
 mod snapshots;
 mod templates;
 mod terminal;
 mod tools;
+mod workers;
 
 use std::{fmt, time::Duration};
 

@@ -101,6 +101,7 @@ pub(crate) fn admit(
         additional_tools,
         tool_versions,
         default_tools: wants_defaults,
+        placement,
     } = request;
     let name = name.unwrap_or_else(|| name_of(id));
     validate_name(&name).map_err(ApiError::invalid)?;
@@ -150,6 +151,7 @@ pub(crate) fn admit(
         network: network.unwrap_or_default(),
         origin: base.origin,
         tools: admit_tools(asked, &base.tools, offer.tools)?,
+        placement: placement.unwrap_or_default(),
     };
     check(&spec, catalogue)?;
     Ok((name, spec))
@@ -180,6 +182,7 @@ fn empty() -> VmSpec {
         network: aether_types::NetworkPolicy::default(),
         origin: Origin::Image,
         tools: Vec::new(),
+        placement: aether_types::Placement::default(),
     }
 }
 

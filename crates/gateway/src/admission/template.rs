@@ -3,7 +3,8 @@
 use aether_api::BuildTemplate;
 use aether_store::{NewTemplate, NewVm};
 use aether_types::{
-    Origin, TemplateFile, TemplateId, TemplateReady, TemplateSpec, TemplateStep, VmId, VmSpec,
+    Origin, Placement, TemplateFile, TemplateId, TemplateReady, TemplateSpec, TemplateStep, VmId,
+    VmSpec,
     limits::{
         ARG_BYTES_MAX, DISK_MB_DEFAULT, MEMORY_MB_DEFAULT, PATH_BYTES_MAX,
         TEMPLATE_BUILD_TIMEOUT_S, TEMPLATE_FILES_BYTES_MAX, TEMPLATE_FILES_MAX,
@@ -78,6 +79,7 @@ fn builder(template: &NewTemplate) -> NewVm {
         network: spec.network.clone(),
         origin: Origin::Builder(template.id),
         tools: spec.tools.clone(),
+        placement: Placement::default(),
     };
     NewVm { id, name: format!("build-{}", id.to_string().replace('-', "")), spec }
 }

@@ -3,12 +3,14 @@
 mod executions;
 mod files;
 mod forks;
+mod queues;
 mod snapshots;
 mod tasks;
 mod templates;
 mod terminal;
 mod tools;
 mod vms;
+mod workers;
 
 use axum::{
     Json, Router,
@@ -98,6 +100,16 @@ pub(crate) fn table() -> Vec<Route> {
         get("/vms/{vm}/files/list", files::list),
         post("/vms/{vm}/files/mkdir", files::mkdir),
         post("/vms/{vm}/files/move", files::rename),
+        get("/workers", workers::list),
+        get("/workers/{worker}", workers::show),
+        get("/workers/{worker}/vms", workers::vms),
+        post("/workers/{worker}/drain", workers::drain),
+        post("/workers/{worker}/activate", workers::activate),
+        get("/cluster/stats", workers::stats),
+        get("/cluster/distribution", workers::distribution),
+        get("/queues", queues::list),
+        get("/queues/{queue}/dead", queues::dead),
+        post("/queues/{queue}/dead/{task}/retry", queues::retry),
         get("/tasks", tasks::list),
         get("/tasks/{task}", tasks::show),
         post("/tasks/{task}/cancel", tasks::cancel),

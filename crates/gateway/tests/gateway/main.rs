@@ -17,3 +17,4 @@ mod templates;
 mod terminal;
 mod tools;
 mod worker;
+mod workers;

@@ -83,7 +83,8 @@ impl ScriptedWorker {
     }
 
     async fn carry_out(&self, lease: Lease) {
-        let begun = self.store.begin_attempt(lease.task, self.id, lease.epoch).await.unwrap();
+        let begun =
+            self.store.begin_attempt(lease.task, self.id.into(), lease.epoch).await.unwrap();
         if let Begin::Go(task) = begun {
             match task.kind {
                 TaskKind::VmExecute => self.execute(&task, &lease).await,

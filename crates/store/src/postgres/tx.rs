@@ -63,6 +63,12 @@ impl PgTransaction {
                     .await?;
                 return Ok(());
             }
+            Lock::Worker(id) => {
+                ("select 1 from workers where id = $1 for no key update", id.to_string())
+            }
+            Lock::WorkerStays(id) => {
+                ("select 1 from workers where id = $1 for share", id.to_string())
+            }
             Lock::Vm(id) => ("select 1 from vms where id = $1 for no key update", id.to_string()),
             Lock::VmState(id) => ("select 1 from vms where id = $1 for share", id.to_string()),
             Lock::Task(id) => {
@@ -84,6 +90,14 @@ impl PgTransaction {
         };
         sqlx::query(sql).bind(text).execute(self.connection()).await?;
         Ok(())
+    }
+
+    /// What it is at this very moment, not at the transaction's begin: locks may have been waited
+    /// for.
+    pub(crate) async fn now(&mut self) -> Result<aether_types::Timestamp, sqlx::Error> {
+        let now = "select (extract(epoch from clock_timestamp()) * 1000)::bigint";
+        let row = sqlx::query(now).fetch_one(self.connection()).await?;
+        row.try_get(0).map(aether_types::Timestamp::from_unix_ms)
     }
 
     async fn lock_text(

@@ -2,12 +2,15 @@
 
 use super::{
     Lock, Sql, Tx,
+    place::{self, Fleet, Place},
     query::{query, together},
     rows,
     rows::task_columns,
-    snapshots, write,
+    snapshots, workers, write,
 };
-use crate::{AttemptEnd, Begin, ExecutionEnd, StoreError, VmChange, VmPatch, error::Context};
+use crate::{
+    AttemptEnd, Begin, ExecutionEnd, Registration, StoreError, VmChange, VmPatch, error::Context,
+};
 use aether_types::{
     ErrorCode, ExecutionId, ExecutionState, Fault, RetainedOutput, SnapshotId, Task, TaskId,
     TaskKind, TaskState, Timestamp, VmEvent, VmState, VmTool, WorkerId,
@@ -17,7 +20,11 @@ const BEGIN: &str = concat!(
     "update tasks set state = 'running', worker_id = $2, epoch = $3, attempts = attempts + 1, \
      started_at = coalesce(started_at, $4), error_code = null, error_message = null \
      where id = $1 and state in ('pending', 'running') and epoch < $3 \
-     and attempts < max_attempts returning ",
+     and attempts < max_attempts \
+     and not exists (select 1 from workers where workers.id = $2 \
+     and (workers.presence <> 'present' or workers.epoch <> $5 \
+     or exists (select 1 from vms where vms.id = tasks.vm_id and (vms.worker_id <> $2 \
+     or vms.worker_id is null and tasks.kind <> 'vm:delete')))) returning ",
     task_columns!()
 );
 
@@ -30,30 +37,104 @@ const END: &str = concat!(
 pub(super) async fn begin(
     store: &Sql,
     id: TaskId,
-    worker: WorkerId,
+    by: Registration,
     epoch: i64,
 ) -> Result<Begin, StoreError> {
     let mut writer = store.writer().await;
     let now = Timestamp::now();
     // Nearly always this one statement is all.
-    let begin =
-        query(BEGIN).bind(id.to_string()).bind(worker.to_string()).bind(epoch).bind(now.unix_ms());
-    let begun = writer.lone(begin, "begin an attempt").await?;
+    let begun = writer.lone(begin_query(id, by, epoch, now), "begin an attempt").await?;
     if let Some(row) = begun.first() {
         return Ok(Begin::Go(rows::task(row)?));
     }
-    let mut tx = writer.begin(&[Lock::Task(id)]).await?;
+    let mut tx = writer.begin(&[Lock::Creation, Lock::Task(id)]).await?;
     let task = write::task(&mut tx, id).await?.ok_or(StoreError::TaskNotFound)?;
     if task.state.is_end() {
         return Ok(Begin::Ended(task));
     }
-    if epoch <= task.epoch {
+    if epoch <= task.epoch || !workers::is_current(&mut tx, by).await? {
+        return Ok(Begin::Fenced);
+    }
+    if !is_at(&mut tx, &task, by.worker).await? {
+        if task.attempts < task.max_attempts && take_here(&mut tx, &task, by.worker).await? {
+            let begin = begin_query(id, by, epoch, now).fetch_all(&mut tx).await;
+            let begun = begin.context("begin an attempt")?;
+            let row = begun.first().ok_or(StoreError::Fenced)?;
+            let task = rows::task(row)?;
+            tx.commit("commit an attempt").await?;
+            return Ok(Begin::Go(task));
+        }
+        owe(&mut tx, &task).await?;
+        tx.commit("commit that a task is another worker's").await?;
+        return Ok(Begin::Elsewhere(task));
+    }
+    if task.attempts < task.max_attempts {
+        // What was in the way is gone by now; the lease runs out, and the next attempt begins.
         return Ok(Begin::Fenced);
     }
     let end = exhausted(&task);
     let task = finish(&mut tx, task, &end, now).await?;
     tx.commit("commit the end of a task").await?;
     Ok(Begin::Ended(task))
+}
+
+fn begin_query<'q>(
+    id: TaskId,
+    by: Registration,
+    epoch: i64,
+    now: Timestamp,
+) -> super::query::Query<'q> {
+    query(BEGIN)
+        .bind(id.to_string())
+        .bind(by.worker.to_string())
+        .bind(epoch)
+        .bind(now.unix_ms())
+        .bind(by.epoch)
+}
+
+/// Whether the task may be begun by this worker, as `BEGIN` asks.
+async fn is_at(tx: &mut Tx<'_>, task: &Task, worker: WorkerId) -> Result<bool, StoreError> {
+    if task.vm_id.is_none() || workers::read(tx, worker).await?.is_none() {
+        return Ok(true);
+    }
+    let at = write::vm_of(tx, task).await?.worker_id;
+    Ok(at == Some(worker) || at.is_none() && task.kind == TaskKind::VmDelete)
+}
+
+/// A creation that came to nobody in particular: the worker that claimed it gets it where it fits.
+async fn take_here(tx: &mut Tx<'_>, task: &Task, worker: WorkerId) -> Result<bool, StoreError> {
+    let makes =
+        matches!(task.kind, TaskKind::VmCreate | TaskKind::TemplateBuild | TaskKind::VmStart);
+    if !makes {
+        return Ok(false);
+    }
+    let vm = write::vm_of(tx, task).await?;
+    if vm.worker_id.is_some() {
+        return Ok(false);
+    }
+    let mut here = Fleet::read(tx).await?.alone(worker);
+    match here.place(tx, &vm.spec).await? {
+        Place::On(worker) => {
+            place::put(tx, vm.id, worker).await?;
+            Ok(true)
+        }
+        Place::Waits(_) | Place::Anywhere => Ok(false),
+    }
+}
+
+/// Its dispatch is owed again: to where its VM is, or once it is somewhere.
+async fn owe(tx: &mut Tx<'_>, task: &Task) -> Result<(), StoreError> {
+    let waits = write::vm_of(tx, task).await?.worker_id.is_none();
+    query(
+        "insert into outbox (task_id, waits) values ($1, $2) \
+         on conflict (task_id) do update set waits = $2",
+    )
+    .bind(task.id.to_string())
+    .bind(waits)
+    .execute(&mut *tx)
+    .await
+    .context("owe a dispatch")?;
+    Ok(())
 }
 
 /// What becomes of a task whose attempts are used up. Nobody knows what its last attempt did, so
@@ -217,7 +298,7 @@ pub(super) async fn retry(
 }
 
 /// The end of an attempt that failed after its task was asked to end.
-fn cancelled(mut end: AttemptEnd) -> AttemptEnd {
+pub(super) fn cancelled(mut end: AttemptEnd) -> AttemptEnd {
     let fault = Fault::new(ErrorCode::Cancelled, "cancelled on request");
     end.state = TaskState::Cancelled;
     end.snapshot = None;
@@ -234,7 +315,7 @@ fn cancelled(mut end: AttemptEnd) -> AttemptEnd {
     end
 }
 
-async fn finish(
+pub(super) async fn finish(
     tx: &mut Tx<'_>,
     mut task: Task,
     end: &AttemptEnd,

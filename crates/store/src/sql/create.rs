@@ -2,6 +2,7 @@
 
 use super::{
     Lock, Sql, Tx,
+    place::Fleet,
     query::{Builder, query, together},
     requests,
     rows::{self, task_columns, vm_columns},
@@ -26,17 +27,18 @@ pub(super) async fn create_vm(
     let builder = matches!(new.spec.origin, Origin::Builder(_));
     requests::expect_kind(&task, task.kind == TaskKind::VmCreate && !builder)?;
     let now = Timestamp::now();
-    let vm = creating(new, now);
-    let task = write::pending(&task, vm.id, now);
+    let mut vm = creating(new, now);
+    let mut task = write::pending(&task, vm.id, now);
 
     let mut writer = store.writer().await;
     let mut tx = writer.begin(&requests::key_lock(idempotency.as_ref())).await?;
     if let Some(earlier) = requests::earlier(&mut tx, idempotency.as_ref(), now).await? {
         return Ok(earlier);
     }
-    lock_count(&mut tx, capacity).await?;
+    tx.lock(Lock::Creation).await?;
     admit(&mut tx, capacity, 1, vm.spec.origin).await?;
-    insert_vm(&mut tx, &vm, &task).await?;
+    let mut fleet = Fleet::read(&mut tx).await?;
+    insert_vm(&mut tx, &mut fleet, &mut vm, &mut task).await?;
     requests::remember(&mut tx, idempotency, task.id, now).await?;
     tx.commit("commit a VM's creation").await?;
     Ok(Accepted { vm, task, repeated: false, cancelled: Vec::new() })
@@ -62,7 +64,7 @@ pub(super) async fn fork_vm(
     if let Some(earlier) = requests::earlier(&mut tx, idempotency.as_ref(), now).await? {
         return forked(&mut tx, earlier).await;
     }
-    lock_count(&mut tx, capacity).await?;
+    tx.lock(Lock::Creation).await?;
     tx.lock(Lock::VmState(id)).await?;
     let vm = write::vm(&mut tx, id).await?.ok_or(StoreError::VmNotFound)?;
     if !vm.state.takes_snapshots() {
@@ -88,11 +90,12 @@ async fn insert_clones(
     now: Timestamp,
 ) -> Result<Vec<(Vm, Task)>, StoreError> {
     let mut made = Vec::with_capacity(clones.len());
+    let mut fleet = Fleet::read(tx).await?;
     for (place, (mut new, task)) in (0_i64..).zip(clones) {
         new.spec.origin = Origin::Snapshot(snapshot.id);
-        let vm = creating(new, now);
-        let task = write::pending(&task, vm.id, now);
-        insert_vm(tx, &vm, &task).await?;
+        let mut vm = creating(new, now);
+        let mut task = write::pending(&task, vm.id, now);
+        insert_vm(tx, &mut fleet, &mut vm, &mut task).await?;
         query("insert into forks (snapshot_id, place, vm_id, task_id) values ($1, $2, $3, $4)")
             .bind(snapshot.id.to_string())
             .bind(place)
@@ -153,9 +156,19 @@ pub(super) fn creating(new: NewVm, now: Timestamp) -> Vm {
     }
 }
 
-/// Records a VM in `creating` with its task, whose dispatch is owed; in one round trip, since it is
-/// on the way of every VM.
-pub(super) async fn insert_vm(tx: &mut Tx<'_>, vm: &Vm, task: &Task) -> Result<(), StoreError> {
+/// Records a VM in `creating` with its task, whose dispatch is owed, and gives it a worker where
+/// one has room. The transaction holds the lock of creations.
+pub(super) async fn insert_vm(
+    tx: &mut Tx<'_>,
+    fleet: &mut Fleet,
+    vm: &mut Vm,
+    task: &mut Task,
+) -> Result<(), StoreError> {
+    let place = fleet.place(tx, &vm.spec).await?;
+    vm.worker_id = place.worker();
+    task.progress = place.progress();
+    let progress = task.progress.as_ref();
+    let progress = progress.map(|p| rows::json(p, "progress to record")).transpose()?;
     let (origin, builder) = match vm.spec.origin {
         Origin::Image => (None, false),
         Origin::Template(id) => (Some(id.to_string()), false),
@@ -164,12 +177,13 @@ pub(super) async fn insert_vm(tx: &mut Tx<'_>, vm: &Vm, task: &Task) -> Result<(
     };
     let insert = together(&[
         "insert into vms (id, name, state, spec, driver, created_at, updated_at, expires_at, \
-         generation, origin, builder) values ($1, $2, 'creating', $3, $4, $5, $5, $6, 1, $7, $8)",
+         generation, origin, builder, worker_id, vcpus, memory_mb) \
+         values ($1, $2, 'creating', $3, $4, $5, $5, $6, 1, $7, $8, $14, $15, $16)",
         "insert into vm_changes (vm_id, generation, state, at) values ($1, 1, 'creating', $5)",
         "insert into tasks (id, kind, state, priority, vm_id, snapshot_id, attempts, \
-         max_attempts, epoch, cancel_requested, created_at) \
-         values ($9, $10, 'pending', $11, $1, $12, 0, $13, 0, 0, $5)",
-        "insert into outbox (task_id) values ($9)",
+         max_attempts, epoch, cancel_requested, created_at, progress) \
+         values ($9, $10, 'pending', $11, $1, $12, 0, $13, 0, 0, $5, $17)",
+        "insert into outbox (task_id, waits) values ($9, $18)",
     ])
     .bind(vm.id.to_string())
     .bind(vm.name.clone())
@@ -183,7 +197,12 @@ pub(super) async fn insert_vm(tx: &mut Tx<'_>, vm: &Vm, task: &Task) -> Result<(
     .bind(task.kind.as_str())
     .bind(task.priority.as_str())
     .bind(task.snapshot_id.map(|s| s.to_string()))
-    .bind(task.max_attempts);
+    .bind(task.max_attempts)
+    .bind(vm.worker_id.map(|worker| worker.to_string()))
+    .bind(vm.spec.vcpus)
+    .bind(vm.spec.memory_mb)
+    .bind(progress)
+    .bind(place.waits());
     match tx.run(insert).await {
         Err(error) if is_taken(&error, "vms.name", "vms_live_name") => {
             return Err(StoreError::NameTaken { name: vm.name.clone() });
@@ -204,11 +223,6 @@ async fn insert_labels(tx: &mut Tx<'_>, vm: &Vm) -> Result<(), StoreError> {
     }
     insert.build().execute(&mut *tx).await.context("record a VM's labels")?;
     Ok(())
-}
-
-/// A bound on the number of VMs holds only where nobody else records one meanwhile.
-async fn lock_count(tx: &mut Tx<'_>, capacity: Capacity) -> Result<(), StoreError> {
-    if capacity == Capacity::default() { Ok(()) } else { tx.lock(Lock::Creation).await }
 }
 
 /// One statement answers what a creation depends on; a subquery that is not asked for is not run.

@@ -5,14 +5,18 @@
 //! other; within rows: the VM, then its task, then what the task makes. One that cannot keep to it
 //! is undone by the server as a deadlock, and repeated.
 
-use aether_types::{SnapshotId, TaskId, TemplateId, VmId};
+use aether_types::{SnapshotId, TaskId, TemplateId, VmId, WorkerId};
 
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Lock<'a> {
     /// Of everybody who asks with this idempotency key: the second finds the first's answer.
     Key(&'a str),
-    /// Of everybody who records VMs where their number is bounded: a count stays true.
+    /// Of everybody who records VMs or gives them a worker: what is counted stays true.
     Creation,
+    /// The worker's registration, and whether it is there.
+    Worker(WorkerId),
+    /// That it stays as it is; many may hold it.
+    WorkerStays(WorkerId),
     /// The VM, with all that happens to it.
     Vm(VmId),
     /// That the VM stays in its state; many may hold it.

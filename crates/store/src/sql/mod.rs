@@ -19,7 +19,10 @@ mod create;
 mod executions;
 mod keys;
 mod lock;
+mod orphans;
+mod place;
 pub(crate) mod query;
+mod queues;
 mod requests;
 mod rows;
 mod snapshots;
@@ -27,6 +30,7 @@ mod store;
 mod tasks;
 mod templates;
 mod vms;
+mod workers;
 mod write;
 
 use sqlx::{PgPool, Sqlite, SqliteConnection, SqlitePool, Transaction};
@@ -133,6 +137,15 @@ impl Tx<'_> {
         match self {
             Self::Sqlite(_) => Ok(()),
             Self::Postgres(tx) => tx.lock(&lock).await.context("lock what is to be changed"),
+        }
+    }
+
+    /// By the store's own clock: one for all processes that share it.
+    pub(crate) async fn now(&mut self) -> Result<aether_types::Timestamp, StoreError> {
+        match self {
+            // One process has the file, and its host's clock is the store's.
+            Self::Sqlite(_) => Ok(aether_types::Timestamp::now()),
+            Self::Postgres(tx) => tx.now().await.context("read the store's clock"),
         }
     }
 

@@ -2,7 +2,7 @@
 //! dispatch is owed, in one transaction.
 
 use super::{
-    Lock, Sql, Tx,
+    Lock, Sql, Tx, orphans, place,
     query::{in_turn, query},
     rows,
     rows::{execution_columns, task_columns},
@@ -32,6 +32,9 @@ pub(super) async fn request_on_vm(
     if let Some(earlier) = earlier(&mut tx, idempotency.as_ref(), now).await? {
         return Ok(earlier);
     }
+    if new.kind == TaskKind::VmStart {
+        tx.lock(Lock::Creation).await?;
+    }
     tx.lock(Lock::Vm(id)).await?;
     let mut vm = write::vm(&mut tx, id).await?.ok_or(StoreError::VmNotFound)?;
     if new.kind == TaskKind::VmDelete
@@ -56,7 +59,15 @@ pub(super) async fn request_on_vm(
             return Err(StoreError::WrongKind { kind: new.kind });
         }
     };
-    match vm.state.apply(event) {
+    let next = vm.state.apply(event);
+    let mut place = None;
+    if new.kind == TaskKind::VmStart && next.is_some() {
+        place = Some(place::make_room_to_start(&mut tx, &mut vm).await?);
+    }
+    if new.kind == TaskKind::VmDelete {
+        orphans::disown(&mut tx, &mut vm).await?;
+    }
+    match next {
         Some(next) if at_once => {
             write::move_vm(&mut tx, &mut vm, next, None, &VmPatch::default(), now).await?;
         }
@@ -78,8 +89,11 @@ pub(super) async fn request_on_vm(
         | TaskKind::ToolBuild
         | TaskKind::VmExecute => Vec::new(),
     };
-    let task = write::pending(&new, id, now);
+    let mut task = write::pending(&new, id, now);
     write::insert_task(&mut tx, &task).await?;
+    if let Some(place) = place {
+        place::hold_back(&mut tx, &mut task, &place).await?;
+    }
     remember(&mut tx, idempotency, task.id, now).await?;
     tx.commit("commit a request on a VM").await?;
     Ok(Accepted { vm, task, repeated: false, cancelled })

@@ -6,8 +6,8 @@ use std::str::FromStr;
 use super::query::{Column, Row};
 use crate::{Cursor, StoreError};
 use aether_types::{
-    Execution, ExecutionState, ExitStatus, Fault, OutputStream, Priority, Snapshot, StateChange,
-    Task, Template, Timestamp, Vm, VmSpec, VmTool,
+    Execution, ExecutionState, ExitStatus, Fault, OutputStream, Priority, Snapshot, Standing,
+    StateChange, Task, Template, Timestamp, Vm, VmSpec, VmTool, Worker,
 };
 
 macro_rules! vm_columns {
@@ -46,7 +46,16 @@ macro_rules! template_columns {
     };
 }
 
-pub(super) use {execution_columns, snapshot_columns, task_columns, template_columns, vm_columns};
+macro_rules! worker_columns {
+    () => {
+        "id, host, zone, labels, drivers, capacity, template_folder, version, presence, draining, \
+         epoch, registered_at, heartbeat_at, lease_ms"
+    };
+}
+
+pub(super) use {
+    execution_columns, snapshot_columns, task_columns, template_columns, vm_columns, worker_columns,
+};
 
 pub(super) fn vm(row: &Row) -> Result<Vm, StoreError> {
     let r = Reader { row, noun: "VM" };
@@ -163,6 +172,28 @@ pub(super) fn template(row: &Row) -> Result<Template, StoreError> {
     })
 }
 
+/// How many columns a worker has; what is asked for with it comes after them.
+pub(super) const WORKER_COLUMNS: usize = 14;
+
+pub(super) fn worker(row: &Row) -> Result<Worker, StoreError> {
+    let r = Reader { row, noun: "worker" };
+    Ok(Worker {
+        id: r.parsed(0)?,
+        host: r.get(1)?,
+        zone: r.get(2)?,
+        labels: r.json(3)?,
+        drivers: r.json(4)?,
+        capacity: r.json(5)?,
+        template_folder: r.get(6)?,
+        version: r.get(7)?,
+        standing: Standing { presence: r.parsed(8)?, draining: r.get::<i64>(9)? != 0 },
+        epoch: r.get(10)?,
+        registered_at: r.time(11)?,
+        heartbeat_at: r.time(12)?,
+        lease_ms: r.get(13)?,
+    })
+}
+
 /// Columns: state, at, reason_code, reason_message.
 pub(super) fn change(row: &Row) -> Result<StateChange, StoreError> {
     let r = Reader { row, noun: "change of a VM" };
@@ -245,7 +276,10 @@ impl<'r> Reader<'r> {
         text.map(str::parse).transpose().map_err(|_| self.corrupt())
     }
 
-    fn json<T: serde::de::DeserializeOwned>(&self, column: usize) -> Result<T, StoreError> {
+    pub(super) fn json<T: serde::de::DeserializeOwned>(
+        &self,
+        column: usize,
+    ) -> Result<T, StoreError> {
         serde_json::from_str(self.get(column)?).map_err(|_| self.corrupt())
     }
 
@@ -267,8 +301,12 @@ impl<'r> Reader<'r> {
         number.map(i32::try_from).transpose().map_err(|_| self.corrupt())
     }
 
-    fn unsigned(&self, column: usize) -> Result<u32, StoreError> {
+    pub(super) fn unsigned(&self, column: usize) -> Result<u32, StoreError> {
         u32::try_from(self.get::<i64>(column)?).map_err(|_| self.corrupt())
+    }
+
+    pub(super) fn number(&self, column: usize) -> Result<i64, StoreError> {
+        self.get(column)
     }
 
     pub(super) fn time(&self, column: usize) -> Result<Timestamp, StoreError> {

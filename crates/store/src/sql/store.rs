@@ -5,21 +5,21 @@ use std::time::Duration;
 
 use aether_postgres::Trouble;
 use aether_types::{
-    Execution, ExecutionId, Fault, OutputStream, RetainedOutput, Snapshot, SnapshotId, StateChange,
-    Task, TaskId, Template, TemplateId, TemplateProgress, Timestamp, ToolRequest, Vm, VmId,
-    WorkerId,
+    Execution, ExecutionId, Fault, OutputStream, QueueName, RetainedOutput, Snapshot, SnapshotId,
+    StateChange, Task, TaskId, Template, TemplateId, TemplateProgress, Timestamp, ToolRequest, Vm,
+    VmId, Worker, WorkerId, WorkerLoad,
 };
 use async_trait::async_trait;
 
 use super::{
-    Sql, attempts, create, executions, keys, query::query, requests, snapshots, tasks, templates,
-    vms,
+    Sql, attempts, create, executions, keys, orphans, place, query::query, queues, requests,
+    snapshots, tasks, templates, vms, workers,
 };
 use crate::{
     Accepted, AcceptedBuild, ApiKey, AttemptEnd, Begin, CancelOutcome, Capacity, Forked,
-    Idempotency, NewExecution, NewSnapshot, NewTask, NewTemplate, NewVm, Page, PageRequest,
-    SnapshotFilter, Store, StoreError, TaskFilter, TemplateFilter, VmChange, VmFilter, VmPatch,
-    error::Context,
+    Idempotency, NewExecution, NewSnapshot, NewTask, NewTemplate, NewVm, NewWorker, Orphan, Page,
+    PageRequest, QueueStatus, Registration, SnapshotFilter, Store, StoreError, TaskFilter,
+    TemplateFilter, VmChange, VmFilter, VmPatch, error::Context,
 };
 
 /// For all tries of one call. The pool and the server end waits before that; this is for a network
@@ -268,11 +268,11 @@ impl<S: OnSql> Store for S {
     async fn begin_attempt(
         &self,
         id: TaskId,
-        worker: WorkerId,
+        by: Registration,
         epoch: i64,
     ) -> Result<Begin, StoreError> {
         let sql = self.sql();
-        repeated(sql, || attempts::begin(sql, id, worker, epoch)).await
+        repeated(sql, || attempts::begin(sql, id, by, epoch)).await
     }
 
     async fn execution_started(
@@ -307,9 +307,14 @@ impl<S: OnSql> Store for S {
         repeated(sql, || attempts::retry(sql, id, epoch, fault.clone(), &otherwise)).await
     }
 
-    async fn change_vm(&self, id: VmId, change: VmChange) -> Result<Vm, StoreError> {
+    async fn change_vm(
+        &self,
+        id: VmId,
+        by: Option<Registration>,
+        change: VmChange,
+    ) -> Result<Vm, StoreError> {
         let sql = self.sql();
-        repeated(sql, || vms::change(sql, id, change.clone())).await
+        repeated(sql, || vms::change(sql, id, by, change.clone())).await
     }
 
     async fn patch_vm(&self, id: VmId, patch: VmPatch) -> Result<(), StoreError> {
@@ -379,6 +384,89 @@ impl<S: OnSql> Store for S {
     async fn open_tasks(&self) -> Result<Vec<Task>, StoreError> {
         let sql = self.sql();
         repeated(sql, || tasks::open(sql)).await
+    }
+
+    async fn register_worker(&self, worker: NewWorker) -> Result<Worker, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || workers::register(sql, &worker)).await
+    }
+
+    async fn heartbeat(&self, by: Registration) -> Result<Worker, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || workers::heartbeat(sql, by)).await
+    }
+
+    async fn leave(&self, by: Registration) -> Result<Worker, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || workers::leave(sql, by)).await
+    }
+
+    async fn drain_worker(&self, id: WorkerId) -> Result<Worker, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || workers::drain(sql, id)).await
+    }
+
+    async fn activate_worker(&self, id: WorkerId) -> Result<Worker, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || workers::activate(sql, id)).await
+    }
+
+    async fn worker(&self, id: WorkerId) -> Result<Option<(Worker, WorkerLoad)>, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || workers::get(sql, id)).await
+    }
+
+    async fn workers(&self) -> Result<Vec<(Worker, WorkerLoad)>, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || workers::list(sql)).await
+    }
+
+    async fn lose_worker(
+        &self,
+        seen: Registration,
+        heartbeat_at: Timestamp,
+    ) -> Result<Option<Worker>, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || workers::lose(sql, seen, heartbeat_at)).await
+    }
+
+    async fn orphans(&self, limit: u32) -> Result<Vec<VmId>, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || orphans::list(sql, limit)).await
+    }
+
+    async fn settle_orphan(&self, vm: VmId) -> Result<Option<Orphan>, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || orphans::settle(sql, vm)).await
+    }
+
+    async fn place_waiting(&self, limit: u32) -> Result<u64, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || place::place_waiting(sql, limit)).await
+    }
+
+    async fn waiting_vms(&self) -> Result<u64, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || place::count_waiting(sql)).await
+    }
+
+    async fn queues(&self) -> Result<Vec<QueueStatus>, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || queues::list(sql)).await
+    }
+
+    async fn dead_tasks(
+        &self,
+        queue: QueueName,
+        page: PageRequest,
+    ) -> Result<Page<Task>, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || queues::dead(sql, queue, page)).await
+    }
+
+    async fn retried(&self, dead: TaskId, again: TaskId) -> Result<(), StoreError> {
+        let sql = self.sql();
+        repeated(sql, || queues::retried(sql, dead, again)).await
     }
 
     async fn insert_key(&self, key: ApiKey) -> Result<(), StoreError> {

@@ -21,7 +21,7 @@ const OPEN: &str = concat!(
 const UNDISPATCHED: &str = concat!(
     "select ",
     task_columns!(),
-    " from tasks where id in (select task_id from outbox) and state = 'pending' \
+    " from tasks where id in (select task_id from outbox where waits = 0) and state = 'pending' \
      order by created_at, id limit $1"
 );
 
@@ -102,7 +102,8 @@ pub(super) async fn undispatched(store: &Sql, limit: u32) -> Result<Vec<Task>, S
 }
 
 pub(super) async fn confirm_dispatched(store: &Sql, ids: &[TaskId]) -> Result<(), StoreError> {
-    const CONFIRM: &str = "delete from outbox where task_id = $1";
+    // What waits for a worker by now was not dispatched to where it will go.
+    const CONFIRM: &str = "delete from outbox where task_id = $1 and waits = 0";
     let mut writer = store.writer().await;
     if let [id] = ids {
         query(CONFIRM)

@@ -2,6 +2,7 @@
 
 use super::{
     Lock, Sql, Tx, create,
+    place::Fleet,
     query::{Builder, in_turn, query},
     requests,
     rows::{self, template_columns},
@@ -46,6 +47,7 @@ pub(super) async fn build(
         let template = of_task(&mut tx, earlier.task.id).await?;
         return Ok((earlier, template.ok_or(StoreError::IdempotencyConflict)?));
     }
+    tx.lock(Lock::Creation).await?;
     tx.lock(Lock::TemplateName { name: &new.name, tag: &new.tag }).await?;
     if let Some((earlier, template)) = equal_build(&mut tx, &new).await? {
         requests::remember(&mut tx, idempotency, earlier.task.id, now).await?;
@@ -53,9 +55,9 @@ pub(super) async fn build(
         return Ok((earlier, template));
     }
     builder.spec.origin = Origin::Builder(new.id);
-    let vm = create::creating(builder, now);
+    let mut vm = create::creating(builder, now);
     let snapshot = snapshots::creating(snapshot, &vm, now);
-    let task = Task { snapshot_id: Some(snapshot.id), ..write::pending(&task, vm.id, now) };
+    let mut task = Task { snapshot_id: Some(snapshot.id), ..write::pending(&task, vm.id, now) };
     let template = Template {
         id: new.id,
         name: new.name,
@@ -73,7 +75,8 @@ pub(super) async fn build(
         updated_at: now,
         generation: 1,
     };
-    create::insert_vm(&mut tx, &vm, &task).await?;
+    let mut fleet = Fleet::read(&mut tx).await?;
+    create::insert_vm(&mut tx, &mut fleet, &mut vm, &mut task).await?;
     snapshots::insert(&mut tx, &snapshot).await?;
     insert(&mut tx, &template).await?;
     requests::remember(&mut tx, idempotency, task.id, now).await?;

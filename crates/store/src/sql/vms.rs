@@ -5,9 +5,11 @@ use super::{
     query::{Builder, query},
     rows,
     rows::vm_columns,
-    write,
+    workers, write,
 };
-use crate::{Page, PageRequest, StoreError, VmChange, VmFilter, VmPatch, error::Context};
+use crate::{
+    Page, PageRequest, Registration, StoreError, VmChange, VmFilter, VmPatch, error::Context,
+};
 use aether_types::{StateChange, Timestamp, Vm, VmId};
 
 const GET: &str = concat!("select ", vm_columns!(), " from vms where id = $1");
@@ -15,10 +17,21 @@ const GET: &str = concat!("select ", vm_columns!(), " from vms where id = $1");
 const BY_NAME: &str =
     concat!("select ", vm_columns!(), " from vms where name = $1 and state <> 'deleted'");
 
-pub(super) async fn change(store: &Sql, id: VmId, change: VmChange) -> Result<Vm, StoreError> {
+pub(super) async fn change(
+    store: &Sql,
+    id: VmId,
+    by: Option<Registration>,
+    change: VmChange,
+) -> Result<Vm, StoreError> {
     let mut writer = store.writer().await;
     let mut tx = writer.begin(&[Lock::Vm(id)]).await?;
     let mut vm = write::vm(&mut tx, id).await?.ok_or(StoreError::VmNotFound)?;
+    if let Some(by) = by
+        && (vm.worker_id.is_some_and(|worker| worker != by.worker)
+            || !workers::is_current(&mut tx, by).await?)
+    {
+        return Err(StoreError::Fenced);
+    }
     let Some(next) = vm.state.apply(change.event) else {
         return Err(write::wrong_state(vm, change.event));
     };

@@ -142,7 +142,10 @@ pub(super) async fn insert_task(tx: &mut Tx<'_>, task: &Task) -> Result<(), Stor
         "insert into tasks (id, kind, state, priority, vm_id, execution_id, attempts, \
          max_attempts, epoch, cancel_requested, created_at, snapshot_id, tools) \
          values ($1, $2, 'pending', $3, $4, $5, 0, $6, 0, 0, $7, $8, $9)",
-        "insert into outbox (task_id) values ($1)",
+        // With a VM that waits for a worker waits all that is asked of it.
+        "insert into outbox (task_id, waits) select $1, coalesce((select max(owed.waits) \
+         from outbox as owed join tasks as other on other.id = owed.task_id \
+         where other.vm_id = $4), 0)",
     ])
     .bind(task.id.to_string())
     .bind(task.kind.as_str())

@@ -13,7 +13,7 @@ use crate::support::{
 pub(crate) async fn an_attempt_is_counted_and_fenced_by_its_epoch(store: &impl Store) {
     let made = create(store, "a").await;
     let worker = WorkerId::new();
-    let Begin::Go(task) = store.begin_attempt(made.task.id, worker, 5).await.unwrap() else {
+    let Begin::Go(task) = store.begin_attempt(made.task.id, worker.into(), 5).await.unwrap() else {
         panic!("the first attempt does not go on")
     };
     assert_eq!((task.state, task.attempts, task.epoch), (TaskState::Running, 1, 5));
@@ -21,7 +21,7 @@ pub(crate) async fn an_attempt_is_counted_and_fenced_by_its_epoch(store: &impl S
     assert!(task.started_at.is_some());
     assert_eq!(store.task(task.id).await.unwrap(), Some(task.clone()));
     for epoch in [5, 4, 0] {
-        let begun = store.begin_attempt(task.id, WorkerId::new(), epoch).await.unwrap();
+        let begun = store.begin_attempt(task.id, WorkerId::new().into(), epoch).await.unwrap();
         assert!(matches!(begun, Begin::Fenced), "epoch {epoch}");
     }
     let second = begin(store, task.id, 9).await;
@@ -52,7 +52,7 @@ pub(crate) async fn a_task_ends_once(store: &impl Store) {
     let again = store.end_attempt(made.task.id, 1, failed(ErrorCode::Internal, None)).await;
     assert!(matches!(again, Err(StoreError::Fenced)));
     assert_eq!(store.task(ended.id).await.unwrap(), Some(ended.clone()));
-    let begun = store.begin_attempt(ended.id, WorkerId::new(), 2).await.unwrap();
+    let begun = store.begin_attempt(ended.id, WorkerId::new().into(), 2).await.unwrap();
     assert!(matches!(begun, Begin::Ended(t) if t == ended));
 }
 
@@ -71,7 +71,7 @@ pub(crate) async fn used_up_attempts_end_the_task_and_fail_the_vm(store: &impl S
     for epoch in 1..=3 {
         begin(store, made.task.id, epoch).await;
     }
-    let begun = store.begin_attempt(made.task.id, WorkerId::new(), 4).await.unwrap();
+    let begun = store.begin_attempt(made.task.id, WorkerId::new().into(), 4).await.unwrap();
     let Begin::Ended(task) = begun else { panic!("{begun:?}") };
     assert_eq!(task.state, TaskState::Failed);
     assert_eq!(task.error.as_ref().unwrap().code, ErrorCode::AttemptsExhausted);
@@ -87,7 +87,7 @@ pub(crate) async fn an_execution_with_used_up_attempts_is_lost(store: &impl Stor
     for epoch in 1..=3 {
         begin(store, task.id, epoch).await;
     }
-    let begun = store.begin_attempt(task.id, WorkerId::new(), 4).await.unwrap();
+    let begun = store.begin_attempt(task.id, WorkerId::new().into(), 4).await.unwrap();
     assert!(matches!(begun, Begin::Ended(_)));
     let execution = store.execution(execution.id).await.unwrap().unwrap();
     assert_eq!(execution.state, ExecutionState::Failed);
@@ -211,7 +211,7 @@ pub(crate) async fn history_keeps_every_state_and_survives_deletion(store: &impl
         reason: Some(fault(ErrorCode::GuestPanic)),
         patch: VmPatch::default(),
     };
-    let changed = store.change_vm(vm, panic).await.unwrap();
+    let changed = store.change_vm(vm, None, panic).await.unwrap();
     assert_eq!(changed.reason, Some(fault(ErrorCode::GuestPanic)));
     let deletion = request(store, vm, TaskKind::VmDelete).await;
     carry_out(store, &deletion.task, Some(VmEvent::Deleted)).await;
@@ -235,7 +235,7 @@ pub(crate) async fn history_keeps_every_state_and_survives_deletion(store: &impl
 pub(crate) async fn a_change_without_a_transition_is_refused(store: &impl Store) {
     let vm = running(store, "a").await;
     let change = VmChange { event: VmEvent::Deleted, reason: None, patch: VmPatch::default() };
-    let refused = store.change_vm(vm, change).await.unwrap_err();
+    let refused = store.change_vm(vm, None, change).await.unwrap_err();
     assert!(matches!(refused, StoreError::WrongState { vm: now, .. } if now.id == vm));
 }
 

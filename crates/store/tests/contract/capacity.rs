@@ -64,7 +64,7 @@ pub(crate) async fn creations_at_the_same_time_do_not_exceed_the_bound(store: &i
 }
 
 /// Polls all of them each time, so that they are under way together.
-async fn all<F: Future<Output = i32> + Unpin>(mut futures: Vec<F>) -> Vec<i32> {
+pub(crate) async fn all<T, F: Future<Output = T> + Unpin>(mut futures: Vec<F>) -> Vec<T> {
     let mut done = Vec::new();
     std::future::poll_fn(|context| {
         futures.retain_mut(|future| match std::pin::Pin::new(future).poll(context) {

@@ -9,10 +9,13 @@ mod support;
 mod attempts;
 mod capacity;
 mod lists;
+mod placement;
+mod queues;
 mod requests;
 mod snapshots;
 mod templates;
 mod tools;
+mod workers;
 
 /// Runs every test of the suite on one implementation, which `open` makes, with what must be kept
 /// for as long as it is used. `None`: it cannot be had on this host, and that was said.
@@ -123,6 +126,33 @@ macro_rules! contract {
                 creations_at_the_same_time_do_not_exceed_the_bound,
                 a_fork_has_room_for_all_of_its_vms_or_is_refused,
                 a_repetition_needs_no_room,
+            },
+            workers::{
+                a_worker_registers_again_and_again,
+                a_worker_that_drains_does_so_until_it_is_told_otherwise,
+                a_worker_is_lost_once_and_only_by_its_last_heartbeat,
+                what_a_lost_worker_writes_changes_nothing,
+                the_vms_of_a_lost_worker_fail_and_its_tasks_end_once,
+                a_lost_workers_creations_go_to_another,
+                a_creation_with_used_up_attempts_is_not_tried_elsewhere,
+                a_vm_of_a_lost_worker_can_be_deleted_by_any,
+                a_worker_that_is_back_keeps_what_was_not_settled,
+            },
+            queues::{
+                queues_tell_what_waits_and_what_runs,
+                a_dead_letter_is_one_until_it_is_retried,
+            },
+            placement::{
+                without_a_registry_whoever_claims_a_vm_has_it,
+                vms_go_where_the_least_is_promised,
+                a_vm_waits_where_nobody_has_room_and_goes_on_when_there_is,
+                a_waiting_vm_can_be_cancelled_and_deleted,
+                creations_at_the_same_time_never_exceed_what_a_worker_may_promise,
+                a_vm_goes_only_where_it_wants_to_be,
+                a_worker_that_drains_or_left_gets_no_vms,
+                a_task_is_begun_only_where_its_vm_is,
+                a_snapshots_vms_go_where_it_is,
+                a_templates_vms_go_to_who_has_its_folder,
             },
         }
     };

@@ -264,7 +264,7 @@ pub(crate) async fn unknown_ids_are_typed_errors(store: &impl Store) {
     let refused = store.request_on_vm(vm, new_task(TaskKind::VmStop), None).await;
     assert!(matches!(refused, Err(StoreError::VmNotFound)));
     assert!(matches!(store.cancel_task(task).await, Err(StoreError::TaskNotFound)));
-    let refused = store.begin_attempt(task, aether_types::WorkerId::new(), 1).await;
+    let refused = store.begin_attempt(task, aether_types::WorkerId::new().into(), 1).await;
     assert!(matches!(refused, Err(StoreError::TaskNotFound)));
     let refused = store.end_attempt(task, 1, completed(None)).await;
     assert!(matches!(refused, Err(StoreError::TaskNotFound)));

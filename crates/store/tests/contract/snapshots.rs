@@ -236,7 +236,7 @@ pub(crate) async fn what_a_late_attempt_says_of_a_snapshot_does_not_count(store:
     assert_eq!(snapshot_now(store, one.id).await.state, SnapshotState::Creating);
     begin(store, asked.task.id, 3).await;
     assert!(matches!(
-        store.begin_attempt(asked.task.id, WorkerId::new(), 4).await.unwrap(),
+        store.begin_attempt(asked.task.id, WorkerId::new().into(), 4).await.unwrap(),
         Begin::Ended(task) if task.state == TaskState::Failed
     ));
     let one = snapshot_now(store, one.id).await;
@@ -329,7 +329,7 @@ pub(crate) async fn a_start_uses_up_the_memory_however_it_ends(store: &impl Stor
         begin(store, start.task.id, epoch).await;
         assert!(memory_of(store, vm).await.is_some(), "another attempt may use it");
     }
-    store.begin_attempt(start.task.id, WorkerId::new(), 4).await.unwrap();
+    store.begin_attempt(start.task.id, WorkerId::new().into(), 4).await.unwrap();
     assert_eq!(memory_of(store, vm).await, None);
     // One that says nothing about the VM.
     let (vm, _) = suspended(store, "d").await;
@@ -344,7 +344,7 @@ pub(crate) async fn a_suspended_vm_that_was_found_stopped_has_its_memory(store: 
     let vm = running(store, "a").await;
     let (asked, memory) = suspend(store, vm).await;
     begin(store, asked.task.id, 1).await;
-    store.change_vm(vm, stop()).await.unwrap();
+    store.change_vm(vm, None, stop()).await.unwrap();
     store.end_attempt(asked.task.id, 1, made(Some(VmEvent::Stopped))).await.unwrap();
     assert_eq!(memory_of(store, vm).await, Some(memory.id));
 
@@ -352,7 +352,7 @@ pub(crate) async fn a_suspended_vm_that_was_found_stopped_has_its_memory(store: 
     let vm = running(store, "b").await;
     let (asked, memory) = suspend(store, vm).await;
     begin(store, asked.task.id, 1).await;
-    store.change_vm(vm, stop()).await.unwrap();
+    store.change_vm(vm, None, stop()).await.unwrap();
     request(store, vm, TaskKind::VmStart).await;
     store.end_attempt(asked.task.id, 1, made(Some(VmEvent::Stopped))).await.unwrap();
     assert_eq!(memory_of(store, vm).await, None);

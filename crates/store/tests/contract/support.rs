@@ -24,6 +24,7 @@ pub(crate) fn spec() -> VmSpec {
         network: NetworkPolicy::default(),
         origin: Origin::Image,
         tools: Vec::new(),
+        placement: aether_types::Placement::default(),
     }
 }
 
@@ -73,7 +74,7 @@ pub(crate) async fn execute(store: &impl Store, vm: VmId) -> (Task, Execution) {
 
 /// Begins an attempt that must go on.
 pub(crate) async fn begin(store: &impl Store, task: TaskId, epoch: i64) -> Task {
-    match store.begin_attempt(task, WorkerId::new(), epoch).await.unwrap() {
+    match store.begin_attempt(task, WorkerId::new().into(), epoch).await.unwrap() {
         Begin::Go(task) => task,
         other => panic!("the attempt does not go on: {other:?}"),
     }

@@ -168,7 +168,7 @@ pub(crate) async fn a_template_fails_with_its_task(store: &impl Store) {
     for epoch in 1..=3 {
         begin(store, asked.task.id, epoch).await;
     }
-    store.begin_attempt(asked.task.id, WorkerId::new(), 4).await.unwrap();
+    store.begin_attempt(asked.task.id, WorkerId::new().into(), 4).await.unwrap();
     let failed = now(store, template.id).await;
     assert_eq!(failed.reason.unwrap().code, ErrorCode::AttemptsExhausted);
     assert_eq!(store.vm(asked.vm.id).await.unwrap().unwrap().state, VmState::Failed);

@@ -53,7 +53,7 @@ pub(crate) async fn a_vm_has_what_it_asks_for_until_it_got_it(store: &impl Store
     // What is learnt of something else leaves them.
     store.patch_vm(made.vm.id, VmPatch::default()).await.unwrap();
     let change = VmChange { event: VmEvent::Stopped, reason: None, patch: VmPatch::default() };
-    assert_eq!(store.change_vm(made.vm.id, change).await.unwrap().tools, tools);
+    assert_eq!(store.change_vm(made.vm.id, None, change).await.unwrap().tools, tools);
     assert_eq!(store.vm(made.vm.id).await.unwrap().unwrap().tools, tools);
     let other = got(&["go@1.23.1"]);
     let patch = VmPatch { tools: Some(other.clone()), ..VmPatch::default() };
@@ -117,7 +117,7 @@ pub(crate) async fn a_build_of_tools_that_fails_says_why(store: &impl Store) {
     for epoch in 1..=i64::from(task.max_attempts) {
         begin(store, task.id, epoch).await;
     }
-    store.begin_attempt(task.id, aether_types::WorkerId::new(), 9).await.unwrap();
+    store.begin_attempt(task.id, aether_types::WorkerId::new().into(), 9).await.unwrap();
     let ended = store.task(task.id).await.unwrap().unwrap();
     assert_eq!(ended.error.map(|e| e.code), Some(ErrorCode::AttemptsExhausted));
 }

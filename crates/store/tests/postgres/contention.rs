@@ -71,7 +71,9 @@ async fn a_task_is_begun_by_one_of_many_with_the_same_epoch() {
     for i in 0..8 {
         let store = Arc::clone(&stores[i % 2]);
         let task = made.task.id;
-        begun.spawn(async move { store.begin_attempt(task, WorkerId::new(), 1).await.unwrap() });
+        begun.spawn(
+            async move { store.begin_attempt(task, WorkerId::new().into(), 1).await.unwrap() },
+        );
     }
     let begun = begun.join_all().await;
     assert_eq!(begun.iter().filter(|b| matches!(b, Begin::Go(_))).count(), 1);
@@ -115,7 +117,7 @@ async fn command(store: &PostgresStore, vm: VmId, i: usize) {
     if i.is_multiple_of(3) {
         store.cancel_task(id).await.unwrap();
     }
-    if !matches!(store.begin_attempt(id, WorkerId::new(), 1).await.unwrap(), Begin::Go(_)) {
+    if !matches!(store.begin_attempt(id, WorkerId::new().into(), 1).await.unwrap(), Begin::Go(_)) {
         return;
     }
     store.execution_started(id, 1, execution.id, "boot").await.unwrap();

@@ -30,7 +30,7 @@ async fn a_commit_that_nobody_heard_of_is_found_out_and_done_once() {
 
         // Each of these would be refused if it were done a second time.
         proxy.set(cut);
-        let begun = store.begin_attempt(made.task.id, WorkerId::new(), 1).await.unwrap();
+        let begun = store.begin_attempt(made.task.id, WorkerId::new().into(), 1).await.unwrap();
         assert!(matches!(begun, Begin::Go(_)) && proxy.has_cut());
         proxy.set(cut);
         let end = support::completed(Some(VmEvent::Started));

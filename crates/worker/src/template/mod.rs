@@ -23,8 +23,8 @@ use aether_store::{
 };
 use aether_tools::LockedTool;
 use aether_types::{
-    Fault, MachineId, Origin, Priority, SnapshotId, SnapshotPurpose, TaskId, TaskKind, Template,
-    TemplateId, TemplateSpec, TemplateState, ToolRequest, Vm, VmId, VmSpec, limits,
+    Fault, MachineId, Origin, Placement, Priority, SnapshotId, SnapshotPurpose, TaskId, TaskKind,
+    Template, TemplateId, TemplateSpec, TemplateState, ToolRequest, Vm, VmId, VmSpec, limits,
     template::{DEFAULT_TAG, DEFAULT_TEMPLATE},
 };
 use tokio::time::{sleep, timeout};
@@ -242,6 +242,7 @@ impl Core {
             network: spec.network.clone(),
             origin: Origin::Builder(id),
             tools: spec.tools.clone(),
+            placement: Placement::default(),
         };
         let task = NewTask {
             id: TaskId::new(),

@@ -4,6 +4,7 @@
 
 mod crashes;
 mod executions;
+mod fleet;
 mod forgetful;
 mod interrupted;
 mod memory;

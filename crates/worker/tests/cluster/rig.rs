@@ -102,6 +102,7 @@ pub(crate) fn vm_spec(origin: Origin) -> VmSpec {
         network: NetworkPolicy::default(),
         origin,
         tools: Vec::new(),
+        placement: aether_types::Placement::default(),
     }
 }
 
@@ -212,6 +213,10 @@ impl Rig {
     }
 
     async fn enqueue(&self, task: &Task, vm: &Vm) {
+        if vm.worker_id.is_none() && vm.state == VmState::Creating {
+            // It waits for a worker, and is dispatched when it has one.
+            return;
+        }
         let lane = vm.worker_id.map_or(Lane::Shared, Lane::Worker);
         let entry = Entry { task: task.id, lane, priority: task.priority, delay: Duration::ZERO };
         self.parts.queue.enqueue(&[entry]).await.unwrap();

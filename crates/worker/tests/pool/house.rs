@@ -173,6 +173,7 @@ impl House {
             network: NetworkPolicy::default(),
             origin,
             tools: Vec::new(),
+            placement: aether_types::Placement::default(),
         };
         let vm = NewVm { id: VmId::new(), name: name.to_owned(), spec };
         let (id, kind, priority) = (TaskId::new(), TaskKind::VmCreate, Priority::Default);
