@@ -5,6 +5,8 @@ mod client;
 #[cfg(test)]
 mod exec;
 #[cfg(test)]
+mod fleet;
+#[cfg(test)]
 mod instant;
 #[cfg(test)]
 mod plain;
