@@ -1,5 +1,6 @@
 //! The command line, and the environment: everything that is configured from outside.
 
+mod logs;
 mod template;
 mod tools;
 mod up;
@@ -12,6 +13,7 @@ use aether_drivers::network::Ipv4Range;
 use aether_types::{DriverKind, TaskId, limits};
 use clap::{ArgAction, Parser, Subcommand, ValueEnum};
 
+pub(crate) use logs::{LogPlan, Logging, Logs, Since};
 pub(crate) use template::{
     Pool, Snapshot, SnapshotCreate, SnapshotList, Template, TemplateBuild, TemplateList,
 };
@@ -89,6 +91,8 @@ pub(crate) enum Command {
     Shell(Shell),
     /// Copy files to or from a VM
     Cp(Cp),
+    /// See and follow what VMs and the platform say
+    Logs(Logs),
     /// See and cancel tasks
     #[command(subcommand)]
     Task(Task),

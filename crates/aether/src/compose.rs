@@ -36,6 +36,7 @@ use crate::{
     failure::{Failure, chain},
     gateway::{self, AdminKey, Gateway, ImageNames, Inputs},
     images::{SimulatedImages, StoredImages},
+    logs::{LogInputs, Logs},
     tools::ToolsHere,
 };
 
@@ -48,6 +49,7 @@ pub(crate) struct Plan {
     pub(crate) capacity: Capacity,
     pub(crate) snapshots: Snapshots,
     pub(crate) tools: ToolOptions,
+    pub(crate) logs: LogInputs,
 }
 
 /// Everything, running.
@@ -58,6 +60,7 @@ pub(crate) struct Platform {
     worker: Worker,
     store: Arc<dyn Store>,
     bus: Arc<dyn EventBus>,
+    logs: Logs,
     /// The image of the default template; `None`: there shall be none.
     template_image: Option<String>,
     /// Of every VM, and so of the default template.
@@ -81,7 +84,7 @@ impl Platform {
     /// Opens the data directory's content and starts the parts, those first that others need.
     /// What fails leaves the rest as a crash would: the next start takes it over.
     pub(crate) async fn start(plan: Plan) -> Result<Self, Failure> {
-        let Plan { dir, listener, backend, capacity, snapshots, tools } = plan;
+        let Plan { dir, listener, backend, capacity, snapshots, tools, logs } = plan;
         let address = listener.local_addr().map_err(|e| Failure::io("read the address", &e))?;
         let store = SqliteStore::open(&dir.store(), Durability::default())
             .await
@@ -92,6 +95,8 @@ impl Platform {
             .map_err(|e| Failure::internal("open the queue", &e))?;
         let queue: Arc<dyn Queue> = Arc::new(queue);
         let bus: Arc<dyn EventBus> = Arc::new(LocalBus::new());
+        let LogInputs { plan, sink, backlog } = logs;
+        let logs = Logs::open(&dir.logs(), plan, backlog).await?;
         let sessions = Sessions::default();
         let (keys, key) = gateway::keys(&dir, &*store).await?;
         let tools = ToolsHere::open(tools, dir.tools()).await?;
@@ -107,6 +112,7 @@ impl Platform {
             store: Arc::clone(&store),
             queue: Arc::clone(&queue),
             bus: Arc::clone(&bus),
+            logs: sink,
             sessions: sessions.clone(),
             drivers: machines.drivers.clone(),
             images: Arc::clone(&machines.images),
@@ -127,6 +133,7 @@ impl Platform {
             store: Arc::clone(&store),
             queue,
             bus: Arc::clone(&bus),
+            logs: (logs.component, Arc::clone(&logs.store)),
             sessions,
             links: worker.links(),
             pools: worker.pools(),
@@ -146,6 +153,7 @@ impl Platform {
             worker,
             store,
             bus,
+            logs,
             template_image,
             default_tools,
             host,
@@ -210,7 +218,7 @@ impl Platform {
     /// Stops taking requests, stops claiming work, ends or hands over the VMs, flushes, closes: in
     /// this order, and within `limit`.
     pub(crate) async fn shutdown(self, mode: ShutdownMode, limit: Duration) -> ShutdownReport {
-        let Self { dir, gateway, worker, host, .. } = self;
+        let Self { dir, gateway, worker, host, logs, .. } = self;
         let deadline = Instant::now() + limit;
         // Clients look for the server here; it is as good as gone.
         if let Err(failure) = dir.remove_listen() {
@@ -222,6 +230,10 @@ impl Platform {
         // Answers that waited for the worker's last words go out meanwhile.
         if tokio::time::timeout_at(deadline, gateway.ended()).await.is_err() {
             tracing::warn!("clients were still connected when the time was over");
+        }
+        // Last: the others have told how they ended.
+        if tokio::time::timeout_at(deadline, logs.close()).await.is_err() {
+            tracing::warn!("log lines were still being written when the time was over");
         }
         drop(host);
         drop(dir);

@@ -8,20 +8,26 @@ use aether_api::{
     client::{CallOptions, Client, Waited},
 };
 use aether_drivers::CgroupStatus;
+use aether_logs::{EmbeddedConfig, LogSink};
 use aether_types::{DriverKind, ErrorCode, VmState};
 use aether_worker::ShutdownMode;
 use serde::Serialize;
 use tokio::{net::TcpListener, time::Instant};
 
 use crate::{
-    args::{Backend, Capacity, Doctor, DriverChoice, Global, PoolChoice, Snapshots, ToolOptions},
+    args::{
+        Backend, Capacity, Doctor, DriverChoice, Global, LogPlan, PoolChoice, Snapshots,
+        ToolOptions,
+    },
     cli,
     compose::{self, Plan, Platform},
     datadir::DataDir,
     exit::Exit,
     failure::Failure,
     host::{self, Finding, Verdict},
-    leftovers, logging, output,
+    leftovers, logging,
+    logs::LogInputs,
+    output,
 };
 
 const WAIT: Duration = Duration::from_mins(4);
@@ -35,7 +41,7 @@ struct Report {
 }
 
 pub(crate) async fn run(global: &Global, args: Doctor) -> Result<Exit, Failure> {
-    logging::start(logging::LogFormat::Text, &args.log_level)?;
+    logging::start(logging::LogFormat::Text, &args.log_level, None)?;
     let mut findings = Findings { json: global.json, all: Vec::new() };
     let dir = DataDir::choose(global.data_dir.as_deref());
     if args.server {
@@ -146,7 +152,9 @@ async fn try_here(backend: Backend, findings: &mut Findings) -> Result<(), Failu
     let capacity = Capacity { max_vms: 2, max_starting: 2, pool: vec![PoolChoice::None] };
     let snapshots = Snapshots { no_default_template: true, ..Snapshots::default() };
     let tools = ToolOptions { no_default_tools: true, ..ToolOptions::default() };
-    let plan = Plan { dir, listener, backend, capacity, snapshots, tools };
+    let (sink, backlog) = LogSink::unconnected();
+    let logs = LogInputs { plan: LogPlan::Embedded(EmbeddedConfig::default()), sink, backlog };
+    let plan = Plan { dir, listener, backend, capacity, snapshots, tools, logs };
     let platform = match Box::pin(Platform::start(plan)).await {
         Ok(platform) => platform,
         Err(failure) => {

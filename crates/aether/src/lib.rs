@@ -24,6 +24,7 @@ mod host;
 mod images;
 mod leftovers;
 mod logging;
+mod logs;
 mod notify;
 mod output;
 mod signals;
@@ -73,6 +74,7 @@ fn runtime(command: &Command) -> Result<tokio::runtime::Runtime, Failure> {
         | Command::Exec(_)
         | Command::Shell(_)
         | Command::Cp(_)
+        | Command::Logs(_)
         | Command::Task(_)
         | Command::Image(_)
         | Command::Completion { .. } => tokio::runtime::Builder::new_current_thread(),
@@ -93,6 +95,7 @@ async fn run(args: Args) -> Result<Exit, Failure> {
         Command::Exec(exec) => cli::exec::run(&global, exec).await,
         Command::Shell(shell) => cli::shell::run(&global, shell).await,
         Command::Cp(cp) => cli::cp::run(&global, cp).await,
+        Command::Logs(logs) => cli::logs::run(&global, logs).await,
         Command::Task(task) => cli::task::run(&global, task).await,
         Command::Image(image) => cli::image::run(&global, image),
         Command::Completion { shell } => {

@@ -4,6 +4,7 @@ use std::{fmt, sync::Arc, time::Duration};
 
 use aether_api::PREFIX;
 use aether_events::{Event, EventBus};
+use aether_logs::LogStore;
 use aether_queue::Queue;
 use aether_store::{Capacity, Store};
 use aether_streams::{GuestLink, Pools, Sessions};
@@ -25,6 +26,7 @@ pub struct GatewayParts {
     pub store: Arc<dyn Store>,
     pub queue: Arc<dyn Queue>,
     pub bus: Arc<dyn EventBus>,
+    pub logs: Arc<dyn LogStore>,
     pub sessions: Sessions,
     pub links: Arc<dyn GuestLink>,
     pub pools: Arc<dyn Pools>,

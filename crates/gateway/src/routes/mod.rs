@@ -3,6 +3,7 @@
 mod executions;
 mod files;
 mod forks;
+mod logs;
 mod snapshots;
 mod tasks;
 mod templates;
@@ -98,6 +99,8 @@ pub(crate) fn table() -> Vec<Route> {
         get("/vms/{vm}/files/list", files::list),
         post("/vms/{vm}/files/mkdir", files::mkdir),
         post("/vms/{vm}/files/move", files::rename),
+        post("/logs/query", logs::query),
+        get("/logs/stream", logs::stream),
         get("/tasks", tasks::list),
         get("/tasks/{task}", tasks::show),
         post("/tasks/{task}/cancel", tasks::cancel),
