@@ -3,7 +3,8 @@
 //!
 //! - Queries: Loki's latest and the spool's latest, joined by their numbers, so that nothing comes
 //!   twice and what was not shipped yet is there.
-//! - Followers: the spool, from its oldest entry on; where they begin earlier, Loki before that.
+//! - Followers: the spool; where they begin before its oldest entry, Loki up to the middle of what
+//!   both have, and then the spool.
 //!
 //! The embedded store's bounds are those of the spool.
 
@@ -194,12 +195,14 @@ impl LogStore for LokiStore {
     ) -> Result<Box<dyn LogFollower>, LogError> {
         let FollowFrom::Time(start) = from else { return self.spool.follow(filter, from).await };
         filter.check()?;
-        // What was removed from the spool is Loki's part; both sides are parted by this number.
-        let first = self.spool.oldest();
+        let oldest = self.spool.oldest();
         let begins = self.spool.number_at(start).await?;
-        if first == 1 || begins > first {
+        if oldest == 1 || begins > oldest {
             return Ok(self.spool.follow_at(filter, begins, Some(start)));
         }
+        // Both sides are parted by this number. It lies in the middle of what both have: while
+        // Loki's part is read, the spool goes on losing its oldest.
+        let first = oldest + self.report().shipped.saturating_sub(oldest) / 2;
         let spool = self.spool.follow_at(filter.clone(), first, Some(start));
         let (client, origin) = (self.client.clone(), self.origin.clone());
         let follower = LokiFollower::begin(client, origin, filter, start, first, spool).await?;

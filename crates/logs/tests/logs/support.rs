@@ -10,7 +10,7 @@ use aether_types::VmId;
 use tokio::time::timeout;
 
 /// Far longer than anything here takes.
-pub(crate) const LIMIT: Duration = Duration::from_secs(20);
+pub(crate) const LIMIT: Duration = Duration::from_secs(45);
 
 pub(crate) fn line(text: &str) -> LogEntry {
     LogEntry::new(LogService::Guest, LogLevel::Info, LogStream::Stdout, text)
