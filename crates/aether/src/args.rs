@@ -1,6 +1,8 @@
 //! The command line, and the environment: everything that is configured from outside.
 
+mod config;
 mod database;
+mod logs;
 mod redis;
 mod template;
 mod tools;
@@ -14,7 +16,9 @@ use aether_drivers::network::Ipv4Range;
 use aether_types::{DriverKind, TaskId, limits};
 use clap::{ArgAction, Parser, Subcommand, ValueEnum};
 
+pub(crate) use config::{ConfigArgs, ConfigCommand, ConfigOption};
 pub(crate) use database::{DatabaseOptions, Migrate, MigrateCommand, refused};
+pub(crate) use logs::{LogPlan, Logging, Logs, Since};
 pub(crate) use redis::{RedisOptions, refused_redis};
 pub(crate) use template::{
     Pool, Snapshot, SnapshotCreate, SnapshotList, Template, TemplateBuild, TemplateList,
@@ -93,6 +97,8 @@ pub(crate) enum Command {
     Shell(Shell),
     /// Copy files to or from a VM
     Cp(Cp),
+    /// See and follow what VMs and the platform say
+    Logs(Logs),
     /// See and cancel tasks
     #[command(subcommand)]
     Task(Task),
@@ -100,6 +106,8 @@ pub(crate) enum Command {
     Image(ImageArgs),
     /// Bring the tables in PostgreSQL up to date, and see what is pending
     Migrate(Migrate),
+    /// Check and show the configuration
+    Config(ConfigArgs),
     /// Check this host by running a VM on it
     Doctor(Doctor),
     /// Print a script that completes commands in a shell
@@ -184,6 +192,8 @@ impl ImageDir {
 
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct Doctor {
+    #[command(flatten)]
+    pub(crate) config: ConfigOption,
     #[command(flatten)]
     pub(crate) backend: Backend,
     #[command(flatten)]

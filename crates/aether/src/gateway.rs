@@ -14,6 +14,7 @@ use aether_gateway::{
     AuthSecret, Catalogue, DriverInfo, GatewayConfig, GatewayParts, HostCheck, HostLimits, KeyRing,
     Probe,
 };
+use aether_logs::LogStore;
 use aether_queue::Queue;
 use aether_store::{Capacity, Store};
 use aether_streams::{GuestLink, Pools, Sessions};
@@ -21,7 +22,9 @@ use aether_types::{DriverKind, limits};
 use tokio::{net::TcpListener, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 
-use crate::{compose, datadir::LockedDataDir, exit::Exit, failure::Failure, tools::ToolsHere};
+use crate::{
+    compose, datadir::LockedDataDir, exit::Exit, failure::Failure, logs::LogProbe, tools::ToolsHere,
+};
 
 const KEY_NAME: &str = "admin";
 
@@ -98,11 +101,15 @@ pub(crate) struct Inputs {
     pub(crate) store: Arc<dyn Store>,
     pub(crate) queue: Arc<dyn Queue>,
     pub(crate) bus: Arc<dyn EventBus>,
+    /// With the name of the component in the answer of health.
+    pub(crate) logs: (&'static str, Arc<dyn LogStore>),
     pub(crate) sessions: Sessions,
     pub(crate) links: Arc<dyn GuestLink>,
     pub(crate) pools: Arc<dyn Pools>,
     pub(crate) keys: KeyRing,
     pub(crate) offer: Offer,
+    /// What is counted, as text.
+    pub(crate) metrics: Arc<dyn Fn() -> String + Send + Sync>,
     pub(crate) tools: ToolsHere,
     pub(crate) capacity: Capacity,
 }
@@ -119,11 +126,13 @@ pub(crate) fn start(inputs: Inputs) -> Result<Gateway, Failure> {
         store,
         queue,
         bus,
+        logs: (component, logs),
         sessions,
         links,
         pools,
         keys,
         offer,
+        metrics,
         tools,
         capacity,
     } = inputs;
@@ -132,13 +141,18 @@ pub(crate) fn start(inputs: Inputs) -> Result<Gateway, Failure> {
         store,
         queue,
         bus,
+        logs: Arc::clone(&logs),
         sessions,
         links,
         pools,
         catalogue: Arc::new(offer),
         tools: Arc::new(tools),
         keys,
-        probes: vec![("workers".to_owned(), Arc::new(WorkerHere) as Arc<dyn Probe>)],
+        probes: vec![
+            ("workers".to_owned(), Arc::new(WorkerHere) as Arc<dyn Probe>),
+            (component.to_owned(), Arc::new(LogProbe(logs))),
+        ],
+        metrics,
         hosts: HostCheck::for_listener(address),
         config: GatewayConfig { capacity, ..GatewayConfig::default() },
     });

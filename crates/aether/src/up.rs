@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, time::Duration};
 
 use aether_api::{HealthStatus, client::Client};
+use aether_logs::LogSink;
 use aether_worker::ShutdownMode;
 use serde::Serialize;
 use tokio::{net::TcpListener, time::Instant};
@@ -16,7 +17,9 @@ use crate::{
     default_template::DefaultTemplate,
     exit::Exit,
     failure::Failure,
-    logging, notify, output,
+    logging,
+    logs::LogInputs,
+    notify, output,
     signals::Signals,
 };
 
@@ -56,7 +59,9 @@ enum Word<'a> {
 }
 
 pub(crate) async fn run(global: &Global, args: Up) -> Result<Exit, Failure> {
-    logging::start(args.log_format, &args.log_level)?;
+    let (sink, backlog) = LogSink::unconnected();
+    logging::start(args.log_format, &args.log_level, Some(sink.clone()))?;
+    let logs = LogInputs { plan: args.logging.plan()?, sink, backlog };
     check_address(args.listen, args.insecure_http)?;
     let mode = if args.keep_vms { ShutdownMode::KeepVms } else { ShutdownMode::StopVms };
     let store = match args.database.config()? {
@@ -69,7 +74,7 @@ pub(crate) async fn run(global: &Global, args: Up) -> Result<Exit, Failure> {
     let mut signals = Signals::take()?;
 
     let Up { backend, capacity, snapshots, tools, .. } = args;
-    let plan = Plan { dir, listener, target, backend, capacity, snapshots, tools };
+    let plan = Plan { dir, listener, target, backend, capacity, snapshots, tools, logs };
     let mut platform = tokio::select! {
         platform = Box::pin(Platform::start(plan)) => platform?,
         signal = next_end(&mut signals) => {

@@ -12,6 +12,7 @@ pub mod client;
 mod execution;
 mod file;
 mod health;
+mod log;
 mod page;
 mod pool;
 mod problem;
@@ -28,6 +29,7 @@ pub use file::{
     FileEntry, FileKind, FileListing, FileView, FileWritten, MkdirRequest, MoveRequest,
 };
 pub use health::{ComponentHealth, Health, HealthStatus};
+pub use log::{EVENT_STREAM_MEDIA_TYPE, LogEntryView, LogEvent, LogsView, QueryLogs};
 pub use page::Page;
 pub use pool::PoolView;
 pub use problem::{PROBLEM_MEDIA_TYPE, Problem};

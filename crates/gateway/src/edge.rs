@@ -6,7 +6,7 @@
 //! 4. A panic in it becomes a 500, and the next one is served.
 //! 5. Its error, if any, is written as a problem document.
 
-use std::{panic::AssertUnwindSafe, sync::Arc, time::Instant};
+use std::{panic::AssertUnwindSafe, sync::Arc};
 
 use aether_api::REQUEST_ID_HEADER;
 use aether_types::ErrorCode;
@@ -21,6 +21,7 @@ use tracing::Instrument as _;
 
 use crate::{
     health,
+    metrics::Measured,
     parts::App,
     problem::{self, ApiError},
 };
@@ -33,7 +34,7 @@ pub(crate) async fn edge(State(app): State<App>, request: Request, next: Next) -
         "request", id, method = %request.method(), path = request.uri().path()
     );
     async {
-        let begun = Instant::now();
+        let measured = Measured::begin(&request);
         let mut response = problem::render(admit(&app, request, next).await, &id);
         if let Ok(value) = HeaderValue::from_str(&id) {
             response.headers_mut().insert(REQUEST_ID_HEADER, value);
@@ -41,8 +42,9 @@ pub(crate) async fn edge(State(app): State<App>, request: Request, next: Next) -
         let headers = response.headers_mut();
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
         headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+        measured.answered(&response);
         let status = response.status().as_u16();
-        tracing::debug!(status, duration_us = begun.elapsed().as_micros(), "answered");
+        tracing::debug!(status, duration_us = measured.begun.elapsed().as_micros(), "answered");
         response
     }
     .instrument(span)

@@ -27,6 +27,7 @@ mod extract;
 mod follow;
 mod health;
 mod hosts;
+pub mod metrics;
 mod parts;
 mod problem;
 mod routes;

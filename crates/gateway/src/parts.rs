@@ -1,9 +1,10 @@
 //! What the gateway is made of, and the state that its routes share.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{collections::HashSet, fmt, sync::Arc, time::Duration};
 
 use aether_api::PREFIX;
 use aether_events::{Event, EventBus};
+use aether_logs::LogStore;
 use aether_queue::Queue;
 use aether_store::{Capacity, Store};
 use aether_streams::{GuestLink, Pools, Sessions};
@@ -25,6 +26,7 @@ pub struct GatewayParts {
     pub store: Arc<dyn Store>,
     pub queue: Arc<dyn Queue>,
     pub bus: Arc<dyn EventBus>,
+    pub logs: Arc<dyn LogStore>,
     pub sessions: Sessions,
     pub links: Arc<dyn GuestLink>,
     pub pools: Arc<dyn Pools>,
@@ -33,6 +35,8 @@ pub struct GatewayParts {
     pub keys: KeyRing,
     /// Of components that the gateway does not know itself, by name: `workers` and others.
     pub probes: Vec<(String, Arc<dyn Probe>)>,
+    /// Everything that the program has counted, as Prometheus' text.
+    pub metrics: Arc<dyn Fn() -> String + Send + Sync>,
     pub hosts: HostCheck,
     pub config: GatewayConfig,
 }
@@ -94,6 +98,7 @@ impl Gateway {
             requests: Arc::new(Semaphore::new(parts.config.requests_max)),
             streams: Arc::new(Semaphore::new(parts.config.streams_max)),
             templates: Templates::new(&*parts.bus),
+            pools_shown: std::sync::Mutex::default(),
             parts,
             dispatcher,
             closing: CancellationToken::new(),
@@ -104,7 +109,9 @@ impl Gateway {
 
     /// Every method and path that is served, for documents and tests.
     pub fn routes() -> Vec<(Method, String)> {
-        routes::table().into_iter().map(|r| (r.method, format!("{PREFIX}{}", r.path))).collect()
+        let root = routes::root_table().into_iter().map(|r| (r.method, r.path.to_owned()));
+        let below = routes::table().into_iter().map(|r| (r.method, format!("{PREFIX}{}", r.path)));
+        root.chain(below).collect()
     }
 
     /// The routes alone, for a server of the caller's own. Without [`Gateway::serve`] nobody
@@ -122,6 +129,8 @@ pub(crate) struct Shared {
     pub(crate) parts: GatewayParts,
     pub(crate) dispatcher: Dispatcher,
     pub(crate) templates: Templates,
+    /// That stand among the metrics.
+    pub(crate) pools_shown: std::sync::Mutex<HashSet<String>>,
     /// The gateway ends: whoever waits or follows stops.
     pub(crate) closing: CancellationToken,
     /// Work that goes on when its client has gone: recordings, terminals.

@@ -6,6 +6,7 @@
 use std::{fmt::Write as _, sync::Arc};
 
 use aether_api::{PROBLEM_MEDIA_TYPE, Problem};
+use aether_logs::LogError;
 use aether_protocol::{ErrorCode as GuestCode, host::ClientError};
 use aether_store::StoreError;
 use aether_types::{ErrorCode, Fault, Task, VmId, VmState};
@@ -172,6 +173,19 @@ impl From<StoreError> for ApiError {
 }
 
 /// Of a file operation in a guest.
+impl From<LogError> for ApiError {
+    fn from(error: LogError) -> Self {
+        match error.code() {
+            ErrorCode::Internal => {
+                tracing::error!(error = chain(&error), "logs");
+                Self::internal()
+            }
+            // Texts for clients.
+            code => Self::new(code, error.to_string()),
+        }
+    }
+}
+
 impl From<ClientError> for ApiError {
     fn from(error: ClientError) -> Self {
         match &error {

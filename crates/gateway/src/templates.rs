@@ -106,7 +106,7 @@ impl Remembered {
         // Without the runtime's budget, which would end this before the last event is heard.
         while let Some(received) = unconstrained(self.events.next()).now_or_never() {
             match received {
-                Received::Event(Event::Template { .. }) | Received::Missed(_) => self.forget(),
+                Received::Event(Event::Template { .. }) | Received::Missed => self.forget(),
                 Received::Event(_) => {}
                 Received::Closed => {
                     self.is_deaf = true;

@@ -68,7 +68,7 @@ impl TaskWatch {
             }
             match self.events.next().await {
                 Received::Event(Event::Task { task_id, .. }) if task_id == task => return,
-                Received::Missed(_) => return,
+                Received::Missed => return,
                 Received::Event(_) => {}
                 Received::Closed => self.is_closed = true,
             }
@@ -137,7 +137,7 @@ impl TaskWatch {
                     return Heard::Ended(task_id, state);
                 }
                 Received::Event(_) => {}
-                Received::Missed(_) => return Heard::Missed,
+                Received::Missed => return Heard::Missed,
                 Received::Closed => self.is_closed = true,
             }
         }
@@ -174,7 +174,7 @@ impl TemplateWatch {
                 Received::Event(Event::Template { template_id, .. }) if template_id == template => {
                     return;
                 }
-                Received::Missed(_) => return,
+                Received::Missed => return,
                 Received::Event(_) => {}
                 Received::Closed => std::future::pending().await,
             }

@@ -7,6 +7,7 @@ pub mod error;
 pub mod execution;
 pub mod id;
 pub mod limits;
+pub mod log;
 pub mod network;
 mod password;
 pub mod snapshot;
@@ -22,6 +23,7 @@ pub use execution::{
     Execution, ExecutionSpec, ExecutionState, ExitStatus, OutputStream, RetainedOutput, TtySize,
 };
 pub use id::{ExecutionId, KeyId, MachineId, SnapshotId, TaskId, TemplateId, VmId, WorkerId};
+pub use log::{LogLevel, LogService, LogStream};
 pub use network::{AllowRule, Egress, NetworkPolicy, PortRange, TransportProtocol};
 pub use password::Password;
 pub use snapshot::{Snapshot, SnapshotPurpose, SnapshotState};
@@ -31,6 +33,6 @@ pub use template::{
     Template, TemplateFile, TemplateProgress, TemplateReady, TemplateSpec, TemplateState,
     TemplateStep,
 };
-pub use time::Timestamp;
+pub use time::{PreciseTime, Timestamp};
 pub use tool::{ToolRequest, VmTool};
 pub use vm::{DriverKind, Origin, StateChange, Vm, VmEvent, VmSpec, VmState};

@@ -75,7 +75,7 @@ pub(crate) async fn listen(core: Arc<Core>, mut events: Box<dyn Subscription>) {
                 core.attempts.cancel(task_id);
             }
             Received::Event(_) => {}
-            Received::Missed(_) => reread(&core).await,
+            Received::Missed => reread(&core).await,
             Received::Closed => return,
         }
     }

@@ -120,7 +120,7 @@ fn note(core: &Core, received: &Received) -> bool {
                 true
             }
         },
-        Received::Missed(_) => {
+        Received::Missed => {
             core.templates.forget_all();
             core.garbage.orphans.store(true, Ordering::Relaxed);
             core.garbage.templates.store(true, Ordering::Relaxed);

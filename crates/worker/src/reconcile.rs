@@ -318,7 +318,7 @@ fn noted(done: Result<(), WorkerError>) -> Result<(), WorkerError> {
 async fn vm_event(events: &mut Box<dyn Subscription>) {
     loop {
         match events.next().await {
-            Received::Event(Event::Vm { state: VmState::Running, .. }) | Received::Missed(_) => {
+            Received::Event(Event::Vm { state: VmState::Running, .. }) | Received::Missed => {
                 return;
             }
             Received::Event(_) => {}

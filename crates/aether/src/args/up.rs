@@ -4,7 +4,10 @@ use std::{net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::ArgAction;
 
-use super::{Backend, DatabaseOptions, RedisOptions, ToolOptions, values::parse_duration};
+use super::{
+    Backend, ConfigOption, DatabaseOptions, Logging, RedisOptions, ToolOptions,
+    values::parse_duration,
+};
 use crate::logging::LogFormat;
 
 const EXAMPLES: &str = "\
@@ -19,6 +22,8 @@ Examples:
 #[derive(Debug, Clone, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Up {
+    #[command(flatten)]
+    pub(crate) config: ConfigOption,
     /// Where to answer requests; port 0 takes a free one
     #[arg(long, env = "AETHER_LISTEN", value_name = "ADDR:PORT", default_value = "127.0.0.1:8080")]
     pub(crate) listen: SocketAddr,
@@ -43,6 +48,8 @@ pub(crate) struct Up {
     pub(crate) snapshots: Snapshots,
     #[command(flatten)]
     pub(crate) tools: ToolOptions,
+    #[command(flatten)]
+    pub(crate) logging: Logging,
     #[arg(long, env = "AETHER_LOG_FORMAT", value_enum, default_value = "text")]
     pub(crate) log_format: LogFormat,
     /// What is logged, such as `info` or `warn,aether_worker=debug`

@@ -3,9 +3,17 @@
 #[cfg(test)]
 mod client;
 #[cfg(test)]
+mod config;
+#[cfg(test)]
 mod exec;
 #[cfg(test)]
 mod instant;
+#[cfg(test)]
+mod logs;
+#[cfg(test)]
+mod metrics;
+#[cfg(test)]
+mod older;
 #[cfg(test)]
 mod plain;
 #[cfg(test)]

@@ -3,6 +3,7 @@
 mod executions;
 mod files;
 mod forks;
+mod logs;
 mod snapshots;
 mod tasks;
 mod templates;
@@ -23,7 +24,7 @@ use axum::{
 use aether_api::{Accepted, HealthStatus, PREFIX};
 use aether_types::{ErrorCode, TaskId};
 
-use crate::{auth, edge, health, parts::App, problem::ApiError};
+use crate::{auth, edge, health, metrics, parts::App, problem::ApiError};
 
 pub(crate) struct Route {
     pub(crate) method: Method,
@@ -98,19 +99,27 @@ pub(crate) fn table() -> Vec<Route> {
         get("/vms/{vm}/files/list", files::list),
         post("/vms/{vm}/files/mkdir", files::mkdir),
         post("/vms/{vm}/files/move", files::rename),
+        post("/logs/query", logs::query),
+        get("/logs/stream", logs::stream),
         get("/tasks", tasks::list),
         get("/tasks/{task}", tasks::show),
         post("/tasks/{task}/cancel", tasks::cancel),
     ]
 }
 
+/// Where others expect it, and so not below [`PREFIX`].
+pub(crate) fn root_table() -> Vec<Route> {
+    vec![get(metrics::PATH, metrics::show)]
+}
+
 pub(crate) fn router(app: App) -> Router {
-    let mut routes = Router::new();
-    for Route { method: _, path, handler } in table() {
-        routes = routes.route(path, handler);
-    }
-    Router::new()
-        .nest(PREFIX, routes)
+    let all = |table: Vec<Route>| {
+        table.into_iter().fold(Router::new(), |routes, Route { method: _, path, handler }| {
+            routes.route(path, handler)
+        })
+    };
+    all(root_table())
+        .nest(PREFIX, all(table()))
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
         .layer(from_fn_with_state(app.clone(), auth::authenticate))

@@ -46,7 +46,7 @@ pub(crate) async fn listen(core: Arc<Core>, mut events: Box<dyn Subscription>) {
                 TemplateState::Ready | TemplateState::Deleted => core.pools.templates_changed(),
             },
             Received::Event(_) => {}
-            Received::Missed(_) => core.pools.templates_changed(),
+            Received::Missed => core.pools.templates_changed(),
             Received::Closed => return,
         }
     }

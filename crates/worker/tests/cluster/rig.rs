@@ -153,6 +153,7 @@ impl Rig {
             store: Arc::new(store.unwrap()),
             queue,
             bus: Arc::new(LocalBus::new()),
+            logs: aether_logs::LogSink::unconnected().0,
             sessions: Sessions::default(),
             drivers: vec![Arc::new(SimDriver::new(Arc::clone(&host))) as Arc<dyn Driver>],
             images: Arc::new(AnyImage),

@@ -90,7 +90,7 @@ impl House {
                 Received::Event(Event::Template { .. }) => {
                     template = rig.store().template(template.id).await.unwrap().unwrap();
                 }
-                Received::Event(_) | Received::Missed(_) => {}
+                Received::Event(_) | Received::Missed => {}
                 Received::Closed => panic!("the bus closed"),
             }
         }
