@@ -1,6 +1,7 @@
 //! The command line, and the environment: everything that is configured from outside.
 
 mod database;
+mod key;
 mod redis;
 mod template;
 mod tools;
@@ -15,6 +16,7 @@ use aether_types::{DriverKind, TaskId, limits};
 use clap::{ArgAction, Parser, Subcommand, ValueEnum};
 
 pub(crate) use database::{DatabaseOptions, Migrate, MigrateCommand, refused};
+pub(crate) use key::{Key, KeyCreate, KeyList};
 pub(crate) use redis::{RedisOptions, refused_redis};
 pub(crate) use template::{
     Pool, Snapshot, SnapshotCreate, SnapshotList, Template, TemplateBuild, TemplateList,
@@ -31,7 +33,7 @@ Exit status:
   2    wrong use: the command line, or a value that the server refuses
   3    not found
   4    conflict: a name that is taken, a state that does not allow it
-  5    the key is missing or wrong
+  5    the key is missing or wrong, or may not do this
   6    unavailable: the server does not answer, or lacks what was asked for
   exec and shell end as the command did (128 and the signal's number where one ended it; 126 and
   127 where it could not be run or was not found), and with
@@ -96,6 +98,9 @@ pub(crate) enum Command {
     /// See and cancel tasks
     #[command(subcommand)]
     Task(Task),
+    /// Give, see and take API keys
+    #[command(subcommand)]
+    Key(Key),
     /// Build and see the images on this machine
     Image(ImageArgs),
     /// Bring the tables in PostgreSQL up to date, and see what is pending

@@ -8,6 +8,7 @@ mod cp_up;
 pub(crate) mod exec;
 mod fork;
 pub(crate) mod image;
+pub(crate) mod key;
 mod outcome;
 pub(crate) mod pool;
 mod progress;

@@ -59,6 +59,7 @@ impl From<ErrorCode> for Exit {
             | ErrorCode::ImageNotFound
             | ErrorCode::SnapshotNotFound
             | ErrorCode::TemplateNotFound
+            | ErrorCode::KeyNotFound
             | ErrorCode::ToolNotFound
             | ErrorCode::ToolVersionNotFound
             | ErrorCode::FileNotFound
@@ -68,8 +69,9 @@ impl From<ErrorCode> for Exit {
             | ErrorCode::SnapshotStateConflict
             | ErrorCode::TaskEnded
             | ErrorCode::IdempotencyConflict
+            | ErrorCode::TooManyKeys
             | ErrorCode::FileConflict => Self::Conflict,
-            ErrorCode::Unauthorized => Self::Unauthorized,
+            ErrorCode::Unauthorized | ErrorCode::Forbidden => Self::Unauthorized,
             ErrorCode::InsufficientCapacity
             | ErrorCode::TooManyVms
             | ErrorCode::SnapshotIncompatible

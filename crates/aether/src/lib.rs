@@ -76,6 +76,7 @@ fn runtime(command: &Command) -> Result<tokio::runtime::Runtime, Failure> {
         | Command::Shell(_)
         | Command::Cp(_)
         | Command::Task(_)
+        | Command::Key(_)
         | Command::Image(_)
         | Command::Migrate(_)
         | Command::Completion { .. } => tokio::runtime::Builder::new_current_thread(),
@@ -98,6 +99,7 @@ async fn run(args: Args) -> Result<Exit, Failure> {
         Command::Shell(shell) => cli::shell::run(&global, shell).await,
         Command::Cp(cp) => cli::cp::run(&global, cp).await,
         Command::Task(task) => cli::task::run(&global, task).await,
+        Command::Key(key) => cli::key::run(&global, key).await,
         Command::Image(image) => cli::image::run(&global, image),
         Command::Completion { shell } => {
             cli::completion(shell);

@@ -12,6 +12,7 @@ pub mod client;
 mod execution;
 mod file;
 mod health;
+mod key;
 mod page;
 mod pool;
 mod problem;
@@ -28,6 +29,7 @@ pub use file::{
     FileEntry, FileKind, FileListing, FileView, FileWritten, MkdirRequest, MoveRequest,
 };
 pub use health::{ComponentHealth, Health, HealthStatus};
+pub use key::{CreateKey, KeyCreated, KeyView};
 pub use page::Page;
 pub use pool::PoolView;
 pub use problem::{PROBLEM_MEDIA_TYPE, Problem};
@@ -49,7 +51,10 @@ pub use wait::{ParseWaitError, format_wait, parse_wait};
 pub const PREFIX: &str = "/api/v1";
 
 /// What every API key begins with, so that people and scanners recognise one.
-pub const KEY_PREFIX: &str = "ae_";
+pub const KEY_PREFIX: &str = "aeth_";
+
+/// What keys began with before they had a check in them. They are good as ever.
+pub const KEY_PREFIX_EARLIER: &str = "ae_";
 
 /// A request with the same key and the same content is carried out once.
 pub const IDEMPOTENCY_KEY_HEADER: &str = "idempotency-key";

@@ -7,6 +7,7 @@ use aether_events::{Event, EventBus};
 use aether_queue::Queue;
 use aether_store::{Capacity, Store};
 use aether_streams::{GuestLink, Pools, Sessions};
+use aether_types::Scope;
 use axum::{Router, http::Method};
 use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -14,6 +15,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{
     Catalogue, HostCheck, KeyRing, Probe, ToolCatalogue,
     admission::Offer,
+    auth::Rule,
     dispatch::{DispatchLoop, Dispatcher},
     problem::ApiError,
     routes,
@@ -105,6 +107,18 @@ impl Gateway {
     /// Every method and path that is served, for documents and tests.
     pub fn routes() -> Vec<(Method, String)> {
         routes::table().into_iter().map(|r| (r.method, format!("{PREFIX}{}", r.path))).collect()
+    }
+
+    /// What each route needs of the caller's key; `None`: it needs no key.
+    pub fn rules() -> Vec<(Method, String, Option<Scope>)> {
+        let rule = |route: routes::Route| {
+            let scope = match route.rule {
+                Rule::Open => None,
+                Rule::Needs(scope) => Some(scope),
+            };
+            (route.method, format!("{PREFIX}{}", route.path), scope)
+        };
+        routes::table().into_iter().map(rule).collect()
     }
 
     /// The routes alone, for a server of the caller's own. Without [`Gateway::serve`] nobody

@@ -136,6 +136,8 @@ impl From<StoreError> for ApiError {
             | StoreError::ExecutionNotFound
             | StoreError::SnapshotNotFound
             | StoreError::TemplateNotFound
+            | StoreError::KeyNotFound
+            | StoreError::TooManyKeys { .. }
             | StoreError::SnapshotNotReady { .. }
             | StoreError::TemplateNotReady { .. }
             | StoreError::TooManyVms { .. }
@@ -248,10 +250,11 @@ fn status(code: ErrorCode) -> StatusCode {
         | ErrorCode::ExecutionNotFound
         | ErrorCode::SnapshotNotFound
         | ErrorCode::TemplateNotFound
+        | ErrorCode::KeyNotFound
         | ErrorCode::ToolNotFound
         | ErrorCode::FileNotFound => StatusCode::NOT_FOUND,
         ErrorCode::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
-        ErrorCode::FilePermissionDenied => StatusCode::FORBIDDEN,
+        ErrorCode::Forbidden | ErrorCode::FilePermissionDenied => StatusCode::FORBIDDEN,
         // What is named in the body does not exist or cannot be had.
         ErrorCode::ImageNotFound
         | ErrorCode::InsufficientCapacity
@@ -266,6 +269,7 @@ fn status(code: ErrorCode) -> StatusCode {
         | ErrorCode::SnapshotStateConflict
         | ErrorCode::TaskEnded
         | ErrorCode::IdempotencyConflict
+        | ErrorCode::TooManyKeys
         | ErrorCode::VmStopped
         | ErrorCode::ClientGone
         | ErrorCode::Cancelled
@@ -294,6 +298,7 @@ fn title(code: ErrorCode) -> &'static str {
         ErrorCode::UnsupportedMediaType => "The content type is not supported",
         ErrorCode::BodyTooLarge => "The body is too large",
         ErrorCode::Unauthorized => "A valid API key is needed",
+        ErrorCode::Forbidden => "The key may not do this",
         ErrorCode::RouteNotFound => "There is no such path",
         ErrorCode::MethodNotAllowed => "The path does not take this method",
         ErrorCode::VmNotFound => "There is no such VM",
@@ -302,6 +307,8 @@ fn title(code: ErrorCode) -> &'static str {
         ErrorCode::ImageNotFound => "There is no such image",
         ErrorCode::SnapshotNotFound => "There is no such snapshot",
         ErrorCode::TemplateNotFound => "There is no such template",
+        ErrorCode::KeyNotFound => "There is no such key",
+        ErrorCode::TooManyKeys => "There are as many keys as there may be",
         ErrorCode::SnapshotStateConflict => {
             "The snapshot's or template's state does not allow this"
         }

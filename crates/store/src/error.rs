@@ -20,6 +20,10 @@ pub enum StoreError {
     SnapshotNotFound,
     #[error("no such template")]
     TemplateNotFound,
+    #[error("no such key")]
+    KeyNotFound,
+    #[error("the project has {max} keys, which are as many as there may be; revoke some")]
+    TooManyKeys { max: u32 },
     /// `detail` is a whole sentence for the client.
     #[error("{detail}")]
     SnapshotNotReady { detail: String },
@@ -104,6 +108,8 @@ impl StoreError {
             Self::ExecutionNotFound => ErrorCode::ExecutionNotFound,
             Self::SnapshotNotFound => ErrorCode::SnapshotNotFound,
             Self::TemplateNotFound => ErrorCode::TemplateNotFound,
+            Self::KeyNotFound => ErrorCode::KeyNotFound,
+            Self::TooManyKeys { .. } => ErrorCode::TooManyKeys,
             Self::SnapshotNotReady { .. } | Self::TemplateNotReady { .. } => {
                 ErrorCode::SnapshotStateConflict
             }
@@ -139,6 +145,8 @@ impl StoreError {
             Self::NameTaken { .. }
             | Self::SnapshotNotFound
             | Self::TemplateNotFound
+            | Self::KeyNotFound
+            | Self::TooManyKeys { .. }
             | Self::SnapshotNotReady { .. }
             | Self::TemplateNotReady { .. }
             | Self::TooManyVms { .. }

@@ -9,6 +9,7 @@
 //! later attempt has begun, or the task has ended.
 
 mod error;
+mod key;
 mod page;
 pub mod postgres;
 mod sql;
@@ -24,6 +25,7 @@ use aether_types::{
 use async_trait::async_trait;
 
 pub use error::StoreError;
+pub use key::{ApiKey, KeyFilter};
 pub use page::{Cursor, Page, PageRequest};
 pub use postgres::PostgresStore;
 pub use sqlite::{Durability, SqliteStore};
@@ -223,17 +225,6 @@ pub struct TemplateFilter {
     /// Empty: every state but deleted.
     pub states: Vec<TemplateState>,
     pub name: Option<String>,
-}
-
-/// An API key as it is kept: a keyed hash, never the key.
-#[derive(Debug, Clone)]
-pub struct ApiKey {
-    pub id: KeyId,
-    pub name: String,
-    /// The first characters of the key, to recognise it by.
-    pub prefix: String,
-    pub hash: [u8; 32],
-    pub created_at: Timestamp,
 }
 
 #[async_trait]
@@ -492,9 +483,23 @@ pub trait Store: Send + Sync + 'static {
 
     // --- keys ---
 
+    /// Fails with `TooManyKeys`. Forgets keys that have been of no use for `KEY_KEPT_DAYS`.
     async fn insert_key(&self, key: ApiKey) -> Result<(), StoreError>;
 
-    async fn keys(&self) -> Result<Vec<ApiKey>, StoreError>;
+    async fn key(&self, id: KeyId) -> Result<Option<ApiKey>, StoreError>;
+
+    /// The key that has this hash, unless it is revoked: what is written anywhere counts at once.
+    async fn key_by_hash(&self, hash: &[u8; 32]) -> Result<Option<ApiKey>, StoreError>;
+
+    /// Newest first.
+    async fn keys(&self, filter: KeyFilter, page: PageRequest) -> Result<Page<ApiKey>, StoreError>;
+
+    /// It opens nothing from now on, also where an older program looks. Repeating it is harmless.
+    async fn revoke_key(&self, id: KeyId) -> Result<ApiKey, StoreError>;
+
+    /// The key was used at `at`; written only where the last use that is known is at `stale` or
+    /// earlier.
+    async fn key_used(&self, id: KeyId, at: Timestamp, stale: Timestamp) -> Result<(), StoreError>;
 
     /// The secret of this name that all processes on the store share. The first one that asks makes
     /// it: `proposed` is kept where there is none, and ignored where there is one.

@@ -29,6 +29,8 @@ codes! {
     UnsupportedMediaType = "unsupported_media_type",
     BodyTooLarge = "body_too_large",
     Unauthorized = "unauthorized",
+    /// The key is good, and may not do this.
+    Forbidden = "forbidden",
     RouteNotFound = "route_not_found",
     MethodNotAllowed = "method_not_allowed",
     VmNotFound = "vm_not_found",
@@ -37,6 +39,7 @@ codes! {
     ImageNotFound = "image_not_found",
     SnapshotNotFound = "snapshot_not_found",
     TemplateNotFound = "template_not_found",
+    KeyNotFound = "key_not_found",
     /// The snapshot or template is not ready, or something still needs it.
     SnapshotStateConflict = "snapshot_state_conflict",
     /// A file of the snapshot is missing, changed, or not this platform's; the text names it.
@@ -63,6 +66,8 @@ codes! {
     InsufficientCapacity = "insufficient_capacity",
     /// As many VMs as the platform is configured for are there or being made; try again later.
     TooManyVms = "too_many_vms",
+    /// The project has as many keys as there may be; revoke some.
+    TooManyKeys = "too_many_keys",
     /// The driver asked for is not configured or does not work on this host.
     DriverUnavailable = "driver_unavailable",
     /// A part of the platform does not answer or is full; try again later.

@@ -96,6 +96,16 @@ id!(
     /// An API key.
     KeyId, "key"
 );
+id!(
+    /// A project: whose all things are, seen by nobody else.
+    ProjectId, "project"
+);
+
+impl ProjectId {
+    /// Of the project that there is from the start, and of all that was made before there were
+    /// others. Nothing else is ever given this id.
+    pub const DEFAULT: Self = Self(Uuid::nil());
+}
 
 #[cfg(test)]
 mod tests {

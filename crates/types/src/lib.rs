@@ -3,6 +3,7 @@
 //! No I/O and no async: the gateway, the worker and the client all decide with the same pure code
 //! which request is legal and which transition exists.
 
+pub mod access;
 pub mod error;
 pub mod execution;
 pub mod id;
@@ -17,11 +18,14 @@ pub mod time;
 pub mod tool;
 pub mod vm;
 
+pub use access::{Access, Resource, Role, Scope, Verb};
 pub use error::{ErrorCode, Fault};
 pub use execution::{
     Execution, ExecutionSpec, ExecutionState, ExitStatus, OutputStream, RetainedOutput, TtySize,
 };
-pub use id::{ExecutionId, KeyId, MachineId, SnapshotId, TaskId, TemplateId, VmId, WorkerId};
+pub use id::{
+    ExecutionId, KeyId, MachineId, ProjectId, SnapshotId, TaskId, TemplateId, VmId, WorkerId,
+};
 pub use network::{AllowRule, Egress, NetworkPolicy, PortRange, TransportProtocol};
 pub use password::Password;
 pub use snapshot::{Snapshot, SnapshotPurpose, SnapshotState};

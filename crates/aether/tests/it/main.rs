@@ -6,6 +6,7 @@ mod client;
 mod exec;
 #[cfg(test)]
 mod instant;
+mod keys;
 #[cfg(test)]
 mod plain;
 #[cfg(test)]

@@ -5,7 +5,7 @@
 //! use aether_api::{CreateVm, ExecuteRequest, client::{CallOptions, Client}};
 //! use std::time::Duration;
 //!
-//! let client = Client::new("http://127.0.0.1:8080", Some("ae_..."))?;
+//! let client = Client::new("http://127.0.0.1:8080", Some("aeth_..."))?;
 //! let wait = CallOptions::waiting(Duration::from_secs(60));
 //! let vm = client.create_vm(&CreateVm::default(), &wait).await?;
 //! let request = ExecuteRequest { command: "uname".into(), ..ExecuteRequest::default() };
@@ -18,6 +18,7 @@ mod error;
 mod files;
 mod follow;
 mod http;
+mod keys;
 mod snapshots;
 mod templates;
 mod terminal;
@@ -31,6 +32,7 @@ use bytes::Bytes;
 pub use error::ClientError;
 pub use files::{FileDownload, ReadOptions, WriteOptions};
 pub use follow::Follow;
+pub use keys::KeyQuery;
 pub use snapshots::SnapshotQuery;
 pub use templates::{Since, TemplateQuery};
 pub use terminal::{TerminalInput, TerminalOutput};

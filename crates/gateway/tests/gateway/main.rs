@@ -7,6 +7,7 @@ mod bounds;
 mod docs;
 mod files;
 mod guest;
+mod keys;
 mod outbox;
 mod refusals;
 mod requests;

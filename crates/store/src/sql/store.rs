@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use aether_postgres::Trouble;
 use aether_types::{
-    Execution, ExecutionId, Fault, OutputStream, RetainedOutput, Snapshot, SnapshotId, StateChange,
-    Task, TaskId, Template, TemplateId, TemplateProgress, Timestamp, ToolRequest, Vm, VmId,
-    WorkerId,
+    Execution, ExecutionId, Fault, KeyId, OutputStream, RetainedOutput, Snapshot, SnapshotId,
+    StateChange, Task, TaskId, Template, TemplateId, TemplateProgress, Timestamp, ToolRequest, Vm,
+    VmId, WorkerId,
 };
 use async_trait::async_trait;
 
@@ -17,9 +17,9 @@ use super::{
 };
 use crate::{
     Accepted, AcceptedBuild, ApiKey, AttemptEnd, Begin, CancelOutcome, Capacity, Forked,
-    Idempotency, NewExecution, NewSnapshot, NewTask, NewTemplate, NewVm, Page, PageRequest,
-    SnapshotFilter, Store, StoreError, TaskFilter, TemplateFilter, VmChange, VmFilter, VmPatch,
-    error::Context,
+    Idempotency, KeyFilter, NewExecution, NewSnapshot, NewTask, NewTemplate, NewVm, Page,
+    PageRequest, SnapshotFilter, Store, StoreError, TaskFilter, TemplateFilter, VmChange, VmFilter,
+    VmPatch, error::Context,
 };
 
 /// For all tries of one call. The pool and the server end waits before that; this is for a network
@@ -386,9 +386,29 @@ impl<S: OnSql> Store for S {
         repeated(sql, || keys::insert(sql, key.clone())).await
     }
 
-    async fn keys(&self) -> Result<Vec<ApiKey>, StoreError> {
+    async fn key(&self, id: KeyId) -> Result<Option<ApiKey>, StoreError> {
         let sql = self.sql();
-        repeated(sql, || keys::list(sql)).await
+        repeated(sql, || keys::get(sql, id)).await
+    }
+
+    async fn key_by_hash(&self, hash: &[u8; 32]) -> Result<Option<ApiKey>, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || keys::by_hash(sql, hash)).await
+    }
+
+    async fn keys(&self, filter: KeyFilter, page: PageRequest) -> Result<Page<ApiKey>, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || keys::list(sql, &filter, page)).await
+    }
+
+    async fn revoke_key(&self, id: KeyId) -> Result<ApiKey, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || keys::revoke(sql, id)).await
+    }
+
+    async fn key_used(&self, id: KeyId, at: Timestamp, stale: Timestamp) -> Result<(), StoreError> {
+        let sql = self.sql();
+        repeated(sql, || keys::used(sql, id, at, stale)).await
     }
 
     async fn shared_secret(&self, name: &str, proposed: &[u8]) -> Result<Vec<u8>, StoreError> {

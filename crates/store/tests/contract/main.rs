@@ -8,6 +8,7 @@ mod support;
 
 mod attempts;
 mod capacity;
+mod keys;
 mod lists;
 mod requests;
 mod snapshots;
@@ -72,10 +73,17 @@ macro_rules! contract {
                 the_outbox_holds_what_is_owed_oldest_first,
                 open_tasks_are_those_that_have_not_ended,
                 expired_vms_are_found_until_they_are_deleted,
-                keys_round_trip,
                 a_secret_is_the_first_that_was_proposed,
                 those_who_propose_a_secret_at_once_get_the_same,
                 ping_answers,
+            },
+            keys::{
+                a_key_is_found_by_its_hash_and_by_nothing_like_it,
+                a_revoked_key_has_no_hash_and_is_kept,
+                the_use_of_a_key_is_kept_coarsely,
+                keys_are_listed_by_project_and_in_pages,
+                a_project_has_no_more_keys_than_there_may_be,
+                keys_that_are_long_of_no_use_are_forgotten,
             },
             snapshots::{
                 a_snapshot_and_its_task_are_recorded_and_owed,
