@@ -2,6 +2,7 @@
 
 mod database;
 mod key;
+mod project;
 mod redis;
 mod template;
 mod tools;
@@ -17,6 +18,7 @@ use clap::{ArgAction, Parser, Subcommand, ValueEnum};
 
 pub(crate) use database::{DatabaseOptions, Migrate, MigrateCommand, refused};
 pub(crate) use key::{Key, KeyCreate, KeyList};
+pub(crate) use project::Project;
 pub(crate) use redis::{RedisOptions, refused_redis};
 pub(crate) use template::{
     Pool, Snapshot, SnapshotCreate, SnapshotList, Template, TemplateBuild, TemplateList,
@@ -101,6 +103,9 @@ pub(crate) enum Command {
     /// Give, see and take API keys
     #[command(subcommand)]
     Key(Key),
+    /// Make, see and delete projects
+    #[command(subcommand)]
+    Project(Project),
     /// Build and see the images on this machine
     Image(ImageArgs),
     /// Bring the tables in PostgreSQL up to date, and see what is pending

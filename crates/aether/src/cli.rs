@@ -12,6 +12,7 @@ pub(crate) mod key;
 mod outcome;
 pub(crate) mod pool;
 mod progress;
+pub(crate) mod project;
 pub(crate) mod shell;
 pub(crate) mod snapshot;
 mod start;

@@ -60,6 +60,7 @@ impl From<ErrorCode> for Exit {
             | ErrorCode::SnapshotNotFound
             | ErrorCode::TemplateNotFound
             | ErrorCode::KeyNotFound
+            | ErrorCode::ProjectNotFound
             | ErrorCode::ToolNotFound
             | ErrorCode::ToolVersionNotFound
             | ErrorCode::FileNotFound
@@ -70,6 +71,7 @@ impl From<ErrorCode> for Exit {
             | ErrorCode::TaskEnded
             | ErrorCode::IdempotencyConflict
             | ErrorCode::TooManyKeys
+            | ErrorCode::ProjectInUse
             | ErrorCode::FileConflict => Self::Conflict,
             ErrorCode::Unauthorized | ErrorCode::Forbidden => Self::Unauthorized,
             ErrorCode::InsufficientCapacity

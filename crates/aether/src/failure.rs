@@ -159,6 +159,7 @@ fn hint_for(code: ErrorCode) -> Option<&'static str> {
             Some("ask an admin for a key that may; `aether key create` makes one")
         }
         ErrorCode::KeyNotFound => Some("`aether key list` shows the keys there are"),
+        ErrorCode::ProjectNotFound => Some("`aether project list` shows the projects there are"),
         ErrorCode::VmNotFound => Some("`aether vm list` shows the VMs there are"),
         ErrorCode::TaskNotFound => Some("`aether task list` shows the tasks there are"),
         ErrorCode::ImageNotFound => Some("`aether image list` on the server shows what there is"),

@@ -77,6 +77,7 @@ fn runtime(command: &Command) -> Result<tokio::runtime::Runtime, Failure> {
         | Command::Cp(_)
         | Command::Task(_)
         | Command::Key(_)
+        | Command::Project(_)
         | Command::Image(_)
         | Command::Migrate(_)
         | Command::Completion { .. } => tokio::runtime::Builder::new_current_thread(),
@@ -100,6 +101,7 @@ async fn run(args: Args) -> Result<Exit, Failure> {
         Command::Cp(cp) => cli::cp::run(&global, cp).await,
         Command::Task(task) => cli::task::run(&global, task).await,
         Command::Key(key) => cli::key::run(&global, key).await,
+        Command::Project(project) => cli::project::run(&global, project).await,
         Command::Image(image) => cli::image::run(&global, image),
         Command::Completion { shell } => {
             cli::completion(shell);

@@ -14,6 +14,9 @@ pub struct CreateKey {
     /// From now; without it the key is good until it is revoked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expires_in_s: Option<u64>,
+    /// Id or name of another project than one's own; for who may see all of them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub project: Option<String>,
 }
 
 /// A key as it is kept: never the key itself.
@@ -26,7 +29,7 @@ pub struct KeyView {
     pub project_id: ProjectId,
     pub role: Role,
     pub scopes: Vec<Scope>,
-    /// `null`: the installation itself, or a key of before this was kept.
+    /// `null`: the installation itself, an admin of the platform, or before this was kept.
     pub created_by: Option<KeyId>,
     pub created_at: Timestamp,
     pub expires_at: Option<Timestamp>,

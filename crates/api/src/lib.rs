@@ -16,6 +16,7 @@ mod key;
 mod page;
 mod pool;
 mod problem;
+mod project;
 mod snapshot;
 mod stream;
 mod task;
@@ -33,6 +34,7 @@ pub use key::{CreateKey, KeyCreated, KeyView};
 pub use page::Page;
 pub use pool::PoolView;
 pub use problem::{PROBLEM_MEDIA_TYPE, Problem};
+pub use project::{CreateProject, ProjectView};
 pub use snapshot::{CloneAccepted, CreateSnapshot, ForkAccepted, ForkVm, Forked, SnapshotView};
 pub use stream::{
     CHANNEL_STDERR, CHANNEL_STDIN, CHANNEL_STDOUT, NDJSON_MEDIA_TYPE, STDIN_WINDOW_BYTES,

@@ -322,7 +322,7 @@ impl Once {
             hasher.update(part);
         }
         Some(Idempotency {
-            key: format!("{}/{key}", self.caller.key),
+            key: format!("{}/{key}", self.caller.project()),
             request_digest: *hasher.finalize().as_bytes(),
         })
     }

@@ -137,6 +137,8 @@ impl From<StoreError> for ApiError {
             | StoreError::SnapshotNotFound
             | StoreError::TemplateNotFound
             | StoreError::KeyNotFound
+            | StoreError::ProjectNotFound
+            | StoreError::ProjectInUse { .. }
             | StoreError::TooManyKeys { .. }
             | StoreError::SnapshotNotReady { .. }
             | StoreError::TemplateNotReady { .. }
@@ -251,6 +253,7 @@ fn status(code: ErrorCode) -> StatusCode {
         | ErrorCode::SnapshotNotFound
         | ErrorCode::TemplateNotFound
         | ErrorCode::KeyNotFound
+        | ErrorCode::ProjectNotFound
         | ErrorCode::ToolNotFound
         | ErrorCode::FileNotFound => StatusCode::NOT_FOUND,
         ErrorCode::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
@@ -270,6 +273,7 @@ fn status(code: ErrorCode) -> StatusCode {
         | ErrorCode::TaskEnded
         | ErrorCode::IdempotencyConflict
         | ErrorCode::TooManyKeys
+        | ErrorCode::ProjectInUse
         | ErrorCode::VmStopped
         | ErrorCode::ClientGone
         | ErrorCode::Cancelled
@@ -308,6 +312,8 @@ fn title(code: ErrorCode) -> &'static str {
         ErrorCode::SnapshotNotFound => "There is no such snapshot",
         ErrorCode::TemplateNotFound => "There is no such template",
         ErrorCode::KeyNotFound => "There is no such key",
+        ErrorCode::ProjectNotFound => "There is no such project",
+        ErrorCode::ProjectInUse => "The project cannot be deleted now",
         ErrorCode::TooManyKeys => "There are as many keys as there may be",
         ErrorCode::SnapshotStateConflict => {
             "The snapshot's or template's state does not allow this"

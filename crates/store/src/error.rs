@@ -7,7 +7,8 @@ use sqlx::{error::DatabaseError, sqlite::SqliteError};
 /// Display texts name what was asked for and never repeat their source.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    /// Of what was to be recorded: a VM, or a snapshot, whose request says so to the client.
+    /// Of what was to be recorded: a VM; or a snapshot or a project, whose request says so to the
+    /// client.
     #[error("the name `{name}` belongs to another VM")]
     NameTaken { name: String },
     #[error("no such VM")]
@@ -22,6 +23,10 @@ pub enum StoreError {
     TemplateNotFound,
     #[error("no such key")]
     KeyNotFound,
+    #[error("no such project")]
+    ProjectNotFound,
+    #[error("{detail}")]
+    ProjectInUse { detail: String },
     #[error("the project has {max} keys, which are as many as there may be; revoke some")]
     TooManyKeys { max: u32 },
     /// `detail` is a whole sentence for the client.
@@ -109,6 +114,8 @@ impl StoreError {
             Self::SnapshotNotFound => ErrorCode::SnapshotNotFound,
             Self::TemplateNotFound => ErrorCode::TemplateNotFound,
             Self::KeyNotFound => ErrorCode::KeyNotFound,
+            Self::ProjectNotFound => ErrorCode::ProjectNotFound,
+            Self::ProjectInUse { .. } => ErrorCode::ProjectInUse,
             Self::TooManyKeys { .. } => ErrorCode::TooManyKeys,
             Self::SnapshotNotReady { .. } | Self::TemplateNotReady { .. } => {
                 ErrorCode::SnapshotStateConflict
@@ -146,6 +153,8 @@ impl StoreError {
             | Self::SnapshotNotFound
             | Self::TemplateNotFound
             | Self::KeyNotFound
+            | Self::ProjectNotFound
+            | Self::ProjectInUse { .. }
             | Self::TooManyKeys { .. }
             | Self::SnapshotNotReady { .. }
             | Self::TemplateNotReady { .. }

@@ -15,7 +15,7 @@ pub struct ApiKey {
     pub role: Role,
     /// Empty: all that the role may.
     pub scopes: Vec<Scope>,
-    /// `None`: the installation itself.
+    /// `None`: the installation itself, or a key of another project.
     pub created_by: Option<KeyId>,
     pub created_at: Timestamp,
     pub expires_at: Option<Timestamp>,

@@ -17,10 +17,10 @@ pub mod sqlite;
 
 use aether_types::{
     DriverKind, Execution, ExecutionId, ExecutionSpec, ExecutionState, ExitStatus, Fault, KeyId,
-    OutputStream, Priority, RetainedOutput, Snapshot, SnapshotId, SnapshotPurpose, SnapshotState,
-    StartReport, StateChange, Task, TaskId, TaskKind, TaskState, Template, TemplateId,
-    TemplateProgress, TemplateSpec, TemplateState, Timestamp, ToolRequest, Vm, VmEvent, VmId,
-    VmSpec, VmState, VmTool, WorkerId,
+    OutputStream, Priority, Project, ProjectId, RetainedOutput, Snapshot, SnapshotId,
+    SnapshotPurpose, SnapshotState, StartReport, StateChange, Task, TaskId, TaskKind, TaskState,
+    Template, TemplateId, TemplateProgress, TemplateSpec, TemplateState, Timestamp, ToolRequest,
+    Vm, VmEvent, VmId, VmSpec, VmState, VmTool, WorkerId,
 };
 use async_trait::async_trait;
 
@@ -37,6 +37,9 @@ pub struct NewTask {
     pub kind: TaskKind,
     pub priority: Priority,
     pub max_attempts: u32,
+    /// Who asks: a VM of another project is one that there is not. `None`: the platform itself, about
+    /// any VM; what it makes on its own is the default project's.
+    pub project: Option<ProjectId>,
 }
 
 #[derive(Debug, Clone)]
@@ -89,7 +92,7 @@ pub struct NewExecution {
 /// A client's idempotency key, with a digest of the request it came with. Kept 24 hours.
 #[derive(Debug, Clone)]
 pub struct Idempotency {
-    /// The API key that it belongs to and the key's text, joined by the caller.
+    /// The project that it belongs to and the key's text, joined by the caller.
     pub key: String,
     pub request_digest: [u8; 32],
 }
@@ -191,6 +194,8 @@ pub enum CancelOutcome {
 
 #[derive(Debug, Clone, Default)]
 pub struct VmFilter {
+    /// `None`: of every project.
+    pub project: Option<ProjectId>,
     /// Empty: every state but deleted.
     pub states: Vec<VmState>,
     pub driver: Option<DriverKind>,
@@ -204,6 +209,8 @@ pub struct VmFilter {
 
 #[derive(Debug, Clone, Default)]
 pub struct TaskFilter {
+    /// `None`: of every project.
+    pub project: Option<ProjectId>,
     pub states: Vec<TaskState>,
     pub kind: Option<TaskKind>,
     pub vm_id: Option<VmId>,
@@ -212,6 +219,8 @@ pub struct TaskFilter {
 
 #[derive(Debug, Clone, Default)]
 pub struct SnapshotFilter {
+    /// `None`: of every project.
+    pub project: Option<ProjectId>,
     /// Empty: every state but deleted.
     pub states: Vec<SnapshotState>,
     /// Empty: every purpose.
@@ -222,6 +231,8 @@ pub struct SnapshotFilter {
 
 #[derive(Debug, Clone, Default)]
 pub struct TemplateFilter {
+    /// `None`: of every project.
+    pub project: Option<ProjectId>,
     /// Empty: every state but deleted.
     pub states: Vec<TemplateState>,
     pub name: Option<String>,
@@ -231,8 +242,8 @@ pub struct TemplateFilter {
 pub trait Store: Send + Sync + 'static {
     // --- requests, from the gateway ---
 
-    /// Records a VM in `creating` with its task. Fails with `NameTaken` where a VM that is not
-    /// deleted has the name, with `TooManyVms` where there is no room for one more, and with
+    /// Records a VM in `creating` with its task. Fails with `NameTaken` where a VM of the project that
+    /// is not deleted has the name, with `TooManyVms` where there is no room for one more, and with
     /// `SnapshotNotFound`, `TemplateNotFound`, `SnapshotNotReady` or `TemplateNotReady` where its
     /// origin is gone or will never be ready (one that is still being made is waited for). Only a
     /// user's snapshot is an origin here.
@@ -412,8 +423,8 @@ pub trait Store: Send + Sync + 'static {
 
     async fn vm(&self, id: VmId) -> Result<Option<Vm>, StoreError>;
 
-    /// The VM with this name that is not deleted.
-    async fn vm_by_name(&self, name: &str) -> Result<Option<Vm>, StoreError>;
+    /// The project's VM with this name that is not deleted.
+    async fn vm_by_name(&self, project: ProjectId, name: &str) -> Result<Option<Vm>, StoreError>;
 
     /// Newest first.
     async fn vms(&self, filter: VmFilter, page: PageRequest) -> Result<Page<Vm>, StoreError>;
@@ -440,8 +451,12 @@ pub trait Store: Send + Sync + 'static {
 
     async fn snapshot(&self, id: SnapshotId) -> Result<Option<Snapshot>, StoreError>;
 
-    /// The snapshot with this name that is not deleted.
-    async fn snapshot_by_name(&self, name: &str) -> Result<Option<Snapshot>, StoreError>;
+    /// The project's snapshot with this name that is not deleted.
+    async fn snapshot_by_name(
+        &self,
+        project: ProjectId,
+        name: &str,
+    ) -> Result<Option<Snapshot>, StoreError>;
 
     /// Newest first.
     async fn snapshots(
@@ -452,10 +467,14 @@ pub trait Store: Send + Sync + 'static {
 
     async fn template(&self, id: TemplateId) -> Result<Option<Template>, StoreError>;
 
-    /// The ready template of this name, else the newest that is being built, else the newest that
-    /// failed.
-    async fn template_by_name(&self, name: &str, tag: &str)
-    -> Result<Option<Template>, StoreError>;
+    /// The project's ready template of this name, else the newest that is being built, else the
+    /// newest that failed.
+    async fn template_by_name(
+        &self,
+        project: ProjectId,
+        name: &str,
+        tag: &str,
+    ) -> Result<Option<Template>, StoreError>;
 
     /// Newest first.
     async fn templates(
@@ -481,9 +500,25 @@ pub trait Store: Send + Sync + 'static {
     /// Tasks that have not ended, oldest first.
     async fn open_tasks(&self) -> Result<Vec<Task>, StoreError>;
 
+    // --- projects ---
+
+    /// Fails with `NameTaken` where a project that is not deleted has the name.
+    async fn create_project(&self, project: Project) -> Result<(), StoreError>;
+
+    async fn project(&self, id: ProjectId) -> Result<Option<Project>, StoreError>;
+
+    async fn project_by_name(&self, name: &str) -> Result<Option<Project>, StoreError>;
+
+    /// Newest first.
+    async fn projects(&self, page: PageRequest) -> Result<Page<Project>, StoreError>;
+
+    /// Deletes a project with its keys; history of it stays, seen by nobody. Fails with
+    /// `ProjectInUse` while there is anything else of it, and for the default one.
+    async fn delete_project(&self, id: ProjectId) -> Result<(), StoreError>;
+
     // --- keys ---
 
-    /// Fails with `TooManyKeys`. Forgets keys that have been of no use for `KEY_KEPT_DAYS`.
+    /// Fails with `ProjectNotFound` and `TooManyKeys`. Forgets keys that have been of no use for `KEY_KEPT_DAYS`.
     async fn insert_key(&self, key: ApiKey) -> Result<(), StoreError>;
 
     async fn key(&self, id: KeyId) -> Result<Option<ApiKey>, StoreError>;

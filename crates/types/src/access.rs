@@ -60,6 +60,8 @@ words!(
         Tools = "tools",
         Tasks = "tasks",
         Keys = "keys",
+        /// All of them: making and deleting projects, and giving keys to others.
+        Projects = "projects",
         /// What concerns everybody: what tools are kept, how big a cache is.
         Platform = "platform",
     }
@@ -95,7 +97,7 @@ impl Role {
             | Resource::Tools
             | Resource::Tasks => self >= Self::Operator || verb == Verb::Read,
             Resource::Files => self >= Self::Operator,
-            Resource::Keys | Resource::Platform => self == Self::Admin,
+            Resource::Keys | Resource::Projects | Resource::Platform => self == Self::Admin,
         }
     }
 }
@@ -105,7 +107,7 @@ impl Resource {
     #[must_use]
     pub fn is_shared(self) -> bool {
         match self {
-            Self::Platform => true,
+            Self::Projects | Self::Platform => true,
             Self::Vms
             | Self::Executions
             | Self::Files
@@ -185,11 +187,10 @@ impl Access {
         at_home && in_scope && self.role.allows(needed.resource, needed.verb)
     }
 
-    /// The first thing that `other` may do and this may not: nobody gives more than they have.
-    /// Of which project either is does not matter here.
+    /// The first thing that `other` may do, in its project, and this may not in its own: nobody
+    /// gives more than they have.
     #[must_use]
     pub fn lacks(&self, other: &Self) -> Option<Scope> {
-        let other = Self { project: self.project, ..other.clone() };
         Scope::all().find(|&scope| other.allows(scope) && !self.allows(scope))
     }
 }
@@ -238,7 +239,12 @@ mod tests {
     fn the_platform_is_for_the_default_project_alone() {
         let admin = Access { project: ProjectId::new(), ..access(Role::Admin, &[]) };
         assert!(!admin.allows("platform:read".parse().unwrap()));
+        assert!(!admin.allows("projects:read".parse().unwrap()));
         assert!(admin.allows("keys:write".parse().unwrap()));
+        // An admin of all may make one of a project, and not the other way round.
+        assert_eq!(access(Role::Admin, &[]).lacks(&admin), None);
+        let lacking = admin.lacks(&access(Role::Admin, &[])).unwrap();
+        assert_eq!(lacking.to_string(), "projects:read");
     }
 
     #[test]

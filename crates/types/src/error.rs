@@ -40,6 +40,9 @@ codes! {
     SnapshotNotFound = "snapshot_not_found",
     TemplateNotFound = "template_not_found",
     KeyNotFound = "key_not_found",
+    ProjectNotFound = "project_not_found",
+    /// The project still has something in it, or is the default one.
+    ProjectInUse = "project_in_use",
     /// The snapshot or template is not ready, or something still needs it.
     SnapshotStateConflict = "snapshot_state_conflict",
     /// A file of the snapshot is missing, changed, or not this platform's; the text names it.
@@ -54,7 +57,7 @@ codes! {
     ToolVersionNotFound = "tool_version_not_found",
     /// A tool could not be fetched, installed or run; the text has the installer's last lines.
     ToolBuildFailed = "tool_build_failed",
-    /// A live VM has this name.
+    /// A live VM, snapshot or project has this name.
     NameTaken = "name_taken",
     /// The VM's state does not allow the request.
     VmStateConflict = "vm_state_conflict",

@@ -10,6 +10,7 @@ pub mod id;
 pub mod limits;
 pub mod network;
 mod password;
+pub mod project;
 pub mod snapshot;
 pub mod start;
 pub mod task;
@@ -28,6 +29,7 @@ pub use id::{
 };
 pub use network::{AllowRule, Egress, NetworkPolicy, PortRange, TransportProtocol};
 pub use password::Password;
+pub use project::Project;
 pub use snapshot::{Snapshot, SnapshotPurpose, SnapshotState};
 pub use start::{StartKind, StartPhase, StartReport};
 pub use task::{Priority, Task, TaskKind, TaskProgress, TaskState};

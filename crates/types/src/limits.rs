@@ -109,6 +109,7 @@ pub const LOG_QUERY_BYTES_MAX: usize = 8 * 1024 * 1024;
 
 /// Of the name of a key, which is for people alone.
 pub const KEY_NAME_BYTES_MAX: usize = 63;
+pub const PROJECT_NAME_BYTES_MAX: usize = 63;
 /// More than there are scopes.
 pub const KEY_SCOPES_MAX: usize = 64;
 /// A minute: a shorter one is over before it is used.

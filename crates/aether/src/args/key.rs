@@ -47,6 +47,9 @@ pub(crate) struct KeyCreate {
     /// Only this of what the role may, such as vms:read; may be given several times
     #[arg(long, value_name = "RESOURCE:VERB", action = ArgAction::Append)]
     pub(crate) scope: Vec<Scope>,
+    /// Of this project [default: the one that the key that makes it is of]
+    #[arg(long, value_name = "PROJECT")]
+    pub(crate) project: Option<String>,
     /// It is good for so long, such as 12h or 90d [default: until it is revoked]
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub(crate) expires: Option<Duration>,

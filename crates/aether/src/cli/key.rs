@@ -38,6 +38,7 @@ async fn create(client: &Client, args: KeyCreate, json: bool) -> Result<(), Fail
         role: args.role,
         scopes: args.scope,
         expires_in_s: args.expires.map(|time| time.as_secs()),
+        project: args.project,
     };
     let made = client.create_key(&request).await?;
     if json {

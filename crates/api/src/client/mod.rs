@@ -19,6 +19,7 @@ mod files;
 mod follow;
 mod http;
 mod keys;
+mod projects;
 mod snapshots;
 mod templates;
 mod terminal;

@@ -7,14 +7,14 @@
 //! ```
 //!
 //! Every route has one [`Rule`], in the table of routes alone. Handlers decide nothing about rights,
-//! but for a key that is to be made: nobody gives more than they have.
+//! but for a key that is to be made: nobody gives more than they have, nor to others.
 
 mod keys;
 
 use std::sync::Arc;
 
 use aether_store::ApiKey;
-use aether_types::{Access, ErrorCode, KeyId, Resource, Scope, Timestamp, Verb};
+use aether_types::{Access, ErrorCode, KeyId, ProjectId, Resource, Scope, Timestamp, Verb};
 use axum::{
     extract::{FromRequestParts, Request, State},
     http::{HeaderMap, header, request::Parts},
@@ -69,7 +69,12 @@ impl Caller {
         Self(Arc::new(Identity { key: key.id, access: key.access() }))
     }
 
-    fn check(&self, needed: Scope) -> ApiResult<()> {
+    /// Whose everything is that it sees.
+    pub(crate) fn project(&self) -> ProjectId {
+        self.access.project
+    }
+
+    pub(crate) fn check(&self, needed: Scope) -> ApiResult<()> {
         if self.access.allows(needed) {
             return Ok(());
         }

@@ -2,7 +2,7 @@ use std::time::Duration;
 
 use aether_api::{CreateKey, KeyCreated, KeyView, PREFIX, Page};
 use aether_store::{ApiKey, KeyFilter};
-use aether_types::{Access, ErrorCode, KeyId, limits};
+use aether_types::{Access, ErrorCode, KeyId, ProjectId, Resource, Scope, Verb, limits};
 use axum::{
     Json as JsonAnswer,
     extract::{Path, State},
@@ -15,6 +15,7 @@ use crate::{
     extract::{Json, Params},
     parts::App,
     problem::{ApiError, ApiResult, chain},
+    routes::projects,
     submit::attend,
 };
 
@@ -26,7 +27,7 @@ pub(super) async fn create(
     body: Json<CreateKey>,
 ) -> ApiResult<Response> {
     params.finish()?;
-    let new = admit(body.value, &caller)?;
+    let new = admit(&app, body.value, &caller).await?;
     let shared = app.clone();
     let (key, kept) = attend(&app, "making a key", async move {
         shared.parts.keys.create(shared.store(), new).await.map_err(failure)
@@ -47,8 +48,8 @@ fn failure(error: CreateKeyError) -> ApiError {
     }
 }
 
-fn admit(request: CreateKey, caller: &Caller) -> ApiResult<NewKey> {
-    let CreateKey { name, role, mut scopes, expires_in_s } = request;
+async fn admit(app: &App, request: CreateKey, caller: &Caller) -> ApiResult<NewKey> {
+    let CreateKey { name, role, mut scopes, expires_in_s, project } = request;
     let max = limits::KEY_NAME_BYTES_MAX;
     if !(1..=max).contains(&name.len()) || name.chars().any(char::is_control) {
         return Err(ApiError::invalid(format!(
@@ -64,13 +65,24 @@ fn admit(request: CreateKey, caller: &Caller) -> ApiResult<NewKey> {
     if expires_in_s.is_some_and(|s| !(min..=max).contains(&s)) {
         return Err(ApiError::invalid(format!("expires_in_s: {min} to {max}")));
     }
-    let access = Access { project: caller.access.project, role, scopes };
+    let project = project_of(app, project.as_deref(), caller).await?;
+    let access = Access { project, role, scopes };
     if let Some(beyond) = caller.access.lacks(&access) {
         let detail = format!("a key gives no more than it has, and this one lacks `{beyond}`");
         return Err(ApiError::new(ErrorCode::Forbidden, detail));
     }
     let expires_in = expires_in_s.map(Duration::from_secs);
-    Ok(NewKey { name, access, created_by: Some(caller.key), expires_in })
+    // A project does not see whose key made its first one.
+    let created_by = (project == caller.project()).then_some(caller.key);
+    Ok(NewKey { name, access, created_by, expires_in })
+}
+
+/// Whose key it is to be. Who may not see all projects does not learn which there are.
+async fn project_of(app: &App, named: Option<&str>, caller: &Caller) -> ApiResult<ProjectId> {
+    let Some(named) = named else { return Ok(caller.project()) };
+    caller.check(Scope { resource: Resource::Projects, verb: Verb::Write })?;
+    let found = projects::find(app, named).await;
+    found.map(|project| project.id).map_err(|error| error.in_body("project"))
 }
 
 pub(super) async fn list(
@@ -81,7 +93,7 @@ pub(super) async fn list(
     let revoked = params.flag("revoked")?;
     let page = params.page()?;
     params.finish()?;
-    let filter = KeyFilter { project: Some(caller.access.project), revoked };
+    let filter = KeyFilter { project: Some(caller.project()), revoked };
     let found = app.store().keys(filter, page).await?;
     let items = found.items.into_iter().map(view).collect();
     Ok(JsonAnswer(Page { items, next_cursor: found.next.map(|c| c.to_string()) }))
@@ -95,7 +107,7 @@ async fn find(app: &App, caller: &Caller, text: &str) -> ApiResult<ApiKey> {
     };
     let shown: String = text.chars().take(64).collect();
     found
-        .filter(|key| key.project_id == caller.access.project)
+        .filter(|key| key.project_id == caller.project())
         .ok_or_else(|| ApiError::new(ErrorCode::KeyNotFound, format!("there is no key `{shown}`")))
 }
 

@@ -5,6 +5,7 @@ mod executions;
 mod files;
 mod forks;
 mod keys;
+mod projects;
 mod snapshots;
 mod tasks;
 mod templates;
@@ -25,7 +26,9 @@ use axum::{
 use aether_api::{Accepted, HealthStatus, PREFIX};
 use aether_types::{
     ErrorCode,
-    Resource::{Executions, Files, Keys, Platform, Snapshots, Tasks, Templates, Tools, Vms},
+    Resource::{
+        Executions, Files, Keys, Platform, Projects, Snapshots, Tasks, Templates, Tools, Vms,
+    },
     TaskId,
 };
 
@@ -126,6 +129,10 @@ pub(crate) fn table() -> Vec<Route> {
         get("/keys", read(Keys), keys::list),
         get("/keys/{key}", read(Keys), keys::show),
         delete("/keys/{key}", write(Keys), keys::revoke),
+        post("/projects", write(Projects), projects::create),
+        get("/projects", read(Projects), projects::list),
+        get("/projects/{project}", read(Projects), projects::show),
+        delete("/projects/{project}", write(Projects), projects::delete),
     ]
 }
 

@@ -14,7 +14,7 @@ use crate::rig::{Options, Rig, command, problem, waiting};
 
 fn asking(role: Role, scopes: &[&str]) -> CreateKey {
     let scopes = scopes.iter().map(|scope| scope.parse().unwrap()).collect();
-    CreateKey { name: "ci".into(), role, scopes, expires_in_s: None }
+    CreateKey { name: "ci".into(), role, scopes, expires_in_s: None, project: None }
 }
 
 async fn client(rig: &Rig, role: Role, scopes: &[&str]) -> Client {
@@ -40,6 +40,7 @@ fn filled(path: &str) -> String {
         .replace("{template}", "a")
         .replace("{tool}", "go")
         .replace("{key}", &KeyId::new().to_string())
+        .replace("{project}", "a")
 }
 
 #[tokio::test]

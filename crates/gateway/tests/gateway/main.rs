@@ -15,6 +15,7 @@ mod rig;
 mod snapshots;
 mod streams;
 mod templates;
+mod tenants;
 mod terminal;
 mod tools;
 mod worker;

@@ -125,6 +125,14 @@ async fn refusals_are_as_they_are_checked_in() {
         ("key for a second", post("/keys", r#"{"name":"ci","role":"viewer","expires_in_s":1}"#)),
         ("unknown key", get(&format!("/keys/{unknown}"))),
         ("malformed key id", rig.call(Method::DELETE, "/keys/ci")),
+        (
+            "key of an unknown project",
+            post("/keys", r#"{"name":"ci","role":"viewer","project":"nothing"}"#),
+        ),
+        ("project name malformed", post("/projects", r#"{"name":"A"}"#)),
+        ("project name taken", post("/projects", r#"{"name":"default"}"#)),
+        ("unknown project", get("/projects/nothing")),
+        ("delete the default project", rig.call(Method::DELETE, "/projects/default")),
         ("malformed JSON", post("/vms", r#"{"name": }"#)),
         ("wrong type", post("/vms", r#"{"vcpus":"two"}"#)),
         ("wrong content type", rig.call(Method::POST, "/vms").body("name=a")),
@@ -205,7 +213,8 @@ async fn every_route_but_health_needs_a_key() {
             .replace("{snapshot}", "a")
             .replace("{template}", "a")
             .replace("{tool}", "go")
-            .replace("{key}", &KeyId::new().to_string());
+            .replace("{key}", &KeyId::new().to_string())
+            .replace("{project}", "a");
         let open = path == "/health";
         for key in [None, Some("aeth_0000"), Some("")] {
             let mut request = rig.bare(method.clone(), &path);

@@ -3,7 +3,7 @@
 use aether_types::{KeyId, Timestamp, limits};
 
 use super::{
-    Sql, Tx,
+    Lock, Sql, Tx, projects,
     query::{Builder, Row, query},
     rows,
 };
@@ -32,7 +32,8 @@ const DAY_MS: i64 = 24 * 3600 * 1000;
 pub(super) async fn insert(store: &Sql, key: ApiKey) -> Result<(), StoreError> {
     let kept = i64::from(limits::KEY_KEPT_DAYS) * DAY_MS;
     let mut writer = store.writer().await;
-    let mut tx = writer.begin(&[]).await?;
+    let mut tx = writer.begin(&[Lock::ProjectStays(key.project_id)]).await?;
+    projects::expect_live(&mut tx, key.project_id).await?;
     query("delete from api_keys where coalesce(revoked_at, expires_at) <= $1")
         .bind(key.created_at.plus_ms(-kept).unix_ms())
         .execute(&mut tx)
@@ -113,7 +114,7 @@ pub(super) async fn list(
 
 pub(super) async fn revoke(store: &Sql, id: KeyId) -> Result<ApiKey, StoreError> {
     let revoke =
-        query(REVOKE).bind(id.to_string()).bind(Timestamp::now().unix_ms()).bind(vec![0; 32]);
+        query(REVOKE).bind(id.to_string()).bind(Timestamp::now().unix_ms()).bind(vec![0_u8; 32]);
     let found = store.writer().await.lone(revoke, "revoke an API key").await?;
     found.first().map(key).transpose()?.ok_or(StoreError::KeyNotFound)
 }

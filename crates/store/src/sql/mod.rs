@@ -19,6 +19,7 @@ mod create;
 mod executions;
 mod keys;
 mod lock;
+mod projects;
 pub(crate) mod query;
 mod requests;
 mod rows;

@@ -2,7 +2,7 @@
 //! dispatch is owed, in one transaction.
 
 use super::{
-    Lock, Sql, Tx,
+    Lock, Sql, Tx, projects,
     query::{in_turn, query},
     rows,
     rows::{execution_columns, task_columns},
@@ -13,8 +13,8 @@ use crate::{
     VmPatch, error::Context,
 };
 use aether_types::{
-    ErrorCode, Execution, ExecutionState, Fault, Task, TaskId, TaskKind, TaskState, Timestamp,
-    ToolRequest, Vm, VmEvent, VmId, VmState, VmTool,
+    ErrorCode, Execution, ExecutionState, Fault, ProjectId, Task, TaskId, TaskKind, TaskState,
+    Timestamp, ToolRequest, Vm, VmEvent, VmId, VmState, VmTool,
 };
 
 /// How long an idempotency key is kept: 24 hours.
@@ -33,7 +33,7 @@ pub(super) async fn request_on_vm(
         return Ok(earlier);
     }
     tx.lock(Lock::Vm(id)).await?;
-    let mut vm = write::vm(&mut tx, id).await?.ok_or(StoreError::VmNotFound)?;
+    let mut vm = write::vm_for(&mut tx, id, &new).await?;
     if new.kind == TaskKind::VmDelete
         && let Some(task) = earlier_deletion(&mut tx, &vm).await?
     {
@@ -78,7 +78,7 @@ pub(super) async fn request_on_vm(
         | TaskKind::ToolBuild
         | TaskKind::VmExecute => Vec::new(),
     };
-    let task = write::pending(&new, id, now);
+    let task = write::pending(&new, &vm, now);
     write::insert_task(&mut tx, &task).await?;
     remember(&mut tx, idempotency, task.id, now).await?;
     tx.commit("commit a request on a VM").await?;
@@ -165,13 +165,14 @@ pub(super) async fn request_execution(
         return Ok((earlier, execution));
     }
     tx.lock(Lock::VmState(id)).await?;
-    let vm = write::vm(&mut tx, id).await?.ok_or(StoreError::VmNotFound)?;
+    let vm = write::vm_for(&mut tx, id, &task).await?;
     if !vm.state.takes_commands() {
         return Err(StoreError::WrongState { vm: Box::new(vm), action: "run commands" });
     }
-    let task = Task { execution_id: Some(new.id), ..write::pending(&task, id, now) };
+    let task = Task { execution_id: Some(new.id), ..write::pending(&task, &vm, now) };
     let execution = Execution {
         id: new.id,
+        project_id: vm.project_id,
         vm_id: id,
         task_id: task.id,
         spec: new.spec,
@@ -207,8 +208,11 @@ pub(super) async fn build_tools(
         }
         return Ok(AcceptedBuild { task, repeated: true });
     }
+    let project = task.project.unwrap_or(ProjectId::DEFAULT);
+    tx.lock(Lock::ProjectStays(project)).await?;
+    projects::expect_live(&mut tx, project).await?;
     let tools = tools.iter().map(VmTool::asked).collect();
-    let task = Task { tools, ..write::pending(&task, None, now) };
+    let task = Task { tools, ..write::pending_of_no_vm(&task, now) };
     write::insert_task(&mut tx, &task).await?;
     remember(&mut tx, idempotency, task.id, now).await?;
     tx.commit("commit a request to build tools").await?;

@@ -5,15 +5,15 @@ use std::time::Duration;
 
 use aether_postgres::Trouble;
 use aether_types::{
-    Execution, ExecutionId, Fault, KeyId, OutputStream, RetainedOutput, Snapshot, SnapshotId,
-    StateChange, Task, TaskId, Template, TemplateId, TemplateProgress, Timestamp, ToolRequest, Vm,
-    VmId, WorkerId,
+    Execution, ExecutionId, Fault, KeyId, OutputStream, Project, ProjectId, RetainedOutput,
+    Snapshot, SnapshotId, StateChange, Task, TaskId, Template, TemplateId, TemplateProgress,
+    Timestamp, ToolRequest, Vm, VmId, WorkerId,
 };
 use async_trait::async_trait;
 
 use super::{
-    Sql, attempts, create, executions, keys, query::query, requests, snapshots, tasks, templates,
-    vms,
+    Sql, attempts, create, executions, keys, projects, query::query, requests, snapshots, tasks,
+    templates, vms,
 };
 use crate::{
     Accepted, AcceptedBuild, ApiKey, AttemptEnd, Begin, CancelOutcome, Capacity, Forked,
@@ -188,9 +188,13 @@ impl<S: OnSql> Store for S {
         repeated(sql, || snapshots::get(sql, id)).await
     }
 
-    async fn snapshot_by_name(&self, name: &str) -> Result<Option<Snapshot>, StoreError> {
+    async fn snapshot_by_name(
+        &self,
+        project: ProjectId,
+        name: &str,
+    ) -> Result<Option<Snapshot>, StoreError> {
         let sql = self.sql();
-        repeated(sql, || snapshots::by_name(sql, name)).await
+        repeated(sql, || snapshots::by_name(sql, project, name)).await
     }
 
     async fn snapshots(
@@ -209,11 +213,12 @@ impl<S: OnSql> Store for S {
 
     async fn template_by_name(
         &self,
+        project: ProjectId,
         name: &str,
         tag: &str,
     ) -> Result<Option<Template>, StoreError> {
         let sql = self.sql();
-        repeated(sql, || templates::by_name(sql, name, tag)).await
+        repeated(sql, || templates::by_name(sql, project, name, tag)).await
     }
 
     async fn templates(
@@ -322,9 +327,9 @@ impl<S: OnSql> Store for S {
         repeated(sql, || vms::get(sql, id)).await
     }
 
-    async fn vm_by_name(&self, name: &str) -> Result<Option<Vm>, StoreError> {
+    async fn vm_by_name(&self, project: ProjectId, name: &str) -> Result<Option<Vm>, StoreError> {
         let sql = self.sql();
-        repeated(sql, || vms::by_name(sql, name)).await
+        repeated(sql, || vms::by_name(sql, project, name)).await
     }
 
     async fn vms(&self, filter: VmFilter, page: PageRequest) -> Result<Page<Vm>, StoreError> {
@@ -379,6 +384,31 @@ impl<S: OnSql> Store for S {
     async fn open_tasks(&self) -> Result<Vec<Task>, StoreError> {
         let sql = self.sql();
         repeated(sql, || tasks::open(sql)).await
+    }
+
+    async fn create_project(&self, project: Project) -> Result<(), StoreError> {
+        let sql = self.sql();
+        repeated(sql, || projects::insert(sql, project.clone())).await
+    }
+
+    async fn project(&self, id: ProjectId) -> Result<Option<Project>, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || projects::get(sql, id)).await
+    }
+
+    async fn project_by_name(&self, name: &str) -> Result<Option<Project>, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || projects::by_name(sql, name)).await
+    }
+
+    async fn projects(&self, page: PageRequest) -> Result<Page<Project>, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || projects::list(sql, page)).await
+    }
+
+    async fn delete_project(&self, id: ProjectId) -> Result<(), StoreError> {
+        let sql = self.sql();
+        repeated(sql, || projects::delete(sql, id)).await
     }
 
     async fn insert_key(&self, key: ApiKey) -> Result<(), StoreError> {

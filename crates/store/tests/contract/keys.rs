@@ -3,6 +3,8 @@
 use aether_store::{ApiKey, KeyFilter, PageRequest, Store, StoreError};
 use aether_types::{ErrorCode, KeyId, ProjectId, Role, Timestamp, limits};
 
+use crate::support::project;
+
 fn new_key(hash: u8) -> ApiKey {
     ApiKey {
         id: KeyId::new(),
@@ -74,7 +76,7 @@ pub(crate) async fn the_use_of_a_key_is_kept_coarsely(store: &impl Store) {
 }
 
 pub(crate) async fn keys_are_listed_by_project_and_in_pages(store: &impl Store) {
-    let other = ProjectId::new();
+    let other = project(store, "other").await;
     let mut keys = Vec::new();
     for n in 1..=5 {
         let project_id = if n == 3 { other } else { ProjectId::DEFAULT };
@@ -107,7 +109,8 @@ pub(crate) async fn a_project_has_no_more_keys_than_there_may_be(store: &impl St
     let refused = store.insert_key(more.clone()).await.unwrap_err();
     assert!(matches!(refused, StoreError::TooManyKeys { max: limits::KEYS_MAX }), "{refused:?}");
     // Others are not held by it, and one that is revoked makes room.
-    store.insert_key(numbered(limits::KEYS_MAX + 1, ProjectId::new())).await.unwrap();
+    let other = project(store, "other").await;
+    store.insert_key(numbered(limits::KEYS_MAX + 1, other)).await.unwrap();
     let newest = store.keys(KeyFilter::default(), PageRequest::default()).await.unwrap();
     let ours = newest.items.iter().find(|key| key.project_id == ProjectId::DEFAULT).unwrap();
     store.revoke_key(ours.id).await.unwrap();

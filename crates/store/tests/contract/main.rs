@@ -10,6 +10,7 @@ mod attempts;
 mod capacity;
 mod keys;
 mod lists;
+mod projects;
 mod requests;
 mod snapshots;
 mod templates;
@@ -84,6 +85,16 @@ macro_rules! contract {
                 keys_are_listed_by_project_and_in_pages,
                 a_project_has_no_more_keys_than_there_may_be,
                 keys_that_are_long_of_no_use_are_forgotten,
+            },
+            projects::{
+                what_there_was_is_the_default_projects,
+                projects_have_names_and_are_listed,
+                a_project_is_deleted_when_nothing_is_left_of_it,
+                a_vm_of_another_project_is_none_for_every_request,
+                names_are_of_their_project,
+                lists_are_of_a_project,
+                a_vm_begins_only_as_what_its_project_has,
+                nothing_is_made_in_a_project_that_is_gone,
             },
             snapshots::{
                 a_snapshot_and_its_task_are_recorded_and_owed,
