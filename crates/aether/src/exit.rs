@@ -72,6 +72,7 @@ impl From<ErrorCode> for Exit {
             | ErrorCode::IdempotencyConflict
             | ErrorCode::TooManyKeys
             | ErrorCode::ProjectInUse
+            | ErrorCode::QuotaExceeded
             | ErrorCode::FileConflict => Self::Conflict,
             ErrorCode::Unauthorized | ErrorCode::Forbidden => Self::Unauthorized,
             ErrorCode::InsufficientCapacity

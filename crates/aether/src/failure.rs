@@ -160,6 +160,9 @@ fn hint_for(code: ErrorCode) -> Option<&'static str> {
         }
         ErrorCode::KeyNotFound => Some("`aether key list` shows the keys there are"),
         ErrorCode::ProjectNotFound => Some("`aether project list` shows the projects there are"),
+        ErrorCode::QuotaExceeded => {
+            Some("stop or delete what is not needed; `aether project quota` shows what is used")
+        }
         ErrorCode::VmNotFound => Some("`aether vm list` shows the VMs there are"),
         ErrorCode::TaskNotFound => Some("`aether task list` shows the tasks there are"),
         ErrorCode::ImageNotFound => Some("`aether image list` on the server shows what there is"),

@@ -34,7 +34,7 @@ pub use key::{CreateKey, KeyCreated, KeyView};
 pub use page::Page;
 pub use pool::PoolView;
 pub use problem::{PROBLEM_MEDIA_TYPE, Problem};
-pub use project::{CreateProject, ProjectView};
+pub use project::{CreateProject, ProjectView, QuotaView};
 pub use snapshot::{CloneAccepted, CreateSnapshot, ForkAccepted, ForkVm, Forked, SnapshotView};
 pub use stream::{
     CHANNEL_STDERR, CHANNEL_STDIN, CHANNEL_STDOUT, NDJSON_MEDIA_TYPE, STDIN_WINDOW_BYTES,

@@ -38,6 +38,7 @@ impl ApiError {
             task_id: None,
             vm_id: None,
             vm_ids: Vec::new(),
+            quota: None,
             retry_after_s: matches!(code, ErrorCode::Unavailable | ErrorCode::TooManyVms)
                 .then_some(RETRY_AFTER_S),
         }))
@@ -130,6 +131,11 @@ impl From<StoreError> for ApiError {
                 Self::new(code, detail).vm_state(vm.state)
             }
             StoreError::NameTaken { .. } => Self::new(code, error.to_string()).field("name"),
+            StoreError::QuotaExceeded(shortage) => {
+                let mut error = Self::new(code, shortage.to_string());
+                error.0.quota = Some(*shortage);
+                error
+            }
             StoreError::BadCursor => Self::new(code, error.to_string()).field("cursor"),
             StoreError::VmNotFound
             | StoreError::TaskNotFound
@@ -257,7 +263,9 @@ fn status(code: ErrorCode) -> StatusCode {
         | ErrorCode::ToolNotFound
         | ErrorCode::FileNotFound => StatusCode::NOT_FOUND,
         ErrorCode::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
-        ErrorCode::Forbidden | ErrorCode::FilePermissionDenied => StatusCode::FORBIDDEN,
+        ErrorCode::Forbidden | ErrorCode::QuotaExceeded | ErrorCode::FilePermissionDenied => {
+            StatusCode::FORBIDDEN
+        }
         // What is named in the body does not exist or cannot be had.
         ErrorCode::ImageNotFound
         | ErrorCode::InsufficientCapacity
@@ -314,6 +322,7 @@ fn title(code: ErrorCode) -> &'static str {
         ErrorCode::KeyNotFound => "There is no such key",
         ErrorCode::ProjectNotFound => "There is no such project",
         ErrorCode::ProjectInUse => "The project cannot be deleted now",
+        ErrorCode::QuotaExceeded => "The project may not have so much",
         ErrorCode::TooManyKeys => "There are as many keys as there may be",
         ErrorCode::SnapshotStateConflict => {
             "The snapshot's or template's state does not allow this"

@@ -1,7 +1,7 @@
 //! What the store refuses, and what goes wrong underneath it.
 
 use aether_postgres::Trouble;
-use aether_types::{ErrorCode, Task, TaskKind, Vm};
+use aether_types::{ErrorCode, Task, TaskKind, Vm, project::Shortage};
 use sqlx::{error::DatabaseError, sqlite::SqliteError};
 
 /// Display texts name what was asked for and never repeat their source.
@@ -27,6 +27,8 @@ pub enum StoreError {
     ProjectNotFound,
     #[error("{detail}")]
     ProjectInUse { detail: String },
+    #[error("{0}")]
+    QuotaExceeded(Shortage),
     #[error("the project has {max} keys, which are as many as there may be; revoke some")]
     TooManyKeys { max: u32 },
     /// `detail` is a whole sentence for the client.
@@ -116,6 +118,7 @@ impl StoreError {
             Self::KeyNotFound => ErrorCode::KeyNotFound,
             Self::ProjectNotFound => ErrorCode::ProjectNotFound,
             Self::ProjectInUse { .. } => ErrorCode::ProjectInUse,
+            Self::QuotaExceeded(_) => ErrorCode::QuotaExceeded,
             Self::TooManyKeys { .. } => ErrorCode::TooManyKeys,
             Self::SnapshotNotReady { .. } | Self::TemplateNotReady { .. } => {
                 ErrorCode::SnapshotStateConflict
@@ -155,6 +158,7 @@ impl StoreError {
             | Self::KeyNotFound
             | Self::ProjectNotFound
             | Self::ProjectInUse { .. }
+            | Self::QuotaExceeded(_)
             | Self::TooManyKeys { .. }
             | Self::SnapshotNotReady { .. }
             | Self::TemplateNotReady { .. }

@@ -21,6 +21,7 @@ use aether_types::{
     SnapshotPurpose, SnapshotState, StartReport, StateChange, Task, TaskId, TaskKind, TaskState,
     Template, TemplateId, TemplateProgress, TemplateSpec, TemplateState, Timestamp, ToolRequest,
     Vm, VmEvent, VmId, VmSpec, VmState, VmTool, WorkerId,
+    project::{Quota, Usage},
 };
 use async_trait::async_trait;
 
@@ -241,6 +242,9 @@ pub struct TemplateFilter {
 #[async_trait]
 pub trait Store: Send + Sync + 'static {
     // --- requests, from the gateway ---
+    //
+    // Whatever records a task fails with `QuotaExceeded` where the project that asks may not have so
+    // much more. A repetition is no more, and what gives back (a stop, a deletion) is always taken.
 
     /// Records a VM in `creating` with its task. Fails with `NameTaken` where a VM of the project that
     /// is not deleted has the name, with `TooManyVms` where there is no room for one more, and with
@@ -511,6 +515,11 @@ pub trait Store: Send + Sync + 'static {
 
     /// Newest first.
     async fn projects(&self, page: PageRequest) -> Result<Page<Project>, StoreError>;
+
+    /// Counts from now on; what there is stays. Fails with `ProjectNotFound`.
+    async fn set_quota(&self, id: ProjectId, quota: Quota) -> Result<(), StoreError>;
+
+    async fn project_usage(&self, id: ProjectId) -> Result<Usage, StoreError>;
 
     /// Deletes a project with its keys; history of it stays, seen by nobody. Fails with
     /// `ProjectInUse` while there is anything else of it, and for the default one.

@@ -71,6 +71,8 @@ codes! {
     TooManyVms = "too_many_vms",
     /// The project has as many keys as there may be; revoke some.
     TooManyKeys = "too_many_keys",
+    /// The project may not have so much; the problem says of what, how much there may be and is.
+    QuotaExceeded = "quota_exceeded",
     /// The driver asked for is not configured or does not work on this host.
     DriverUnavailable = "driver_unavailable",
     /// A part of the platform does not answer or is full; try again later.

@@ -29,3 +29,32 @@ fn a_key_is_given_used_and_taken_back() {
     assert_eq!(status, 3, "{said}");
     assert!(said.contains("[key_not_found]"), "{said}");
 }
+
+/// A command line with this key.
+fn with<'a>(key: &'a str, args: &[&'a str]) -> Vec<&'a str> {
+    [&["--key", key][..], args].concat()
+}
+
+#[test]
+fn a_project_is_made_bounded_and_deleted() {
+    let rig = Rig::start();
+    rig.ok(&["project", "create", "build", "--vms", "1"]);
+    let key = rig.ok(&["key", "create", "ci", "--project", "build", "--role", "admin"]);
+    let key = key.trim();
+    rig.ok(&["vm", "create", "--name", "web"]);
+    rig.ok(&with(key, &["vm", "create", "--name", "web"]));
+    let (status, said) = rig.fails(&with(key, &["vm", "create", "--name", "two"]));
+    assert_eq!(status, 4, "{said}");
+    assert!(said.contains("[quota_exceeded]"), "{said}");
+    let quota = rig.ok(&with(key, &["project", "quota"]));
+    assert!(quota.lines().any(|line| line.split_whitespace().eq(["vms", "1", "1"])), "{quota}");
+    assert_eq!(rig.fails(&with(key, &["project", "list"])).0, 5);
+    let (status, said) = rig.fails(&["project", "delete", "build"]);
+    assert_eq!(status, 4, "{said}");
+    assert!(said.contains("[project_in_use]"), "{said}");
+    rig.ok(&with(key, &["vm", "delete", "web"]));
+    rig.ok(&["project", "quota", "build", "--none"]);
+    assert_eq!(rig.ok(&["project", "delete", "build"]), "deleted build\n");
+    assert_eq!(rig.fails(&with(key, &["vm", "list"])).0, 5);
+    assert!(rig.ok(&["vm", "list"]).contains("web"), "another's of this name");
+}

@@ -133,6 +133,8 @@ pub(crate) fn table() -> Vec<Route> {
         get("/projects", read(Projects), projects::list),
         get("/projects/{project}", read(Projects), projects::show),
         delete("/projects/{project}", write(Projects), projects::delete),
+        put("/projects/{project}/quota", write(Projects), projects::set_quota),
+        get("/quota", read(Vms), projects::quota),
     ]
 }
 

@@ -1,6 +1,6 @@
-use aether_api::{CreateProject, PREFIX, Page, ProjectView};
+use aether_api::{CreateProject, PREFIX, Page, ProjectView, QuotaView};
 use aether_store::StoreError;
-use aether_types::{ErrorCode, Project, ProjectId, Timestamp};
+use aether_types::{ErrorCode, Project, ProjectId, Timestamp, project::Quota};
 use axum::{
     Json as JsonAnswer,
     extract::{Path, State},
@@ -10,6 +10,7 @@ use axum::{
 
 use crate::{
     admission,
+    auth::Caller,
     extract::{Json, Params},
     parts::App,
     problem::{ApiError, ApiResult},
@@ -34,8 +35,9 @@ pub(super) async fn create(
     body: Json<CreateProject>,
 ) -> ApiResult<Response> {
     params.finish()?;
-    let name = admission::project_name(body.value.name)?;
-    let project = Project { id: ProjectId::new(), name, created_at: Timestamp::now() };
+    let CreateProject { name, quota } = body.value;
+    let name = admission::project_name(name)?;
+    let project = Project { id: ProjectId::new(), name, created_at: Timestamp::now(), quota };
     let shared = app.clone();
     let project = attend(&app, "making a project", async move {
         match shared.store().create_project(project.clone()).await {
@@ -70,7 +72,39 @@ pub(super) async fn show(
     params: Params,
 ) -> ApiResult<JsonAnswer<ProjectView>> {
     params.finish()?;
-    Ok(JsonAnswer(find(&app, &project).await?.into()))
+    with_usage(&app, find(&app, &project).await?).await
+}
+
+async fn with_usage(app: &App, project: Project) -> ApiResult<JsonAnswer<ProjectView>> {
+    let used = app.store().project_usage(project.id).await?;
+    Ok(JsonAnswer(ProjectView { used: Some(used), ..project.into() }))
+}
+
+pub(super) async fn set_quota(
+    State(app): State<App>,
+    Path(project): Path<String>,
+    params: Params,
+    body: Json<Quota>,
+) -> ApiResult<JsonAnswer<ProjectView>> {
+    params.finish()?;
+    let found = find(&app, &project).await?;
+    let (shared, id, quota) = (app.clone(), found.id, body.value);
+    attend(&app, "setting a quota", async move { Ok(shared.store().set_quota(id, quota).await?) })
+        .await?;
+    with_usage(&app, Project { quota, ..found }).await
+}
+
+/// Of the caller's own project.
+pub(super) async fn quota(
+    State(app): State<App>,
+    caller: Caller,
+    params: Params,
+) -> ApiResult<JsonAnswer<QuotaView>> {
+    params.finish()?;
+    let id = caller.project();
+    let (project, used) = tokio::try_join!(app.store().project(id), app.store().project_usage(id))?;
+    let quota = project.map(|project| project.quota).unwrap_or_default();
+    Ok(JsonAnswer(QuotaView { quota, used }))
 }
 
 pub(super) async fn delete(

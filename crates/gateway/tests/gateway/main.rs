@@ -9,6 +9,7 @@ mod files;
 mod guest;
 mod keys;
 mod outbox;
+mod quotas;
 mod refusals;
 mod requests;
 mod rig;

@@ -11,6 +11,7 @@ use aether_gateway::Gateway;
 use aether_streams::PoolStatus;
 use aether_types::{
     ErrorCode, ExecutionId, KeyId, Role, SnapshotId, TaskId, TemplateId, VmId, VmState,
+    project::{Quota, Usage},
 };
 use reqwest::{Method, StatusCode, header};
 
@@ -109,7 +110,10 @@ impl Tenant {
 
 async fn tenants(rig: &Rig) -> [Tenant; 2] {
     let name = "other".to_owned();
-    rig.client.create_project(&CreateProject { name: name.clone() }).await.unwrap();
+    rig.client
+        .create_project(&CreateProject { name: name.clone(), quota: Quota::default() })
+        .await
+        .unwrap();
     let admin = CreateKey {
         name: "admin".into(),
         role: Role::Admin,
@@ -336,7 +340,7 @@ async fn a_terminal_in_another_projects_vm_is_not_opened() {
 async fn projects_are_for_admins_of_the_default_one() {
     let rig = Rig::new().await;
     let [one, other] = tenants(&rig).await;
-    let new = CreateProject { name: "third".into() };
+    let new = CreateProject { name: "third".into(), quota: Quota::default() };
     let forbidden = Some(ErrorCode::Forbidden);
     assert_eq!(other.client.create_project(&new).await.unwrap_err().code(), forbidden);
     let page = aether_api::client::PageQuery::default();
@@ -353,12 +357,16 @@ async fn projects_are_for_admins_of_the_default_one() {
         };
         assert_eq!(other.client.create_key(&key).await.unwrap_err().code(), forbidden);
     }
-    let taken = one.client.create_project(&CreateProject { name: "other".into() }).await;
+    let taken = one
+        .client
+        .create_project(&CreateProject { name: "other".into(), quota: Quota::default() })
+        .await;
     assert_eq!(taken.unwrap_err().code(), Some(ErrorCode::NameTaken));
     let in_use = one.client.delete_project("other").await.unwrap_err();
     assert_eq!(in_use.code(), Some(ErrorCode::ProjectInUse));
     let made = one.client.create_project(&new).await.unwrap();
-    assert_eq!(one.client.project("third").await.unwrap(), made);
+    let third = one.client.project("third").await.unwrap();
+    assert_eq!((third.id, third.used), (made.id, Some(Usage::default())));
     let key = CreateKey {
         name: "a".into(),
         role: Role::Admin,

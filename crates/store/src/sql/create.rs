@@ -1,9 +1,9 @@
 //! New VMs: alone, or as the clones of a fork.
 
 use super::{
-    Lock, Sql, Tx, projects,
+    Lock, Sql, Tx,
     query::{Builder, query, together},
-    requests,
+    quotas, requests,
     rows::{self, task_columns, vm_columns},
     snapshots, templates, write,
 };
@@ -34,9 +34,8 @@ pub(super) async fn create_vm(
     if let Some(earlier) = requests::earlier(&mut tx, idempotency.as_ref(), now).await? {
         return Ok(earlier);
     }
+    quotas::admit(&mut tx, vm.project_id, quotas::new_vms(1, quotas::machine(&vm))).await?;
     lock_count(&mut tx, capacity).await?;
-    tx.lock(Lock::ProjectStays(vm.project_id)).await?;
-    projects::expect_live(&mut tx, vm.project_id).await?;
     admit(&mut tx, capacity, 1, vm.spec.origin, vm.project_id).await?;
     insert_vm(&mut tx, &vm, &task).await?;
     requests::remember(&mut tx, idempotency, task.id, now).await?;
@@ -63,6 +62,11 @@ pub(super) async fn fork_vm(
     let now = Timestamp::now();
     if let Some(earlier) = requests::earlier(&mut tx, idempotency.as_ref(), now).await? {
         return forked(&mut tx, earlier).await;
+    }
+    // What is counted does not change with the VM's state.
+    let source = write::vm_for(&mut tx, id, &task).await?;
+    if source.state.takes_snapshots() {
+        quotas::admit_on_vm(&mut tx, &task, quotas::fork(&source, clones.len())).await?;
     }
     lock_count(&mut tx, capacity).await?;
     tx.lock(Lock::VmState(id)).await?;
@@ -168,8 +172,8 @@ pub(super) async fn insert_vm(tx: &mut Tx<'_>, vm: &Vm, task: &Task) -> Result<(
     };
     let insert = together(&[
         "insert into vms (id, name, state, spec, driver, created_at, updated_at, expires_at, \
-         generation, origin, builder, project_id) \
-         values ($1, $2, 'creating', $3, $4, $5, $5, $6, 1, $7, $8, $14)",
+         generation, origin, builder, project_id, vcpus, memory_mb) \
+         values ($1, $2, 'creating', $3, $4, $5, $5, $6, 1, $7, $8, $14, $15, $16)",
         "insert into vm_changes (vm_id, generation, state, at) values ($1, 1, 'creating', $5)",
         "insert into tasks (id, kind, state, priority, vm_id, snapshot_id, attempts, \
          max_attempts, epoch, cancel_requested, created_at, project_id) \
@@ -189,7 +193,9 @@ pub(super) async fn insert_vm(tx: &mut Tx<'_>, vm: &Vm, task: &Task) -> Result<(
     .bind(task.priority.as_str())
     .bind(task.snapshot_id.map(|s| s.to_string()))
     .bind(task.max_attempts)
-    .bind(vm.project_id.to_string());
+    .bind(vm.project_id.to_string())
+    .bind(vm.spec.vcpus)
+    .bind(vm.spec.memory_mb);
     match tx.run(insert).await {
         Err(error) if is_taken(&error, "vms.name", "vms_live_name") => {
             return Err(StoreError::NameTaken { name: vm.name.clone() });

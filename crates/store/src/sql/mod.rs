@@ -21,6 +21,7 @@ mod keys;
 mod lock;
 mod projects;
 pub(crate) mod query;
+mod quotas;
 mod requests;
 mod rows;
 mod snapshots;

@@ -5,22 +5,41 @@ use aether_types::{Project, ProjectId, Timestamp};
 use super::{
     Lock, Sql, Tx,
     query::{Builder, Row, in_turn, query},
-    rows,
+    quotas, rows,
 };
 use crate::{
     Cursor, Page, PageRequest, StoreError,
     error::{Context, is_taken},
 };
 
+macro_rules! project_columns {
+    () => {
+        "id, name, created_at, quota_vms, quota_vcpus, quota_memory_mb, quota_waiting_tasks"
+    };
+}
+
+const GET: &str =
+    concat!("select ", project_columns!(), " from projects where id = $1 and deleted_at is null");
+
+const BY_NAME: &str =
+    concat!("select ", project_columns!(), " from projects where name = $1 and deleted_at is null");
+
 pub(super) async fn insert(store: &Sql, project: Project) -> Result<(), StoreError> {
     let mut writer = store.writer().await;
     let mut tx = writer.begin(&[]).await?;
-    let inserted = query("insert into projects (id, name, created_at) values ($1, $2, $3)")
-        .bind(project.id.to_string())
-        .bind(project.name.clone())
-        .bind(project.created_at.unix_ms())
-        .execute(&mut tx)
-        .await;
+    let inserted = query(
+        "insert into projects (id, name, created_at, quota_vms, quota_vcpus, quota_memory_mb, \
+         quota_waiting_tasks) values ($1, $2, $3, $4, $5, $6, $7)",
+    )
+    .bind(project.id.to_string())
+    .bind(project.name.clone())
+    .bind(project.created_at.unix_ms())
+    .bind(project.quota.vms.map(i64::from))
+    .bind(project.quota.vcpus.map(i64::from))
+    .bind(project.quota.memory_mb.map(i64::from))
+    .bind(project.quota.waiting_tasks.map(i64::from))
+    .execute(&mut tx)
+    .await;
     match inserted {
         Err(error) if is_taken(&error, "projects.name", "projects_live_name") => {
             return Err(StoreError::NameTaken { name: project.name });
@@ -31,25 +50,24 @@ pub(super) async fn insert(store: &Sql, project: Project) -> Result<(), StoreErr
 }
 
 pub(super) async fn get(store: &Sql, id: ProjectId) -> Result<Option<Project>, StoreError> {
-    let asked =
-        query("select id, name, created_at from projects where id = $1 and deleted_at is null")
-            .bind(id.to_string());
+    let asked = query(GET).bind(id.to_string());
     let row = asked.fetch_optional(store).await.context("read a project")?;
     row.as_ref().map(project).transpose()
 }
 
 pub(super) async fn by_name(store: &Sql, name: &str) -> Result<Option<Project>, StoreError> {
-    let asked =
-        query("select id, name, created_at from projects where name = $1 and deleted_at is null")
-            .bind(name.to_owned());
+    let asked = query(BY_NAME).bind(name.to_owned());
     let row = asked.fetch_optional(store).await.context("read a project by its name")?;
     row.as_ref().map(project).transpose()
 }
 
 pub(super) async fn list(store: &Sql, page: PageRequest) -> Result<Page<Project>, StoreError> {
     let limit = page.bounded_limit();
-    let mut query =
-        Builder::new("select id, name, created_at from projects where deleted_at is null");
+    let mut query = Builder::new(concat!(
+        "select ",
+        project_columns!(),
+        " from projects where deleted_at is null"
+    ));
     if let Some(cursor) = page.after {
         query.push(" and (created_at, id) < (").push_bind(cursor.created_at_ms());
         query.push(", ").push_bind(cursor.id()).push(")");
@@ -119,5 +137,10 @@ async fn expect_empty(tx: &mut Tx<'_>, id: ProjectId) -> Result<(), StoreError> 
 
 fn project(row: &Row) -> Result<Project, StoreError> {
     let r = rows::Reader { row, noun: "project" };
-    Ok(Project { id: r.parsed(0)?, name: r.get(1)?, created_at: r.time(2)? })
+    Ok(Project {
+        id: r.parsed(0)?,
+        name: r.get(1)?,
+        created_at: r.time(2)?,
+        quota: quotas::quota(row, 3)?,
+    })
 }

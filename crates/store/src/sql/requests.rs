@@ -2,9 +2,9 @@
 //! dispatch is owed, in one transaction.
 
 use super::{
-    Lock, Sql, Tx, projects,
+    Lock, Sql, Tx,
     query::{in_turn, query},
-    rows,
+    quotas, rows,
     rows::{execution_columns, task_columns},
     snapshots, write,
 };
@@ -14,7 +14,7 @@ use crate::{
 };
 use aether_types::{
     ErrorCode, Execution, ExecutionState, Fault, ProjectId, Task, TaskId, TaskKind, TaskState,
-    Timestamp, ToolRequest, Vm, VmEvent, VmId, VmState, VmTool,
+    Timestamp, ToolRequest, Vm, VmEvent, VmId, VmState, VmTool, project::Usage,
 };
 
 /// How long an idempotency key is kept: 24 hours.
@@ -32,6 +32,7 @@ pub(super) async fn request_on_vm(
     if let Some(earlier) = earlier(&mut tx, idempotency.as_ref(), now).await? {
         return Ok(earlier);
     }
+    admit(&mut tx, id, &new).await?;
     tx.lock(Lock::Vm(id)).await?;
     let mut vm = write::vm_for(&mut tx, id, &new).await?;
     if new.kind == TaskKind::VmDelete
@@ -83,6 +84,29 @@ pub(super) async fn request_on_vm(
     remember(&mut tx, idempotency, task.id, now).await?;
     tx.commit("commit a request on a VM").await?;
     Ok(Accepted { vm, task, repeated: false, cancelled })
+}
+
+/// Is there room in the project for what is asked for? What gives back is never refused.
+pub(super) async fn admit(tx: &mut Tx<'_>, id: VmId, new: &NewTask) -> Result<(), StoreError> {
+    let asked = match new.kind {
+        TaskKind::VmStop | TaskKind::VmSuspend | TaskKind::VmDelete => return Ok(()),
+        TaskKind::VmStart => {
+            let vm = write::vm_for(tx, id, new).await?;
+            // One that cannot be started is refused for that, a moment later.
+            if vm.state.apply(VmEvent::StartRequested).is_none() {
+                return Ok(());
+            }
+            Usage { waiting_tasks: 1, ..quotas::machine(&vm) }
+        }
+        TaskKind::VmPause
+        | TaskKind::VmResume
+        | TaskKind::VmCreate
+        | TaskKind::VmExecute
+        | TaskKind::VmSnapshot
+        | TaskKind::TemplateBuild
+        | TaskKind::ToolBuild => quotas::ONE_TASK,
+    };
+    quotas::admit_on_vm(tx, new, asked).await
 }
 
 /// The task that deletes, or has deleted, this VM already.
@@ -164,6 +188,7 @@ pub(super) async fn request_execution(
         let execution = execution_of(&mut tx, &earlier.task).await?;
         return Ok((earlier, execution));
     }
+    admit(&mut tx, id, &task).await?;
     tx.lock(Lock::VmState(id)).await?;
     let vm = write::vm_for(&mut tx, id, &task).await?;
     if !vm.state.takes_commands() {
@@ -209,8 +234,7 @@ pub(super) async fn build_tools(
         return Ok(AcceptedBuild { task, repeated: true });
     }
     let project = task.project.unwrap_or(ProjectId::DEFAULT);
-    tx.lock(Lock::ProjectStays(project)).await?;
-    projects::expect_live(&mut tx, project).await?;
+    quotas::admit(&mut tx, project, quotas::ONE_TASK).await?;
     let tools = tools.iter().map(VmTool::asked).collect();
     let task = Task { tools, ..write::pending_of_no_vm(&task, now) };
     write::insert_task(&mut tx, &task).await?;

@@ -45,6 +45,7 @@ pub(super) async fn request(
         let snapshot = of_task(&mut tx, &earlier.task).await?;
         return Ok((earlier, snapshot));
     }
+    requests::admit(&mut tx, id, &task).await?;
     tx.lock(if stops { Lock::Vm(id) } else { Lock::VmState(id) }).await?;
     let mut vm = write::vm_for(&mut tx, id, &task).await?;
     let mut cancelled = Vec::new();

@@ -8,12 +8,13 @@ use aether_types::{
     Execution, ExecutionId, Fault, KeyId, OutputStream, Project, ProjectId, RetainedOutput,
     Snapshot, SnapshotId, StateChange, Task, TaskId, Template, TemplateId, TemplateProgress,
     Timestamp, ToolRequest, Vm, VmId, WorkerId,
+    project::{Quota, Usage},
 };
 use async_trait::async_trait;
 
 use super::{
-    Sql, attempts, create, executions, keys, projects, query::query, requests, snapshots, tasks,
-    templates, vms,
+    Sql, attempts, create, executions, keys, projects, query::query, quotas, requests, snapshots,
+    tasks, templates, vms,
 };
 use crate::{
     Accepted, AcceptedBuild, ApiKey, AttemptEnd, Begin, CancelOutcome, Capacity, Forked,
@@ -404,6 +405,16 @@ impl<S: OnSql> Store for S {
     async fn projects(&self, page: PageRequest) -> Result<Page<Project>, StoreError> {
         let sql = self.sql();
         repeated(sql, || projects::list(sql, page)).await
+    }
+
+    async fn set_quota(&self, id: ProjectId, quota: Quota) -> Result<(), StoreError> {
+        let sql = self.sql();
+        repeated(sql, || quotas::set(sql, id, quota)).await
+    }
+
+    async fn project_usage(&self, id: ProjectId) -> Result<Usage, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || quotas::used(sql, id)).await
     }
 
     async fn delete_project(&self, id: ProjectId) -> Result<(), StoreError> {

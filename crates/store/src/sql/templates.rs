@@ -1,9 +1,9 @@
 //! Templates: how they are built, deleted and read.
 
 use super::{
-    Lock, Sql, Tx, create, projects,
+    Lock, Sql, Tx, create,
     query::{Builder, in_turn, query},
-    requests,
+    quotas, requests,
     rows::{self, template_columns},
     snapshots, write,
 };
@@ -13,7 +13,7 @@ use crate::{
 };
 use aether_types::{
     Origin, ProjectId, SnapshotPurpose, Task, TaskId, TaskKind, Template, TemplateId,
-    TemplateProgress, TemplateState, Timestamp,
+    TemplateProgress, TemplateState, Timestamp, project::Usage,
 };
 
 const GET: &str = concat!("select ", template_columns!(), " from templates where id = $1");
@@ -47,8 +47,7 @@ pub(super) async fn build(
         return Ok((earlier, template.ok_or(StoreError::IdempotencyConflict)?));
     }
     let project = task.project.unwrap_or(ProjectId::DEFAULT);
-    tx.lock(Lock::ProjectStays(project)).await?;
-    projects::expect_live(&mut tx, project).await?;
+    tx.lock(Lock::Project(project)).await?;
     tx.lock(Lock::TemplateName { project, name: &new.name, tag: &new.tag }).await?;
     if let Some((earlier, template)) = equal_build(&mut tx, project, &new).await? {
         requests::remember(&mut tx, idempotency, earlier.task.id, now).await?;
@@ -57,6 +56,9 @@ pub(super) async fn build(
     }
     builder.spec.origin = Origin::Builder(new.id);
     let vm = create::creating(builder, project, now);
+    // The VM in which it is built is none of the project's, but needs a machine.
+    let asked = Usage { waiting_tasks: 1, ..quotas::machine(&vm) };
+    quotas::admit(&mut tx, project, asked).await?;
     let snapshot = snapshots::creating(snapshot, &vm, now);
     let task = Task { snapshot_id: Some(snapshot.id), ..write::pending(&task, &vm, now) };
     let template = Template {

@@ -11,6 +11,7 @@ mod capacity;
 mod keys;
 mod lists;
 mod projects;
+mod quotas;
 mod requests;
 mod snapshots;
 mod templates;
@@ -95,6 +96,14 @@ macro_rules! contract {
                 lists_are_of_a_project,
                 a_vm_begins_only_as_what_its_project_has,
                 nothing_is_made_in_a_project_that_is_gone,
+            },
+            quotas::{
+                every_way_to_a_machine_is_held_to_the_quota,
+                a_fork_has_room_for_all_of_it_or_is_refused_whole,
+                tasks_that_wait_are_bounded_and_what_gives_back_is_not,
+                creations_and_starts_at_once_do_not_exceed_a_quota,
+                a_repetition_needs_no_quota_and_others_have_their_own,
+                a_quota_that_is_lowered_takes_nothing_away,
             },
             snapshots::{
                 a_snapshot_and_its_task_are_recorded_and_owed,

@@ -6,7 +6,8 @@ use aether_store::{
 };
 use aether_types::{
     ErrorCode, ExecutionId, ExecutionSpec, KeyId, Origin, Project, ProjectId, Role,
-    SnapshotPurpose, TaskKind, Timestamp, VmEvent, VmId, project::DEFAULT_PROJECT,
+    SnapshotPurpose, TaskKind, Timestamp, VmEvent, VmId,
+    project::{DEFAULT_PROJECT, Quota},
 };
 
 use crate::support::{
@@ -34,7 +35,12 @@ pub(crate) async fn what_there_was_is_the_default_projects(store: &impl Store) {
 
 pub(crate) async fn projects_have_names_and_are_listed(store: &impl Store) {
     let one = project(store, "one").await;
-    let new = Project { id: ProjectId::new(), name: "one".into(), created_at: Timestamp::now() };
+    let new = Project {
+        id: ProjectId::new(),
+        name: "one".into(),
+        created_at: Timestamp::now(),
+        quota: Quota::default(),
+    };
     let taken = store.create_project(new).await.unwrap_err();
     assert!(matches!(taken, StoreError::NameTaken { name } if name == "one"));
     let two = project(store, "two").await;

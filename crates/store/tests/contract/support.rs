@@ -8,7 +8,7 @@ use aether_types::{
     DriverKind, ErrorCode, Execution, ExecutionId, ExecutionSpec, ExecutionState, ExitStatus,
     Fault, NetworkPolicy, Origin, Priority, Project, ProjectId, RetainedOutput, Snapshot,
     SnapshotId, SnapshotPurpose, Task, TaskId, TaskKind, TaskState, Template, TemplateId,
-    TemplateSpec, TemplateStep, Timestamp, VmEvent, VmId, VmSpec, WorkerId,
+    TemplateSpec, TemplateStep, Timestamp, VmEvent, VmId, VmSpec, WorkerId, project::Quota,
 };
 
 pub(crate) fn spec() -> VmSpec {
@@ -36,7 +36,12 @@ pub(crate) fn new_task(kind: TaskKind) -> NewTask {
 }
 
 pub(crate) async fn project(store: &impl Store, name: &str) -> ProjectId {
-    let project = Project { id: ProjectId::new(), name: name.into(), created_at: Timestamp::now() };
+    let project = Project {
+        id: ProjectId::new(),
+        name: name.into(),
+        created_at: Timestamp::now(),
+        quota: Quota::default(),
+    };
     store.create_project(project.clone()).await.unwrap();
     project.id
 }
