@@ -7,6 +7,7 @@
 //!
 //! Every path is below [`PREFIX`]. Errors are [`Problem`] documents.
 
+mod audit;
 #[cfg(feature = "client")]
 pub mod client;
 mod execution;
@@ -25,6 +26,7 @@ mod tool;
 mod vm;
 mod wait;
 
+pub use audit::AuditView;
 pub use execution::{ExecuteRequest, ExecutionView, KeptOutput};
 pub use file::{
     FileEntry, FileKind, FileListing, FileView, FileWritten, MkdirRequest, MoveRequest,

@@ -27,8 +27,13 @@ use crate::{
 
 const REQUEST_ID_BYTES_MAX: usize = 64;
 
-pub(crate) async fn edge(State(app): State<App>, request: Request, next: Next) -> Response {
+/// As it is answered and logged.
+#[derive(Debug, Clone)]
+pub(crate) struct RequestId(pub(crate) Arc<str>);
+
+pub(crate) async fn edge(State(app): State<App>, mut request: Request, next: Next) -> Response {
     let id = request_id(request.headers());
+    request.extensions_mut().insert(RequestId(id.as_str().into()));
     let span = tracing::info_span!(
         "request", id, method = %request.method(), path = request.uri().path()
     );

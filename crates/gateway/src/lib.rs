@@ -20,6 +20,7 @@
 //! names no back end.
 
 mod admission;
+mod audit;
 mod auth;
 mod catalogue;
 mod dispatch;

@@ -1,6 +1,10 @@
 //! What the gateway is made of, and the state that its routes share.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    sync::{Arc, atomic::AtomicU64},
+    time::Duration,
+};
 
 use aether_api::PREFIX;
 use aether_events::{Event, EventBus};
@@ -15,6 +19,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{
     Catalogue, HostCheck, KeyRing, Probe, ToolCatalogue,
     admission::Offer,
+    audit::Strangers,
     auth::Rule,
     dispatch::{DispatchLoop, Dispatcher},
     problem::ApiError,
@@ -96,6 +101,8 @@ impl Gateway {
             requests: Arc::new(Semaphore::new(parts.config.requests_max)),
             streams: Arc::new(Semaphore::new(parts.config.streams_max)),
             templates: Templates::new(&*parts.bus),
+            strangers: Strangers::default(),
+            audited: AtomicU64::new(0),
             parts,
             dispatcher,
             closing: CancellationToken::new(),
@@ -136,6 +143,9 @@ pub(crate) struct Shared {
     pub(crate) parts: GatewayParts,
     pub(crate) dispatcher: Dispatcher,
     pub(crate) templates: Templates,
+    pub(crate) strangers: Strangers,
+    /// Entries of the audit log that this process wrote: now and then one prunes it.
+    pub(crate) audited: AtomicU64,
     /// The gateway ends: whoever waits or follows stops.
     pub(crate) closing: CancellationToken,
     /// Work that goes on when its client has gone: recordings, terminals.

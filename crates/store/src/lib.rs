@@ -8,6 +8,7 @@
 //! Fence: an attempt at a task holds an epoch. The store refuses what an attempt says once a
 //! later attempt has begun, or the task has ended.
 
+mod audit;
 mod error;
 mod key;
 mod page;
@@ -25,6 +26,7 @@ use aether_types::{
 };
 use async_trait::async_trait;
 
+pub use audit::{AuditEntry, AuditFilter, Outcome};
 pub use error::StoreError;
 pub use key::{ApiKey, KeyFilter};
 pub use page::{Cursor, Page, PageRequest};
@@ -548,6 +550,22 @@ pub trait Store: Send + Sync + 'static {
     /// The secret of this name that all processes on the store share. The first one that asks makes
     /// it: `proposed` is kept where there is none, and ignored where there is one.
     async fn shared_secret(&self, name: &str, proposed: &[u8]) -> Result<Vec<u8>, StoreError>;
+
+    // --- audit ---
+
+    /// Writes an entry; the same one a second time changes nothing.
+    async fn append_audit(&self, entry: AuditEntry) -> Result<(), StoreError>;
+
+    /// Newest first.
+    async fn audit_entries(
+        &self,
+        filter: AuditFilter,
+        page: PageRequest,
+    ) -> Result<Page<AuditEntry>, StoreError>;
+
+    /// Takes away some of the entries from before this time, and some of those past
+    /// `AUDIT_ROWS_MAX`. Gives how many went; none: there are no more of them.
+    async fn prune_audit(&self, before: Timestamp) -> Result<u64, StoreError>;
 
     // --- health ---
 

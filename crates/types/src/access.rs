@@ -60,6 +60,8 @@ words!(
         Tools = "tools",
         Tasks = "tasks",
         Keys = "keys",
+        /// Who did what.
+        Audit = "audit",
         /// All of them: making and deleting projects, and giving keys to others.
         Projects = "projects",
         /// What concerns everybody: what tools are kept, how big a cache is.
@@ -82,7 +84,7 @@ words!(
         Viewer = "viewer",
         /// Works with VMs and what belongs to them.
         Operator = "operator",
-        /// Gives and takes keys too.
+        /// Gives and takes keys too, and sees who did what.
         Admin = "admin",
     }
 );
@@ -97,7 +99,9 @@ impl Role {
             | Resource::Tools
             | Resource::Tasks => self >= Self::Operator || verb == Verb::Read,
             Resource::Files => self >= Self::Operator,
-            Resource::Keys | Resource::Projects | Resource::Platform => self == Self::Admin,
+            Resource::Keys | Resource::Audit | Resource::Projects | Resource::Platform => {
+                self == Self::Admin
+            }
         }
     }
 }
@@ -115,7 +119,8 @@ impl Resource {
             | Self::Templates
             | Self::Tools
             | Self::Tasks
-            | Self::Keys => false,
+            | Self::Keys
+            | Self::Audit => false,
         }
     }
 }

@@ -97,6 +97,10 @@ id!(
     KeyId, "key"
 );
 id!(
+    /// An entry of the audit log.
+    AuditId, "audit entry"
+);
+id!(
     /// A project: whose all things are, seen by nobody else.
     ProjectId, "project"
 );

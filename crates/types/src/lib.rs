@@ -25,7 +25,8 @@ pub use execution::{
     Execution, ExecutionSpec, ExecutionState, ExitStatus, OutputStream, RetainedOutput, TtySize,
 };
 pub use id::{
-    ExecutionId, KeyId, MachineId, ProjectId, SnapshotId, TaskId, TemplateId, VmId, WorkerId,
+    AuditId, ExecutionId, KeyId, MachineId, ProjectId, SnapshotId, TaskId, TemplateId, VmId,
+    WorkerId,
 };
 pub use network::{AllowRule, Egress, NetworkPolicy, PortRange, TransportProtocol};
 pub use password::Password;

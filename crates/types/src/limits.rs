@@ -118,5 +118,9 @@ pub const KEY_TTL_S_MIN: u64 = 60;
 pub const KEY_TTL_S_MAX: u64 = 10 * 366 * 24 * 3600;
 /// Keys of one project that are not revoked.
 pub const KEYS_MAX: u32 = 1000;
+/// Of the audit log: older entries go ...
+pub const AUDIT_KEPT_DAYS: u32 = 365;
+/// ... and the oldest, where there are more than this: some gigabytes.
+pub const AUDIT_ROWS_MAX: u32 = 5_000_000;
 /// A key that is revoked or past its time is shown this long, and then forgotten.
 pub const KEY_KEPT_DAYS: u32 = 90;

@@ -14,6 +14,7 @@
 //! # }
 //! ```
 
+mod audit;
 mod error;
 mod files;
 mod follow;
@@ -30,6 +31,7 @@ use std::{fmt, time::Duration};
 use aether_types::{ExecutionId, OutputStream, TaskId, VmId};
 use bytes::Bytes;
 
+pub use audit::AuditQuery;
 pub use error::ClientError;
 pub use files::{FileDownload, ReadOptions, WriteOptions};
 pub use follow::Follow;

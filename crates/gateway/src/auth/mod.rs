@@ -4,6 +4,7 @@
 //!   authenticate: header → key → Caller          401
 //!     route found → authorize: Caller, Rule      403
 //!       handler
+//!     audit: what changes something, and what was refused
 //! ```
 //!
 //! Every route has one [`Rule`], in the table of routes alone. Handlers decide nothing about rights,
@@ -25,6 +26,7 @@ use axum::{
 pub use keys::{AuthSecret, CreateKeyError, KeyRing, NewKey};
 
 use crate::{
+    audit::{self, Ruled, Trail},
     health,
     parts::App,
     problem::{ApiError, ApiResult},
@@ -53,6 +55,7 @@ pub(crate) struct Caller(Arc<Identity>);
 #[derive(Debug)]
 pub(crate) struct Identity {
     pub(crate) key: KeyId,
+    pub(crate) prefix: String,
     pub(crate) access: Access,
 }
 
@@ -66,7 +69,7 @@ impl std::ops::Deref for Caller {
 
 impl Caller {
     fn new(key: &ApiKey) -> Self {
-        Self(Arc::new(Identity { key: key.id, access: key.access() }))
+        Self(Arc::new(Identity { key: key.id, prefix: key.prefix.clone(), access: key.access() }))
     }
 
     /// Whose everything is that it sees.
@@ -109,15 +112,26 @@ pub(crate) async fn authenticate(
     }
     match caller(&app, request.headers()).await {
         Ok(caller) => {
+            let trail = Trail::begin(&app, &caller, &mut request);
             request.extensions_mut().insert(caller);
-            next.run(request).await
+            let response = next.run(request).await;
+            audit::settled(trail.end(&response)).await;
+            response
         }
-        Err(error) => error.into_response(),
+        Err(error) => {
+            // Not across the wait: a body is no one else's to look at.
+            let entry = audit::asked(&request);
+            audit::strange(&app, entry, &error).await;
+            error.into_response()
+        }
     }
 }
 
 /// Lets through who may do what the route needs.
 pub(crate) async fn authorize(rule: Rule, request: Request, next: Next) -> Response {
+    if let (Rule::Needs(needed), Some(ruled)) = (rule, request.extensions().get::<Ruled>()) {
+        ruled.set(needed);
+    }
     let allowed = match (rule, request.extensions().get::<Caller>()) {
         (Rule::Open, _) => Ok(()),
         (Rule::Needs(needed), Some(caller)) => caller.check(needed),

@@ -1,6 +1,7 @@
 //! The table of routes, and of what each needs. Nothing is served that is not in it, and tests walk
 //! it.
 
+mod audit;
 mod executions;
 mod files;
 mod forks;
@@ -27,7 +28,7 @@ use aether_api::{Accepted, HealthStatus, PREFIX};
 use aether_types::{
     ErrorCode,
     Resource::{
-        Executions, Files, Keys, Platform, Projects, Snapshots, Tasks, Templates, Tools, Vms,
+        Audit, Executions, Files, Keys, Platform, Projects, Snapshots, Tasks, Templates, Tools, Vms,
     },
     TaskId,
 };
@@ -129,6 +130,7 @@ pub(crate) fn table() -> Vec<Route> {
         get("/keys", read(Keys), keys::list),
         get("/keys/{key}", read(Keys), keys::show),
         delete("/keys/{key}", write(Keys), keys::revoke),
+        get("/audit", read(Audit), audit::list),
         post("/projects", write(Projects), projects::create),
         get("/projects", read(Projects), projects::list),
         get("/projects/{project}", read(Projects), projects::show),

@@ -3,6 +3,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on is to say where")]
 
+mod audit;
 mod bounds;
 mod docs;
 mod files;

@@ -15,6 +15,7 @@
 //! lone statement happens at its last step, and an error of it must not be lost.
 
 mod attempts;
+mod audit;
 mod create;
 mod executions;
 mod keys;

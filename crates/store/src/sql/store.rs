@@ -13,14 +13,14 @@ use aether_types::{
 use async_trait::async_trait;
 
 use super::{
-    Sql, attempts, create, executions, keys, projects, query::query, quotas, requests, snapshots,
-    tasks, templates, vms,
+    Sql, attempts, audit, create, executions, keys, projects, query::query, quotas, requests,
+    snapshots, tasks, templates, vms,
 };
 use crate::{
-    Accepted, AcceptedBuild, ApiKey, AttemptEnd, Begin, CancelOutcome, Capacity, Forked,
-    Idempotency, KeyFilter, NewExecution, NewSnapshot, NewTask, NewTemplate, NewVm, Page,
-    PageRequest, SnapshotFilter, Store, StoreError, TaskFilter, TemplateFilter, VmChange, VmFilter,
-    VmPatch, error::Context,
+    Accepted, AcceptedBuild, ApiKey, AttemptEnd, AuditEntry, AuditFilter, Begin, CancelOutcome,
+    Capacity, Forked, Idempotency, KeyFilter, NewExecution, NewSnapshot, NewTask, NewTemplate,
+    NewVm, Page, PageRequest, SnapshotFilter, Store, StoreError, TaskFilter, TemplateFilter,
+    VmChange, VmFilter, VmPatch, error::Context,
 };
 
 /// For all tries of one call. The pool and the server end waits before that; this is for a network
@@ -455,6 +455,25 @@ impl<S: OnSql> Store for S {
     async fn shared_secret(&self, name: &str, proposed: &[u8]) -> Result<Vec<u8>, StoreError> {
         let sql = self.sql();
         repeated(sql, || keys::shared_secret(sql, name, proposed)).await
+    }
+
+    async fn append_audit(&self, entry: AuditEntry) -> Result<(), StoreError> {
+        let sql = self.sql();
+        repeated(sql, || audit::insert(sql, entry.clone())).await
+    }
+
+    async fn audit_entries(
+        &self,
+        filter: AuditFilter,
+        page: PageRequest,
+    ) -> Result<Page<AuditEntry>, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || audit::list(sql, &filter, page)).await
+    }
+
+    async fn prune_audit(&self, before: Timestamp) -> Result<u64, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || audit::prune(sql, before)).await
     }
 
     async fn ping(&self) -> Result<(), StoreError> {

@@ -7,6 +7,7 @@ mod engines;
 mod support;
 
 mod attempts;
+mod audit;
 mod capacity;
 mod keys;
 mod lists;
@@ -144,6 +145,11 @@ macro_rules! contract {
                 a_build_of_tools_can_be_cancelled,
                 a_repeated_build_of_tools_is_answered_with_the_first,
                 the_progress_of_a_task_is_kept_counted_and_fenced,
+            },
+            audit::{
+                an_entry_is_read_as_it_was_written_once,
+                the_audit_log_is_filtered_and_paged,
+                only_what_is_old_is_taken_from_the_audit_log,
             },
             capacity::{
                 there_are_no_more_vms_than_there_may_be,
