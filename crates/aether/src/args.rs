@@ -1,6 +1,7 @@
 //! The command line, and the environment: everything that is configured from outside.
 
 mod database;
+mod edge;
 mod key;
 mod project;
 mod redis;
@@ -17,6 +18,7 @@ use aether_types::{DriverKind, TaskId, limits};
 use clap::{ArgAction, Parser, Subcommand, ValueEnum};
 
 pub(crate) use database::{DatabaseOptions, Migrate, MigrateCommand, refused};
+pub(crate) use edge::Edge;
 pub(crate) use key::{Key, KeyCreate, KeyList};
 pub(crate) use project::Project;
 pub(crate) use redis::{RedisOptions, refused_redis};

@@ -29,7 +29,7 @@ use aether_worker::{
 use tokio::{net::TcpListener, time::Instant};
 
 use crate::{
-    args::{Backend, Capacity, DriverChoice, PoolChoice, PoolSpec, Snapshots, ToolOptions},
+    args::{Backend, Capacity, DriverChoice, Edge, PoolChoice, PoolSpec, Snapshots, ToolOptions},
     database::{Opened, Target},
     datadir::LockedDataDir,
     default_template::{self, DefaultTemplate},
@@ -50,6 +50,7 @@ pub(crate) struct Plan {
     pub(crate) capacity: Capacity,
     pub(crate) snapshots: Snapshots,
     pub(crate) tools: ToolOptions,
+    pub(crate) edge: Edge,
 }
 
 /// Everything, running.
@@ -85,7 +86,7 @@ impl Platform {
     /// Opens the data directory's content and starts the parts, those first that others need.
     /// What fails leaves the rest as a crash would: the next start takes it over.
     pub(crate) async fn start(plan: Plan) -> Result<Self, Failure> {
-        let Plan { dir, listener, target, backend, capacity, snapshots, tools } = plan;
+        let Plan { dir, listener, target, backend, capacity, snapshots, tools, edge } = plan;
         let address = listener.local_addr().map_err(|e| Failure::io("read the address", &e))?;
         let Opened { store, queue, database } = Opened::open(target, &dir).await?;
         let bus: Arc<dyn EventBus> = Arc::new(LocalBus::new());
@@ -130,6 +131,8 @@ impl Platform {
             keys,
             offer,
             tools,
+            limits: edge.limits(),
+            origins: edge.origins()?,
             capacity: aether_store::Capacity {
                 vms_max: Some(capacity.max_vms),
                 starting_max: Some(capacity.max_starting),

@@ -17,8 +17,8 @@ use tokio::{net::TcpListener, time::Instant};
 
 use crate::{
     args::{
-        Backend, Capacity, DatabaseOptions, Doctor, DriverChoice, Global, PoolChoice, RedisOptions,
-        Snapshots, ToolOptions,
+        Backend, Capacity, DatabaseOptions, Doctor, DriverChoice, Edge, Global, PoolChoice,
+        RedisOptions, Snapshots, ToolOptions,
     },
     cli,
     compose::{self, Plan, Platform},
@@ -252,7 +252,8 @@ async fn try_here(backend: Backend, findings: &mut Findings) -> Result<(), Failu
     let capacity = Capacity { max_vms: 2, max_starting: 2, pool: vec![PoolChoice::None] };
     let snapshots = Snapshots { no_default_template: true, ..Snapshots::default() };
     let tools = ToolOptions { no_default_tools: true, ..ToolOptions::default() };
-    let plan = Plan { dir, listener, target: Target::files(), backend, capacity, snapshots, tools };
+    let (target, edge) = (Target::files(), Edge::open());
+    let plan = Plan { dir, listener, target, backend, capacity, snapshots, tools, edge };
     let platform = match Box::pin(Platform::start(plan)).await {
         Ok(platform) => platform,
         Err(failure) => {

@@ -77,6 +77,7 @@ impl From<ErrorCode> for Exit {
             ErrorCode::Unauthorized | ErrorCode::Forbidden => Self::Unauthorized,
             ErrorCode::InsufficientCapacity
             | ErrorCode::TooManyVms
+            | ErrorCode::RateLimited
             | ErrorCode::SnapshotIncompatible
             | ErrorCode::DriverUnavailable
             | ErrorCode::Unavailable => Self::Unavailable,

@@ -12,7 +12,7 @@ use aether_drivers::Capabilities;
 use aether_events::EventBus;
 use aether_gateway::{
     AuthSecret, Catalogue, DriverInfo, GatewayConfig, GatewayParts, HostCheck, HostLimits, KeyRing,
-    NewKey, Probe,
+    LocalLimiter, NewKey, Origins, Probe, RateLimits,
 };
 use aether_queue::Queue;
 use aether_store::{Capacity, Store};
@@ -105,6 +105,8 @@ pub(crate) struct Inputs {
     pub(crate) offer: Offer,
     pub(crate) tools: ToolsHere,
     pub(crate) capacity: Capacity,
+    pub(crate) limits: RateLimits,
+    pub(crate) origins: Origins,
 }
 
 /// The gateway, serving.
@@ -126,6 +128,8 @@ pub(crate) fn start(inputs: Inputs) -> Result<Gateway, Failure> {
         offer,
         tools,
         capacity,
+        limits,
+        origins,
     } = inputs;
     let address = listener.local_addr().map_err(|e| Failure::io("read the address", &e))?;
     let gateway = aether_gateway::Gateway::new(GatewayParts {
@@ -140,7 +144,8 @@ pub(crate) fn start(inputs: Inputs) -> Result<Gateway, Failure> {
         keys,
         probes: vec![("workers".to_owned(), Arc::new(WorkerHere) as Arc<dyn Probe>)],
         hosts: HostCheck::for_listener(address),
-        config: GatewayConfig { capacity, ..GatewayConfig::default() },
+        limiter: Arc::new(LocalLimiter::default()),
+        config: GatewayConfig { capacity, limits, origins, ..GatewayConfig::default() },
     });
     let closing = CancellationToken::new();
     let token = closing.clone();

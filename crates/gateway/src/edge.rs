@@ -12,7 +12,7 @@ use aether_api::REQUEST_ID_HEADER;
 use aether_types::ErrorCode;
 use axum::{
     extract::{Request, State},
-    http::{HeaderMap, HeaderValue, StatusCode, header},
+    http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header},
     middleware::Next,
     response::{IntoResponse as _, Response},
 };
@@ -24,6 +24,14 @@ use crate::{
     parts::App,
     problem::{self, ApiError},
 };
+
+/// An answer is data: no browser shows it as a page, in a frame, or as what it is not.
+const SECURITY: [(HeaderName, &str); 4] = [
+    (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+    (header::X_FRAME_OPTIONS, "DENY"),
+    (header::CONTENT_SECURITY_POLICY, "default-src 'none'; frame-ancestors 'none'"),
+    (header::REFERRER_POLICY, "no-referrer"),
+];
 
 const REQUEST_ID_BYTES_MAX: usize = 64;
 
@@ -39,13 +47,22 @@ pub(crate) async fn edge(State(app): State<App>, mut request: Request, next: Nex
     );
     async {
         let begun = Instant::now();
-        let mut response = problem::render(admit(&app, request, next).await, &id);
+        let origins = &app.parts.config.origins;
+        let origin = origins.allowed(request.headers());
+        let answer = match origins.preflight(&request) {
+            Some(answer) => answer,
+            None => admit(&app, request, next).await,
+        };
+        let mut response = problem::render(answer, &id);
+        origins.tell(origin, response.headers_mut());
         if let Ok(value) = HeaderValue::from_str(&id) {
             response.headers_mut().insert(REQUEST_ID_HEADER, value);
         }
         let headers = response.headers_mut();
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
-        headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+        for (name, value) in SECURITY {
+            headers.insert(name, HeaderValue::from_static(value));
+        }
         let status = response.status().as_u16();
         tracing::debug!(status, duration_us = begun.elapsed().as_micros(), "answered");
         response

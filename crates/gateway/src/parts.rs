@@ -17,7 +17,7 @@ use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    Catalogue, HostCheck, KeyRing, Probe, ToolCatalogue,
+    Catalogue, HostCheck, KeyRing, Origins, Probe, RateLimiter, RateLimits, ToolCatalogue,
     admission::Offer,
     audit::Strangers,
     auth::Rule,
@@ -41,6 +41,7 @@ pub struct GatewayParts {
     /// Of components that the gateway does not know itself, by name: `workers` and others.
     pub probes: Vec<(String, Arc<dyn Probe>)>,
     pub hosts: HostCheck,
+    pub limiter: Arc<dyn RateLimiter>,
     pub config: GatewayConfig,
 }
 
@@ -65,6 +66,9 @@ pub struct GatewayConfig {
     pub idle_limit: Duration,
     /// VMs that there may be; one more is answered with 503 at once.
     pub capacity: Capacity,
+    pub limits: RateLimits,
+    /// Whose pages may read answers.
+    pub origins: Origins,
 }
 
 impl Default for GatewayConfig {
@@ -76,6 +80,8 @@ impl Default for GatewayConfig {
             shutdown_limit: Duration::from_secs(3),
             idle_limit: Duration::from_mins(1),
             capacity: Capacity::default(),
+            limits: RateLimits::default(),
+            origins: Origins::default(),
         }
     }
 }

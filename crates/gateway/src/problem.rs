@@ -68,6 +68,11 @@ impl ApiError {
         self
     }
 
+    pub(crate) fn retry_after_s(mut self, seconds: u64) -> Self {
+        self.0.retry_after_s = Some(seconds);
+        self
+    }
+
     pub(crate) fn status(mut self, status: StatusCode) -> Self {
         self.0.status = status.as_u16();
         self
@@ -252,6 +257,7 @@ fn status(code: ErrorCode) -> StatusCode {
         ErrorCode::UnsupportedMediaType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
         ErrorCode::BodyTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
         ErrorCode::Unauthorized => StatusCode::UNAUTHORIZED,
+        ErrorCode::RateLimited => StatusCode::TOO_MANY_REQUESTS,
         ErrorCode::RouteNotFound
         | ErrorCode::VmNotFound
         | ErrorCode::TaskNotFound
@@ -310,6 +316,7 @@ fn title(code: ErrorCode) -> &'static str {
         ErrorCode::UnsupportedMediaType => "The content type is not supported",
         ErrorCode::BodyTooLarge => "The body is too large",
         ErrorCode::Unauthorized => "A valid API key is needed",
+        ErrorCode::RateLimited => "Too many requests",
         ErrorCode::Forbidden => "The key may not do this",
         ErrorCode::RouteNotFound => "There is no such path",
         ErrorCode::MethodNotAllowed => "The path does not take this method",

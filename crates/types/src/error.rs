@@ -31,6 +31,8 @@ codes! {
     Unauthorized = "unauthorized",
     /// The key is good, and may not do this.
     Forbidden = "forbidden",
+    /// More requests than the key or the address may send; `retry_after_s`.
+    RateLimited = "rate_limited",
     RouteNotFound = "route_not_found",
     MethodNotAllowed = "method_not_allowed",
     VmNotFound = "vm_not_found",

@@ -4,7 +4,7 @@ use std::{net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::ArgAction;
 
-use super::{Backend, DatabaseOptions, RedisOptions, ToolOptions, values::parse_duration};
+use super::{Backend, DatabaseOptions, Edge, RedisOptions, ToolOptions, values::parse_duration};
 use crate::logging::LogFormat;
 
 const EXAMPLES: &str = "\
@@ -43,6 +43,8 @@ pub(crate) struct Up {
     pub(crate) snapshots: Snapshots,
     #[command(flatten)]
     pub(crate) tools: ToolOptions,
+    #[command(flatten)]
+    pub(crate) edge: Edge,
     #[arg(long, env = "AETHER_LOG_FORMAT", value_enum, default_value = "text")]
     pub(crate) log_format: LogFormat,
     /// What is logged, such as `info` or `warn,aether_worker=debug`

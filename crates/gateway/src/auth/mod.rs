@@ -1,7 +1,7 @@
 //! Who asks, and whether they may.
 //!
 //! ```text
-//!   authenticate: header → key → Caller          401
+//!   authenticate: rates 429, header → key → Caller          401
 //!     route found → authorize: Caller, Rule      403
 //!       handler
 //!     audit: what changes something, and what was refused
@@ -28,6 +28,7 @@ pub use keys::{AuthSecret, CreateKeyError, KeyRing, NewKey};
 use crate::{
     audit::{self, Ruled, Trail},
     health,
+    limit::{Counted, Sender},
     parts::App,
     problem::{ApiError, ApiResult},
 };
@@ -110,12 +111,26 @@ pub(crate) async fn authenticate(
     if request.uri().path() == health::PATH {
         return next.run(request).await;
     }
+    let (limiter, limits) = (&*app.parts.limiter, app.parts.config.limits);
+    let mut counted = Counted::default();
+    if let Some(address) = audit::address(&request) {
+        // Before the key is looked for: who sends many wrong ones is held up too.
+        let sender = Sender::address(address);
+        if let Some(refusal) = counted.count(limiter, sender, limits.address).await {
+            return refusal;
+        }
+    }
     match caller(&app, request.headers()).await {
         Ok(caller) => {
+            let sender = Sender::Key(caller.key);
+            if let Some(refusal) = counted.count(limiter, sender, limits.key).await {
+                return refusal;
+            }
             let trail = Trail::begin(&app, &caller, &mut request);
             request.extensions_mut().insert(caller);
-            let response = next.run(request).await;
+            let mut response = next.run(request).await;
             audit::settled(trail.end(&response)).await;
+            counted.tell(response.headers_mut());
             response
         }
         Err(error) => {

@@ -9,6 +9,7 @@ mod docs;
 mod files;
 mod guest;
 mod keys;
+mod limits;
 mod outbox;
 mod quotas;
 mod refusals;

@@ -12,7 +12,7 @@ use aether_api::{
 use aether_events::{EventBus, LocalBus};
 use aether_gateway::{
     AuthSecret, Catalogue, DriverInfo, Gateway, GatewayConfig, GatewayParts, HostCheck, HostLimits,
-    KeyRing, NewKey, Probe,
+    KeyRing, LocalLimiter, NewKey, Probe,
 };
 use aether_queue::{Queue, SqliteQueue};
 use aether_store::{SqliteStore, Store, sqlite::Durability};
@@ -100,6 +100,7 @@ impl Rig {
             keys: keys.clone(),
             probes: options.probes,
             hosts: HostCheck::for_listener(address),
+            limiter: Arc::new(LocalLimiter::default()),
             config: options.config,
         });
         let shutdown = CancellationToken::new();
