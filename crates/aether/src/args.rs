@@ -2,7 +2,10 @@
 
 mod config;
 mod database;
+mod edge;
+mod key;
 mod logs;
+mod project;
 mod redis;
 mod template;
 mod tools;
@@ -18,7 +21,10 @@ use clap::{ArgAction, Parser, Subcommand, ValueEnum};
 
 pub(crate) use config::{ConfigArgs, ConfigCommand, ConfigOption};
 pub(crate) use database::{DatabaseOptions, Migrate, MigrateCommand, refused};
+pub(crate) use edge::Edge;
+pub(crate) use key::{Key, KeyCreate, KeyList};
 pub(crate) use logs::{LogPlan, Logging, Logs, Since};
+pub(crate) use project::Project;
 pub(crate) use redis::{RedisOptions, refused_redis};
 pub(crate) use template::{
     Pool, Snapshot, SnapshotCreate, SnapshotList, Template, TemplateBuild, TemplateList,
@@ -35,7 +41,7 @@ Exit status:
   2    wrong use: the command line, or a value that the server refuses
   3    not found
   4    conflict: a name that is taken, a state that does not allow it
-  5    the key is missing or wrong
+  5    the key is missing or wrong, or may not do this
   6    unavailable: the server does not answer, or lacks what was asked for
   exec and shell end as the command did (128 and the signal's number where one ended it; 126 and
   127 where it could not be run or was not found), and with
@@ -102,6 +108,12 @@ pub(crate) enum Command {
     /// See and cancel tasks
     #[command(subcommand)]
     Task(Task),
+    /// Give, see and take API keys
+    #[command(subcommand)]
+    Key(Key),
+    /// Make, see and delete projects
+    #[command(subcommand)]
+    Project(Project),
     /// Build and see the images on this machine
     Image(ImageArgs),
     /// Bring the tables in PostgreSQL up to date, and see what is pending

@@ -29,7 +29,7 @@ use aether_worker::{
 use tokio::{net::TcpListener, time::Instant};
 
 use crate::{
-    args::{Backend, Capacity, DriverChoice, PoolChoice, PoolSpec, Snapshots, ToolOptions},
+    args::{Backend, Capacity, DriverChoice, Edge, PoolChoice, PoolSpec, Snapshots, ToolOptions},
     database::{Opened, Target},
     datadir::LockedDataDir,
     default_template::{self, DefaultTemplate},
@@ -53,6 +53,7 @@ pub(crate) struct Plan {
     pub(crate) snapshots: Snapshots,
     pub(crate) tools: ToolOptions,
     pub(crate) logs: LogInputs,
+    pub(crate) edge: Edge,
 }
 
 /// Everything, running.
@@ -90,7 +91,7 @@ impl Platform {
     /// Opens the data directory's content and starts the parts, those first that others need.
     /// What fails leaves the rest as a crash would: the next start takes it over.
     pub(crate) async fn start(plan: Plan) -> Result<Self, Failure> {
-        let Plan { dir, listener, target, backend, capacity, snapshots, tools, logs } = plan;
+        let Plan { dir, listener, target, backend, capacity, snapshots, tools, logs, edge } = plan;
         let address = listener.local_addr().map_err(|e| Failure::io("read the address", &e))?;
         let Opened { store, queue, bus, database } = Opened::open(target, &dir).await?;
         let LogInputs { plan, sink, backlog } = logs;
@@ -140,6 +141,8 @@ impl Platform {
             offer,
             metrics: Arc::clone(&metrics.read),
             tools,
+            limits: edge.limits(),
+            origins: edge.origins()?,
             capacity: aether_store::Capacity {
                 vms_max: Some(capacity.max_vms),
                 starting_max: Some(capacity.max_starting),

@@ -18,8 +18,8 @@ use tokio::{net::TcpListener, time::Instant};
 
 use crate::{
     args::{
-        Backend, Capacity, DatabaseOptions, Doctor, DriverChoice, Global, LogPlan, PoolChoice,
-        RedisOptions, Snapshots, ToolOptions,
+        Backend, Capacity, DatabaseOptions, Doctor, DriverChoice, Edge, Global, LogPlan,
+        PoolChoice, RedisOptions, Snapshots, ToolOptions,
     },
     cli,
     compose::{self, Plan, Platform},
@@ -257,8 +257,8 @@ async fn try_here(backend: Backend, findings: &mut Findings) -> Result<(), Failu
     let tools = ToolOptions { no_default_tools: true, ..ToolOptions::default() };
     let (sink, backlog) = LogSink::unconnected();
     let logs = LogInputs { plan: LogPlan::Embedded(EmbeddedConfig::default()), sink, backlog };
-    let target = Target::files();
-    let plan = Plan { dir, listener, target, backend, capacity, snapshots, tools, logs };
+    let (target, edge) = (Target::files(), Edge::open());
+    let plan = Plan { dir, listener, target, backend, capacity, snapshots, tools, logs, edge };
     let platform = match Box::pin(Platform::start(plan)).await {
         Ok(platform) => platform,
         Err(failure) => {

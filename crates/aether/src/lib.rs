@@ -84,6 +84,8 @@ fn runtime(command: &Command) -> Result<tokio::runtime::Runtime, Failure> {
         | Command::Cp(_)
         | Command::Logs(_)
         | Command::Task(_)
+        | Command::Key(_)
+        | Command::Project(_)
         | Command::Image(_)
         | Command::Migrate(_)
         | Command::Config(_)
@@ -109,6 +111,8 @@ async fn run(args: Args) -> Result<Exit, Failure> {
         Command::Cp(cp) => cli::cp::run(&global, cp).await,
         Command::Logs(logs) => cli::logs::run(&global, logs).await,
         Command::Task(task) => cli::task::run(&global, task).await,
+        Command::Key(key) => cli::key::run(&global, key).await,
+        Command::Project(project) => cli::project::run(&global, project).await,
         Command::Image(image) => cli::image::run(&global, image),
         Command::Completion { shell } => {
             cli::completion(shell);

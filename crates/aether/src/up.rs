@@ -73,8 +73,8 @@ pub(crate) async fn run(global: &Global, args: Up) -> Result<Exit, Failure> {
     let listener = bind(args.listen).await?;
     let mut signals = Signals::take()?;
 
-    let Up { backend, capacity, snapshots, tools, .. } = args;
-    let plan = Plan { dir, listener, target, backend, capacity, snapshots, tools, logs };
+    let Up { backend, capacity, snapshots, tools, edge, .. } = args;
+    let plan = Plan { dir, listener, target, backend, capacity, snapshots, tools, logs, edge };
     let mut platform = tokio::select! {
         platform = Box::pin(Platform::start(plan)) => platform?,
         signal = next_end(&mut signals) => {

@@ -178,8 +178,10 @@ mod tests {
     async fn others_hear_in_order_and_nobody_hears_twice() {
         let (here, there) = (Relay::new(), Relay::new());
         let (mut near, mut far) = (here.local.listener(), there.local.listener());
-        let events: Vec<_> = (0..MESSAGE_EVENTS + 1).map(|_| started()).collect();
-        events.iter().for_each(|event| here.publish(event.clone()));
+        let events: Vec<_> = (0..=MESSAGE_EVENTS).map(|_| started()).collect();
+        for event in &events {
+            here.publish(event.clone());
+        }
         let messages = here.outgoing().await;
         assert_eq!(messages.len(), 2);
         for message in &messages {

@@ -5,6 +5,7 @@ use aether_store::{Accepted, NewTask};
 use aether_types::{Priority, Snapshot, Task, TaskId, TaskKind, Template, Timestamp, Vm, limits};
 
 use crate::{
+    auth::Caller,
     parts::App,
     problem::{ApiError, ApiResult},
 };
@@ -24,7 +25,7 @@ impl<T> Recorded<T> {
     }
 }
 
-pub(crate) fn new_task(kind: TaskKind) -> NewTask {
+pub(crate) fn new_task(kind: TaskKind, caller: &Caller) -> NewTask {
     let priority = match kind {
         // They give back what others wait for.
         TaskKind::VmStop | TaskKind::VmSuspend | TaskKind::VmDelete => Priority::High,
@@ -37,7 +38,13 @@ pub(crate) fn new_task(kind: TaskKind) -> NewTask {
         // It takes minutes, and nobody's VM waits for it.
         TaskKind::TemplateBuild | TaskKind::ToolBuild => Priority::Low,
     };
-    NewTask { id: TaskId::new(), kind, priority, max_attempts: limits::TASK_ATTEMPTS_MAX }
+    NewTask {
+        id: TaskId::new(),
+        kind,
+        priority,
+        max_attempts: limits::TASK_ATTEMPTS_MAX,
+        project: Some(caller.project()),
+    }
 }
 
 /// Runs `record`, then tells the queue and the bus. Goes on where the client leaves, so that what

@@ -8,7 +8,9 @@
 //! Fence: an attempt at a task holds an epoch. The store refuses what an attempt says once a
 //! later attempt has begun, or the task has ended.
 
+mod audit;
 mod error;
+mod key;
 mod page;
 pub mod postgres;
 mod sql;
@@ -16,14 +18,17 @@ pub mod sqlite;
 
 use aether_types::{
     DriverKind, Execution, ExecutionId, ExecutionSpec, ExecutionState, ExitStatus, Fault, KeyId,
-    OutputStream, Priority, RetainedOutput, Snapshot, SnapshotId, SnapshotPurpose, SnapshotState,
-    StartReport, StateChange, Task, TaskId, TaskKind, TaskState, Template, TemplateId,
-    TemplateProgress, TemplateSpec, TemplateState, Timestamp, ToolRequest, Vm, VmEvent, VmId,
-    VmSpec, VmState, VmTool, WorkerId,
+    OutputStream, Priority, Project, ProjectId, RetainedOutput, Snapshot, SnapshotId,
+    SnapshotPurpose, SnapshotState, StartReport, StateChange, Task, TaskId, TaskKind, TaskState,
+    Template, TemplateId, TemplateProgress, TemplateSpec, TemplateState, Timestamp, ToolRequest,
+    Vm, VmEvent, VmId, VmSpec, VmState, VmTool, WorkerId,
+    project::{Quota, Usage},
 };
 use async_trait::async_trait;
 
+pub use audit::{AuditEntry, AuditFilter, Outcome};
 pub use error::StoreError;
+pub use key::{ApiKey, KeyFilter};
 pub use page::{Cursor, Page, PageRequest};
 pub use postgres::PostgresStore;
 pub use sqlite::{Durability, SqliteStore};
@@ -35,6 +40,9 @@ pub struct NewTask {
     pub kind: TaskKind,
     pub priority: Priority,
     pub max_attempts: u32,
+    /// Who asks: a VM of another project is one that there is not. `None`: the platform itself, about
+    /// any VM; what it makes on its own is the default project's.
+    pub project: Option<ProjectId>,
 }
 
 #[derive(Debug, Clone)]
@@ -87,7 +95,7 @@ pub struct NewExecution {
 /// A client's idempotency key, with a digest of the request it came with. Kept 24 hours.
 #[derive(Debug, Clone)]
 pub struct Idempotency {
-    /// The API key that it belongs to and the key's text, joined by the caller.
+    /// The project that it belongs to and the key's text, joined by the caller.
     pub key: String,
     pub request_digest: [u8; 32],
 }
@@ -189,6 +197,8 @@ pub enum CancelOutcome {
 
 #[derive(Debug, Clone, Default)]
 pub struct VmFilter {
+    /// `None`: of every project.
+    pub project: Option<ProjectId>,
     /// Empty: every state but deleted.
     pub states: Vec<VmState>,
     pub driver: Option<DriverKind>,
@@ -202,6 +212,8 @@ pub struct VmFilter {
 
 #[derive(Debug, Clone, Default)]
 pub struct TaskFilter {
+    /// `None`: of every project.
+    pub project: Option<ProjectId>,
     pub states: Vec<TaskState>,
     pub kind: Option<TaskKind>,
     pub vm_id: Option<VmId>,
@@ -210,6 +222,8 @@ pub struct TaskFilter {
 
 #[derive(Debug, Clone, Default)]
 pub struct SnapshotFilter {
+    /// `None`: of every project.
+    pub project: Option<ProjectId>,
     /// Empty: every state but deleted.
     pub states: Vec<SnapshotState>,
     /// Empty: every purpose.
@@ -220,28 +234,22 @@ pub struct SnapshotFilter {
 
 #[derive(Debug, Clone, Default)]
 pub struct TemplateFilter {
+    /// `None`: of every project.
+    pub project: Option<ProjectId>,
     /// Empty: every state but deleted.
     pub states: Vec<TemplateState>,
     pub name: Option<String>,
 }
 
-/// An API key as it is kept: a keyed hash, never the key.
-#[derive(Debug, Clone)]
-pub struct ApiKey {
-    pub id: KeyId,
-    pub name: String,
-    /// The first characters of the key, to recognise it by.
-    pub prefix: String,
-    pub hash: [u8; 32],
-    pub created_at: Timestamp,
-}
-
 #[async_trait]
 pub trait Store: Send + Sync + 'static {
     // --- requests, from the gateway ---
+    //
+    // Whatever records a task fails with `QuotaExceeded` where the project that asks may not have so
+    // much more. A repetition is no more, and what gives back (a stop, a deletion) is always taken.
 
-    /// Records a VM in `creating` with its task. Fails with `NameTaken` where a VM that is not
-    /// deleted has the name, with `TooManyVms` where there is no room for one more, and with
+    /// Records a VM in `creating` with its task. Fails with `NameTaken` where a VM of the project that
+    /// is not deleted has the name, with `TooManyVms` where there is no room for one more, and with
     /// `SnapshotNotFound`, `TemplateNotFound`, `SnapshotNotReady` or `TemplateNotReady` where its
     /// origin is gone or will never be ready (one that is still being made is waited for). Only a
     /// user's snapshot is an origin here.
@@ -421,8 +429,8 @@ pub trait Store: Send + Sync + 'static {
 
     async fn vm(&self, id: VmId) -> Result<Option<Vm>, StoreError>;
 
-    /// The VM with this name that is not deleted.
-    async fn vm_by_name(&self, name: &str) -> Result<Option<Vm>, StoreError>;
+    /// The project's VM with this name that is not deleted.
+    async fn vm_by_name(&self, project: ProjectId, name: &str) -> Result<Option<Vm>, StoreError>;
 
     /// Newest first.
     async fn vms(&self, filter: VmFilter, page: PageRequest) -> Result<Page<Vm>, StoreError>;
@@ -449,8 +457,12 @@ pub trait Store: Send + Sync + 'static {
 
     async fn snapshot(&self, id: SnapshotId) -> Result<Option<Snapshot>, StoreError>;
 
-    /// The snapshot with this name that is not deleted.
-    async fn snapshot_by_name(&self, name: &str) -> Result<Option<Snapshot>, StoreError>;
+    /// The project's snapshot with this name that is not deleted.
+    async fn snapshot_by_name(
+        &self,
+        project: ProjectId,
+        name: &str,
+    ) -> Result<Option<Snapshot>, StoreError>;
 
     /// Newest first.
     async fn snapshots(
@@ -461,10 +473,14 @@ pub trait Store: Send + Sync + 'static {
 
     async fn template(&self, id: TemplateId) -> Result<Option<Template>, StoreError>;
 
-    /// The ready template of this name, else the newest that is being built, else the newest that
-    /// failed.
-    async fn template_by_name(&self, name: &str, tag: &str)
-    -> Result<Option<Template>, StoreError>;
+    /// The project's ready template of this name, else the newest that is being built, else the
+    /// newest that failed.
+    async fn template_by_name(
+        &self,
+        project: ProjectId,
+        name: &str,
+        tag: &str,
+    ) -> Result<Option<Template>, StoreError>;
 
     /// Newest first.
     async fn templates(
@@ -490,15 +506,66 @@ pub trait Store: Send + Sync + 'static {
     /// Tasks that have not ended, oldest first.
     async fn open_tasks(&self) -> Result<Vec<Task>, StoreError>;
 
+    // --- projects ---
+
+    /// Fails with `NameTaken` where a project that is not deleted has the name.
+    async fn create_project(&self, project: Project) -> Result<(), StoreError>;
+
+    async fn project(&self, id: ProjectId) -> Result<Option<Project>, StoreError>;
+
+    async fn project_by_name(&self, name: &str) -> Result<Option<Project>, StoreError>;
+
+    /// Newest first.
+    async fn projects(&self, page: PageRequest) -> Result<Page<Project>, StoreError>;
+
+    /// Counts from now on; what there is stays. Fails with `ProjectNotFound`.
+    async fn set_quota(&self, id: ProjectId, quota: Quota) -> Result<(), StoreError>;
+
+    async fn project_usage(&self, id: ProjectId) -> Result<Usage, StoreError>;
+
+    /// Deletes a project with its keys; history of it stays, seen by nobody. Fails with
+    /// `ProjectInUse` while there is anything else of it, and for the default one.
+    async fn delete_project(&self, id: ProjectId) -> Result<(), StoreError>;
+
     // --- keys ---
 
+    /// Fails with `ProjectNotFound` and `TooManyKeys`. Forgets keys that have been of no use for `KEY_KEPT_DAYS`.
     async fn insert_key(&self, key: ApiKey) -> Result<(), StoreError>;
 
-    async fn keys(&self) -> Result<Vec<ApiKey>, StoreError>;
+    async fn key(&self, id: KeyId) -> Result<Option<ApiKey>, StoreError>;
+
+    /// The key that has this hash, unless it is revoked: what is written anywhere counts at once.
+    async fn key_by_hash(&self, hash: &[u8; 32]) -> Result<Option<ApiKey>, StoreError>;
+
+    /// Newest first.
+    async fn keys(&self, filter: KeyFilter, page: PageRequest) -> Result<Page<ApiKey>, StoreError>;
+
+    /// It opens nothing from now on, also where an older program looks. Repeating it is harmless.
+    async fn revoke_key(&self, id: KeyId) -> Result<ApiKey, StoreError>;
+
+    /// The key was used at `at`; written only where the last use that is known is at `stale` or
+    /// earlier.
+    async fn key_used(&self, id: KeyId, at: Timestamp, stale: Timestamp) -> Result<(), StoreError>;
 
     /// The secret of this name that all processes on the store share. The first one that asks makes
     /// it: `proposed` is kept where there is none, and ignored where there is one.
     async fn shared_secret(&self, name: &str, proposed: &[u8]) -> Result<Vec<u8>, StoreError>;
+
+    // --- audit ---
+
+    /// Writes an entry; the same one a second time changes nothing.
+    async fn append_audit(&self, entry: AuditEntry) -> Result<(), StoreError>;
+
+    /// Newest first.
+    async fn audit_entries(
+        &self,
+        filter: AuditFilter,
+        page: PageRequest,
+    ) -> Result<Page<AuditEntry>, StoreError>;
+
+    /// Takes away some of the entries from before this time, and some of those past
+    /// `AUDIT_ROWS_MAX`. Gives how many went; none: there are no more of them.
+    async fn prune_audit(&self, before: Timestamp) -> Result<u64, StoreError>;
 
     // --- health ---
 

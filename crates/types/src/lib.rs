@@ -3,6 +3,7 @@
 //! No I/O and no async: the gateway, the worker and the client all decide with the same pure code
 //! which request is legal and which transition exists.
 
+pub mod access;
 pub mod error;
 pub mod execution;
 pub mod id;
@@ -10,6 +11,7 @@ pub mod limits;
 pub mod log;
 pub mod network;
 mod password;
+pub mod project;
 pub mod snapshot;
 pub mod start;
 pub mod task;
@@ -18,14 +20,19 @@ pub mod time;
 pub mod tool;
 pub mod vm;
 
+pub use access::{Access, Resource, Role, Scope, Verb};
 pub use error::{ErrorCode, Fault};
 pub use execution::{
     Execution, ExecutionSpec, ExecutionState, ExitStatus, OutputStream, RetainedOutput, TtySize,
 };
-pub use id::{ExecutionId, KeyId, MachineId, SnapshotId, TaskId, TemplateId, VmId, WorkerId};
+pub use id::{
+    AuditId, ExecutionId, KeyId, MachineId, ProjectId, SnapshotId, TaskId, TemplateId, VmId,
+    WorkerId,
+};
 pub use log::{LogLevel, LogService, LogStream};
 pub use network::{AllowRule, Egress, NetworkPolicy, PortRange, TransportProtocol};
 pub use password::Password;
+pub use project::Project;
 pub use snapshot::{Snapshot, SnapshotPurpose, SnapshotState};
 pub use start::{StartKind, StartPhase, StartReport};
 pub use task::{Priority, Task, TaskKind, TaskProgress, TaskState};

@@ -385,6 +385,7 @@ pub(crate) async fn delete(core: &Core, id: VmId) {
         kind: TaskKind::VmDelete,
         priority: aether_types::Priority::High,
         max_attempts: limits::TASK_ATTEMPTS_MAX,
+        project: None,
     };
     let recorded = match core.parts.store.request_on_vm(id, task, None).await {
         Ok(accepted) => Ok(accepted),

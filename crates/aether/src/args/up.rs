@@ -5,7 +5,7 @@ use std::{net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 use clap::ArgAction;
 
 use super::{
-    Backend, ConfigOption, DatabaseOptions, Logging, RedisOptions, ToolOptions,
+    Backend, ConfigOption, DatabaseOptions, Edge, Logging, RedisOptions, ToolOptions,
     values::parse_duration,
 };
 use crate::logging::LogFormat;
@@ -50,6 +50,8 @@ pub(crate) struct Up {
     pub(crate) tools: ToolOptions,
     #[command(flatten)]
     pub(crate) logging: Logging,
+    #[command(flatten)]
+    pub(crate) edge: Edge,
     #[arg(long, env = "AETHER_LOG_FORMAT", value_enum, default_value = "text")]
     pub(crate) log_format: LogFormat,
     /// What is logged, such as `info` or `warn,aether_worker=debug`

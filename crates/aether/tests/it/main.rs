@@ -8,6 +8,7 @@ mod config;
 mod exec;
 #[cfg(test)]
 mod instant;
+mod keys;
 #[cfg(test)]
 mod logs;
 #[cfg(test)]

@@ -159,6 +159,15 @@ impl Client {
         decode(self.send(request).await?).await
     }
 
+    pub(super) async fn put<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        query: &Query,
+        body: &(impl Serialize + Sync),
+    ) -> Result<T, ClientError> {
+        decode(self.send(self.request(Method::PUT, path, query).json(body)).await?).await
+    }
+
     pub(super) async fn delete<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
         decode(self.send(self.request(Method::DELETE, path, &Query::default())).await?).await
     }

@@ -8,7 +8,10 @@ use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use aether_api::{EVENT_STREAM_MEDIA_TYPE, LogEntryView, LogEvent, LogsView, QueryLogs};
 use aether_logs::{FollowFrom, Followed, LogFilter, LogFollower, LogQuery, Logged};
-use aether_types::{ErrorCode, LogLevel, PreciseTime, TaskId, limits::LOG_QUERY_LIMIT_DEFAULT};
+use aether_types::{
+    ErrorCode, LogLevel, PreciseTime, Resource, Scope, TaskId, Verb, VmId,
+    limits::LOG_QUERY_LIMIT_DEFAULT,
+};
 use axum::{
     Json as JsonAnswer,
     body::Body,
@@ -27,10 +30,11 @@ use tokio::{
 };
 
 use crate::{
+    auth::Caller,
     extract::{Json, Params},
     parts::App,
     problem::{ApiError, ApiResult},
-    routes::vms::resolve,
+    routes::vms::{find, resolve},
 };
 
 /// A client has nothing to say but pongs and its end.
@@ -38,17 +42,49 @@ const MESSAGE_BYTES_MAX: usize = 4096;
 /// The client's socket takes an ending message in this time, or is left.
 const GOODBYE_LIMIT: Duration = Duration::from_secs(5);
 
+/// The VM whose lines are asked for. They are those of a VM or a task of the caller's project; who
+/// may look at the whole platform may ask for all, and for those of things that are no more.
+async fn owned(
+    app: &App,
+    caller: &Caller,
+    vm: Option<&str>,
+    task: Option<TaskId>,
+) -> ApiResult<Option<VmId>> {
+    let all = Scope { resource: Resource::Platform, verb: Verb::Read };
+    if caller.check(all).is_ok() {
+        return match vm {
+            Some(vm) => resolve(app, caller, vm).await.map(Some),
+            None => Ok(None),
+        };
+    }
+    if let Some(task) = task {
+        let found = app.store().task(task).await?;
+        if found.is_none_or(|found| found.project_id != caller.project()) {
+            let detail = format!("there is no task `{task}`");
+            return Err(ApiError::new(ErrorCode::TaskNotFound, detail));
+        }
+    }
+    match vm {
+        Some(vm) => find(app, caller, vm).await.map(|vm| Some(vm.id)),
+        None if task.is_some() => Ok(None),
+        None => {
+            let detail = format!("name a `vm_id` or a `task_id`: lines of all need `{all}`");
+            Err(ApiError::new(ErrorCode::Forbidden, detail))
+        }
+    }
+}
+
 pub(super) async fn query(
     State(app): State<App>,
+    caller: Caller,
     params: Params,
     body: Json<QueryLogs>,
 ) -> ApiResult<JsonAnswer<LogsView>> {
     params.finish()?;
     let QueryLogs { vm_id, task_id, level, text, start, end, limit } = body.value;
-    let vm_id = match vm_id {
-        Some(vm) => Some(resolve(&app, &vm).await.map_err(|error| error.in_body("vm_id"))?),
-        None => None,
-    };
+    let owned = owned(&app, &caller, vm_id.as_deref(), task_id).await;
+    let named = if task_id.is_some() { "task_id" } else { "vm_id" };
+    let vm_id = owned.map_err(|error| error.in_body(named))?;
     let query = LogQuery {
         filter: LogFilter { vm_id, task_id, level, text },
         start_ns: start.map(PreciseTime::unix_ns),
@@ -78,11 +114,12 @@ fn view(logged: &Logged) -> LogEntryView {
 
 pub(super) async fn stream(
     State(app): State<App>,
+    caller: Caller,
     mut params: Params,
     headers: HeaderMap,
     upgrade: Result<WebSocketUpgrade, ws::rejection::WebSocketUpgradeRejection>,
 ) -> ApiResult<Response> {
-    let filter = filter(&app, &mut params).await?;
+    let (vm, mut filter) = filter(&mut params)?;
     let from = from(&mut params, &headers)?;
     params.finish()?;
     let wants_events = headers
@@ -98,6 +135,7 @@ pub(super) async fn stream(
             return Err(ApiError::new(ErrorCode::InvalidRequest, detail));
         }
     };
+    filter.vm_id = owned(&app, &caller, vm.as_deref(), filter.task_id).await?;
     let place = app.stream_place()?;
     let follower = app.parts.logs.follow(filter, from).await?;
     let tail = Tail { app: app.clone(), follower, is_over: false, _place: place };
@@ -111,17 +149,15 @@ pub(super) async fn stream(
     ))
 }
 
-async fn filter(app: &App, params: &mut Params) -> ApiResult<LogFilter> {
-    let vm_id = match params.one("vm_id")? {
-        Some(vm) => Some(resolve(app, &vm).await?),
-        None => None,
-    };
+/// What is asked for, and of which VM.
+fn filter(params: &mut Params) -> ApiResult<(Option<String>, LogFilter)> {
+    let vm = params.one("vm_id")?;
     let task_id = params.one("task_id")?.map(|text| text.parse::<TaskId>());
     let task_id =
         task_id.transpose().map_err(|error| ApiError::invalid(format!("task_id: {error}")))?;
     let level = params.parsed::<LogLevel>("level")?;
     let text = params.one("text")?;
-    Ok(LogFilter { vm_id, task_id, level, text })
+    Ok((vm, LogFilter { vm_id: None, task_id, level, text }))
 }
 
 /// A client of events that connects again says where it was in a header.

@@ -15,11 +15,14 @@
 //! lone statement happens at its last step, and an error of it must not be lost.
 
 mod attempts;
+mod audit;
 mod create;
 mod executions;
 mod keys;
 mod lock;
+mod projects;
 pub(crate) mod query;
+mod quotas;
 mod requests;
 mod rows;
 mod snapshots;

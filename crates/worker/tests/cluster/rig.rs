@@ -86,6 +86,7 @@ fn new_task(kind: TaskKind) -> NewTask {
         kind,
         priority: Priority::Default,
         max_attempts: if kind == TaskKind::VmCreate { 3 } else { limits::TASK_ATTEMPTS_MAX },
+        project: None,
     }
 }
 

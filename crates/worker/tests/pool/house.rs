@@ -176,7 +176,7 @@ impl House {
         };
         let vm = NewVm { id: VmId::new(), name: name.to_owned(), spec };
         let (id, kind, priority) = (TaskId::new(), TaskKind::VmCreate, Priority::Default);
-        let task = NewTask { id, kind, priority, max_attempts: 3 };
+        let task = NewTask { id, kind, priority, max_attempts: 3, project: None };
         let accepted = self.rig.store().create_vm(vm, task, Capacity::default(), None).await;
         let accepted = accepted.unwrap();
         let entry = Entry { task: id, lane: Lane::Shared, priority, delay: Duration::ZERO };
