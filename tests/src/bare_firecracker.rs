@@ -2,6 +2,7 @@
 //! Commands in it are run by the guest's own agent, over vsock.
 
 use std::{
+    cell::Cell,
     fs,
     io::{Read as _, Write as _},
     os::{
@@ -24,8 +25,10 @@ use crate::{
 
 const IMAGE: &str = "debian-fctest";
 const LIMIT: Duration = Duration::from_mins(2);
-/// The first connection after a load may hang; the next one does not.
+/// The first connection after a load may hang; the next one does not. It is given up after so long,
+/// or three times what a command in a warm guest takes, where that is longer.
 const FIRST_LIMIT: Duration = Duration::from_millis(500);
+const FIRST_FACTOR: u32 = 3;
 const READY_PORT: u32 = 1025;
 const MAC: &str = "02:ae:01:00:00:02";
 
@@ -37,6 +40,8 @@ pub struct BareFirecracker {
     program: PathBuf,
     image: Value,
     memory_mb: u32,
+    /// For one exchange with the guest.
+    exchange: Cell<Duration>,
     runtime: tokio::runtime::Runtime,
 }
 
@@ -63,7 +68,8 @@ impl BareFirecracker {
         namespace.ip(&["link", "set", "net0", "up"])?;
         make_empty_disk(folder.path())?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        Ok(Self { namespace, folder, program, image: inspect_image(IMAGE)?, memory_mb, runtime })
+        let (image, exchange) = (inspect_image(IMAGE)?, Cell::new(LIMIT / 4));
+        Ok(Self { namespace, folder, program, image, memory_mb, exchange, runtime })
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -140,7 +146,11 @@ impl BareFirecracker {
     pub fn make_snapshot(&self) -> Result<()> {
         self.prepare("empty.img")?;
         let mut machine = self.boot()?;
-        self.first_byte(&["/bin/sh", "-c", "sync; echo ok"])?;
+        let command = ["/bin/sh", "-c", "sync; echo ok"];
+        self.first_byte(&command)?;
+        let warm = Instant::now();
+        self.first_byte(&command)?;
+        self.exchange.set(FIRST_LIMIT.max(warm.elapsed() * FIRST_FACTOR));
         machine.request("PATCH", "/vm", &json!({ "state": "Paused" }))?;
         let files = json!({
             "snapshot_type": "Full", "snapshot_path": "s.state", "mem_file_path": "s.mem",
@@ -204,8 +214,7 @@ impl BareFirecracker {
         let deadline = Instant::now() + LIMIT;
         self.runtime.block_on(async {
             loop {
-                match tokio::time::timeout(FIRST_LIMIT.max(LIMIT / 60), self.try_run(command)).await
-                {
+                match tokio::time::timeout(self.exchange.get(), self.try_run(command)).await {
                     Ok(Ok(())) => return Ok(()),
                     Ok(Err(error)) if Instant::now() > deadline => return Err(error),
                     Err(_) if Instant::now() > deadline => bail!("the guest does not answer"),
@@ -230,7 +239,7 @@ impl BareFirecracker {
                 ..Run::default()
             };
             let token = Token::from_bytes([0; 32]);
-            Ok::<_, anyhow::Error>(host::run(stream, &token, run, FIRST_LIMIT).await?)
+            Ok::<_, anyhow::Error>(host::run(stream, &token, run, self.exchange.get()).await?)
         };
         match open.await?.next().await? {
             host::RunEvent::Output { .. } => Ok(()),

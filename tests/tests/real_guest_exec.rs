@@ -3,15 +3,15 @@
 use std::time::{Duration, Instant};
 
 use aether_api::{
-    ExecuteRequest, StreamEvent,
-    client::{CallOptions, PageQuery, WriteOptions},
+    ExecuteRequest, LogEvent, QueryLogs, StreamEvent,
+    client::{CallOptions, LogsFrom, PageQuery, WriteOptions},
 };
 use aether_tests::{
     Platform, Setup,
     platform::{can_run_guests, small_vm},
 };
-use aether_types::{ErrorCode, ExecutionState, VmState};
-use anyhow::{Context, Result, ensure};
+use aether_types::{ErrorCode, ExecutionState, LogStream, PreciseTime, VmState};
+use anyhow::{Context, Result, bail, ensure};
 use bytes::Bytes;
 use futures::future::try_join_all;
 
@@ -219,6 +219,9 @@ async fn a_command_ends_with_the_reason_of_what_carried_it() -> Result<()> {
         ensure!(event.elapsed() < Duration::from_secs(4), "{name}: {:?}", event.elapsed());
         let now = platform.client().vm(&vm).await?;
         ensure!(now.state == state, "{name}: {now:?}");
+        if code == ErrorCode::GuestPanic {
+            panic_is_logged(&platform, &vm).await?;
+        }
         if state == VmState::Running {
             let after = platform.execute(&vm, &["echo", "alive"]).await?;
             ensure!(after.exit_code == Some(0), "{after:?}");
@@ -226,6 +229,21 @@ async fn a_command_ends_with_the_reason_of_what_carried_it() -> Result<()> {
         platform.delete(&vm).await?;
     }
     platform.finish()
+}
+
+/// What the console showed last is among the VM's log lines.
+async fn panic_is_logged(platform: &Platform, vm: &str) -> Result<()> {
+    let filter = QueryLogs {
+        vm_id: Some(vm.to_owned()),
+        text: Some("Kernel panic".to_owned()),
+        ..QueryLogs::default()
+    };
+    let start = LogsFrom::Time(PreciseTime::from_unix_ns(0));
+    let mut lines = platform.client().follow_logs(&filter, start).await?;
+    let line = tokio::time::timeout(Duration::from_secs(10), lines.next()).await??;
+    let Some(LogEvent::Entry(entry)) = line else { bail!("no line: {line:?}") };
+    ensure!(entry.stream == LogStream::Console, "{entry:?}");
+    Ok(())
 }
 
 /// The VMM of the only VM.

@@ -13,7 +13,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("aether-protocol", &[]),
     ("aether-api", &["aether-types"]),
     ("aether-agent", &["aether-protocol"]),
-    ("aether-events", &["aether-types"]),
+    ("aether-events", &["aether-types", "aether-postgres", "aether-redis"]),
     ("aether-postgres", &["aether-types"]),
     ("aether-redis", &["aether-types"]),
     ("aether-store", &["aether-types", "aether-postgres"]),

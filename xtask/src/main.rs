@@ -80,11 +80,27 @@ fn test(root: &Path) -> Result<()> {
 
 fn bench(root: &Path, args: &[&str]) -> Result<()> {
     let Some((name, rest)) = args.split_first() else {
-        bail!("bench: name a benchmark; benches are in tests/benches");
+        bail!("bench: name a benchmark; they are in tests/benches and crates/*/benches");
     };
+    let package = package_of_bench(root, name)?;
     let mut steps = Steps::quiet(root);
-    let mut command = vec!["bench", "--quiet", "-p", "aether-tests", "--bench", name, "--"];
+    let mut command = vec!["bench", "--quiet", "-p", &package, "--bench", name, "--"];
     command.extend(rest);
     steps.cargo("bench", &command);
     steps.finish()
+}
+
+/// Those of one crate are beside it, those of the whole platform in `tests`.
+fn package_of_bench(root: &Path, name: &str) -> Result<String> {
+    let file = format!("benches/{name}.rs");
+    if root.join("tests").join(&file).exists() {
+        return Ok("aether-tests".to_owned());
+    }
+    for entry in std::fs::read_dir(root.join("crates"))? {
+        let entry = entry?;
+        if entry.path().join(&file).exists() {
+            return Ok(format!("aether-{}", entry.file_name().to_string_lossy()));
+        }
+    }
+    bail!("bench: there is no benchmark {name}; see tests/benches and crates/*/benches")
 }

@@ -1,6 +1,7 @@
 //! Steps of a chore: each is run, timed and told; one that fails does not hide the next.
 
 use std::{
+    ffi::OsStr,
     path::{Path, PathBuf},
     process::Command,
     time::{Duration, Instant},
@@ -35,7 +36,13 @@ impl Steps {
     pub(crate) fn cargo_with(&mut self, name: &str, args: &[&str], env: &[(&str, &str)]) {
         self.run(name, |root| {
             let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-            let status = Command::new(cargo)
+            let mut command = Command::new(cargo);
+            // What cargo told us of ourselves is not theirs: build scripts that look at it would
+            // run again, and all that depends on them would be built again.
+            for (name, _) in std::env::vars_os().filter(|(name, _)| is_of_this_package(name)) {
+                command.env_remove(name);
+            }
+            let status = command
                 .args(args)
                 .envs(env.iter().copied())
                 .current_dir(root)
@@ -74,6 +81,11 @@ impl Steps {
         }
         if failed.is_empty() { Ok(()) } else { bail!("failed: {}", failed.join(", ")) }
     }
+}
+
+fn is_of_this_package(name: &OsStr) -> bool {
+    let name = name.to_string_lossy();
+    name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_")
 }
 
 #[expect(clippy::print_stdout, reason = "the chore's own output")]

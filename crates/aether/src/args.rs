@@ -1,6 +1,11 @@
 //! The command line, and the environment: everything that is configured from outside.
 
+mod config;
 mod database;
+mod edge;
+mod key;
+mod logs;
+mod project;
 mod redis;
 mod template;
 mod tools;
@@ -15,7 +20,12 @@ use aether_drivers::network::Ipv4Range;
 use aether_types::{DriverKind, TaskId, limits};
 use clap::{ArgAction, Parser, Subcommand, ValueEnum};
 
+pub(crate) use config::{ConfigArgs, ConfigCommand, ConfigOption};
 pub(crate) use database::{DatabaseOptions, Migrate, MigrateCommand, refused};
+pub(crate) use edge::Edge;
+pub(crate) use key::{Key, KeyCreate, KeyList};
+pub(crate) use logs::{LogPlan, Logging, Logs, Since};
+pub(crate) use project::Project;
 pub(crate) use redis::{RedisOptions, refused_redis};
 pub(crate) use template::{
     Pool, Snapshot, SnapshotCreate, SnapshotList, Template, TemplateBuild, TemplateList,
@@ -33,7 +43,7 @@ Exit status:
   2    wrong use: the command line, or a value that the server refuses
   3    not found
   4    conflict: a name that is taken, a state that does not allow it
-  5    the key is missing or wrong
+  5    the key is missing or wrong, or may not do this
   6    unavailable: the server does not answer, or lacks what was asked for
   exec and shell end as the command did (128 and the signal's number where one ended it; 126 and
   127 where it could not be run or was not found), and with
@@ -95,6 +105,8 @@ pub(crate) enum Command {
     Shell(Shell),
     /// Copy files to or from a VM
     Cp(Cp),
+    /// See and follow what VMs and the platform say
+    Logs(Logs),
     /// See and cancel tasks
     #[command(subcommand)]
     Task(Task),
@@ -104,10 +116,18 @@ pub(crate) enum Command {
     /// See the queues, and tasks that used up their attempts
     #[command(subcommand)]
     Queue(Queue),
+    /// Give, see and take API keys
+    #[command(subcommand)]
+    Key(Key),
+    /// Make, see and delete projects
+    #[command(subcommand)]
+    Project(Project),
     /// Build and see the images on this machine
     Image(ImageArgs),
     /// Bring the tables in PostgreSQL up to date, and see what is pending
     Migrate(Migrate),
+    /// Check and show the configuration
+    Config(ConfigArgs),
     /// Check this host by running a VM on it
     Doctor(Doctor),
     /// Print a script that completes commands in a shell
@@ -192,6 +212,8 @@ impl ImageDir {
 
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct Doctor {
+    #[command(flatten)]
+    pub(crate) config: ConfigOption,
     #[command(flatten)]
     pub(crate) backend: Backend,
     #[command(flatten)]

@@ -16,7 +16,7 @@ use aether_drivers::{
     qemu::{QemuConfig, QemuDriver},
     sim::{SimConfig, SimDriver, SimHost},
 };
-use aether_events::{EventBus, LocalBus};
+use aether_events::EventBus;
 use aether_images::{ImageStore, SnapshotError, SnapshotStore};
 use aether_postgres::Database;
 use aether_store::Store;
@@ -30,7 +30,8 @@ use tokio::{net::TcpListener, time::Instant};
 
 use crate::{
     args::{
-        Backend, Capacity, DriverChoice, FleetOptions, PoolChoice, PoolSpec, Snapshots, ToolOptions,
+        Backend, Capacity, DriverChoice, Edge, FleetOptions, PoolChoice, PoolSpec, Snapshots,
+        ToolOptions,
     },
     database::{Opened, Target},
     datadir::LockedDataDir,
@@ -39,6 +40,8 @@ use crate::{
     failure::{Failure, chain},
     gateway::{self, AdminKey, Gateway, ImageNames, Inputs},
     images::{SimulatedImages, StoredImages},
+    logs::{LogInputs, Logs},
+    metrics::Metrics,
     tools::ToolsHere,
 };
 
@@ -53,6 +56,8 @@ pub(crate) struct Plan {
     pub(crate) snapshots: Snapshots,
     pub(crate) tools: ToolOptions,
     pub(crate) fleet: FleetConfig,
+    pub(crate) logs: LogInputs,
+    pub(crate) edge: Edge,
 }
 
 /// Everything, running.
@@ -63,6 +68,8 @@ pub(crate) struct Platform {
     worker: Worker,
     store: Arc<dyn Store>,
     bus: Arc<dyn EventBus>,
+    logs: Logs,
+    _metrics: Metrics,
     /// The image of the default template; `None`: there shall be none.
     template_image: Option<String>,
     /// Of every VM, and so of the default template.
@@ -88,10 +95,13 @@ impl Platform {
     /// Opens the data directory's content and starts the parts, those first that others need.
     /// What fails leaves the rest as a crash would: the next start takes it over.
     pub(crate) async fn start(plan: Plan) -> Result<Self, Failure> {
-        let Plan { dir, listener, target, backend, capacity, snapshots, tools, fleet } = plan;
+        let Plan { dir, listener, target, backend, capacity, snapshots, tools, fleet, logs, edge } =
+            plan;
         let address = listener.local_addr().map_err(|e| Failure::io("read the address", &e))?;
-        let Opened { store, queue, database } = Opened::open(target, &dir).await?;
-        let bus: Arc<dyn EventBus> = Arc::new(LocalBus::new());
+        let Opened { store, queue, bus, database } = Opened::open(target, &dir).await?;
+        let LogInputs { plan, sink, backlog } = logs;
+        let logs = Logs::open(&dir.logs(), plan, backlog).await?;
+        let metrics = Metrics::start(sink.clone())?;
         let sessions = Sessions::default();
         let (keys, key) = gateway::keys(&dir, &*store, database.is_some()).await?;
         let tools = ToolsHere::open(tools, dir.tools()).await?;
@@ -107,6 +117,7 @@ impl Platform {
             store: Arc::clone(&store),
             queue: Arc::clone(&queue),
             bus: Arc::clone(&bus),
+            logs: sink,
             sessions: sessions.clone(),
             drivers: machines.drivers.clone(),
             images: Arc::clone(&machines.images),
@@ -127,12 +138,16 @@ impl Platform {
             store: Arc::clone(&store),
             queue,
             bus: Arc::clone(&bus),
+            logs: (logs.component, Arc::clone(&logs.store)),
             sessions,
             links: worker.links(),
             pools: worker.pools(),
             keys,
             offer,
+            metrics: Arc::clone(&metrics.read),
             tools,
+            limits: edge.limits(),
+            origins: edge.origins()?,
             capacity: aether_store::Capacity {
                 vms_max: Some(capacity.max_vms),
                 starting_max: Some(capacity.max_starting),
@@ -146,6 +161,8 @@ impl Platform {
             worker,
             store,
             bus,
+            logs,
+            _metrics: metrics,
             template_image,
             default_tools,
             host,
@@ -211,7 +228,7 @@ impl Platform {
     /// Stops taking requests, stops claiming work, ends or hands over the VMs, flushes, closes: in
     /// this order, and within `limit`.
     pub(crate) async fn shutdown(self, mode: ShutdownMode, limit: Duration) -> ShutdownReport {
-        let Self { dir, gateway, worker, host, database, .. } = self;
+        let Self { dir, gateway, worker, host, logs, database, .. } = self;
         let deadline = Instant::now() + limit;
         // Clients look for the server here; it is as good as gone.
         if let Err(failure) = dir.remove_listen() {
@@ -223,6 +240,10 @@ impl Platform {
         // Answers that waited for the worker's last words go out meanwhile.
         if tokio::time::timeout_at(deadline, gateway.ended()).await.is_err() {
             tracing::warn!("clients were still connected when the time was over");
+        }
+        // Last: the others have told how they ended.
+        if tokio::time::timeout_at(deadline, logs.close()).await.is_err() {
+            tracing::warn!("log lines were still being written when the time was over");
         }
         drop(host);
         if let Some(database) = database

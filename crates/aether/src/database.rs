@@ -1,7 +1,8 @@
-//! The store and the queue that were asked for: files of this data directory, PostgreSQL, Redis.
+//! The store, the queue and the bus that were asked for: files of this data directory, PostgreSQL, Redis.
 
 use std::sync::Arc;
 
+use aether_events::{EventBus, LocalBus, PostgresBus, RedisBus};
 use aether_postgres::{Config, Database, Extent, MigrateError, OpenError, Schema};
 use aether_queue::{PostgresQueue, Queue, QueueError, RedisQueue, SqliteQueue};
 use aether_store::{Durability, PostgresStore, SqliteStore, Store, StoreError};
@@ -40,7 +41,9 @@ pub(crate) enum StoreTarget {
 pub(crate) struct Opened {
     pub(crate) store: Arc<dyn Store>,
     pub(crate) queue: Arc<dyn Queue>,
-    /// To be closed when both have come to rest.
+    /// Over the server that the queue is on.
+    pub(crate) bus: Arc<dyn EventBus>,
+    /// To be closed when they have come to rest.
     pub(crate) database: Option<Database>,
 }
 
@@ -64,22 +67,27 @@ impl Opened {
                 (Arc::new(opened.map_err(|e| store_failure(&e))?), Some(database))
             }
         };
-        let queue: Arc<dyn Queue> = match (redis, &database) {
+        let (queue, bus): (Arc<dyn Queue>, Arc<dyn EventBus>) = match (redis, &database) {
             (Some(config), _) => {
                 let owner = installation(&*store).await?;
-                let opened = RedisQueue::open(config, &owner).await;
-                Arc::new(opened.map_err(|e| queue_failure(&e))?)
+                let queue = RedisQueue::open(config.clone(), &owner).await;
+                let queue = queue.map_err(|e| queue_failure(&e))?;
+                let bus = RedisBus::open(config).await.map_err(|e| redis_unreachable(&e))?;
+                (Arc::new(queue), Arc::new(bus))
             }
             (None, Some(database)) => {
-                let opened = PostgresQueue::open(database).await;
-                Arc::new(opened.map_err(|e| queue_failure(&e))?)
+                let queue = PostgresQueue::open(database).await.map_err(|e| queue_failure(&e))?;
+                let bus = PostgresBus::open(database).await;
+                let bus = bus.map_err(|e| Failure::internal("listen for events", &e))?;
+                (Arc::new(queue), Arc::new(bus))
             }
             (None, None) => {
-                let opened = SqliteQueue::open(&dir.queue()).await;
-                Arc::new(opened.map_err(|e| queue_failure(&e))?)
+                let queue = SqliteQueue::open(&dir.queue()).await;
+                let queue = queue.map_err(|e| Failure::internal("open the queue", &e))?;
+                (Arc::new(queue), Arc::new(LocalBus::new()))
             }
         };
-        Ok(Self { store, queue, database })
+        Ok(Self { store, queue, bus, database })
     }
 }
 

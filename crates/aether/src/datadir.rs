@@ -63,6 +63,10 @@ impl DataDir {
         self.0.join("queue.db")
     }
 
+    pub(crate) fn logs(&self) -> PathBuf {
+        self.0.join("logs.db")
+    }
+
     pub(crate) fn admin_key(&self) -> PathBuf {
         self.0.join("admin-key")
     }

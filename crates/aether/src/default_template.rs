@@ -113,7 +113,7 @@ async fn ready(
                 {
                     break;
                 }
-                Received::Missed(_) => break,
+                Received::Missed => break,
                 Received::Event(_) => {}
                 Received::Closed => return Err("the platform ends".to_owned()),
             }

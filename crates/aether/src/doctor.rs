@@ -8,6 +8,7 @@ use aether_api::{
     client::{CallOptions, Client, Waited},
 };
 use aether_drivers::CgroupStatus;
+use aether_logs::{EmbeddedConfig, LogSink};
 use aether_postgres::{Database, Facts, OpenError};
 use aether_redis::{Link, Listener};
 use aether_types::{DriverKind, ErrorCode, VmState};
@@ -17,8 +18,8 @@ use tokio::{net::TcpListener, time::Instant};
 
 use crate::{
     args::{
-        Backend, Capacity, DatabaseOptions, Doctor, DriverChoice, Global, PoolChoice, RedisOptions,
-        Snapshots, ToolOptions,
+        Backend, Capacity, DatabaseOptions, Doctor, DriverChoice, Edge, Global, LogPlan,
+        PoolChoice, RedisOptions, Snapshots, ToolOptions,
     },
     cli,
     compose::{self, Plan, Platform},
@@ -27,7 +28,9 @@ use crate::{
     exit::Exit,
     failure::Failure,
     host::{self, Finding, Verdict},
-    leftovers, logging, output,
+    leftovers, logging,
+    logs::LogInputs,
+    output,
 };
 
 const WAIT: Duration = Duration::from_mins(4);
@@ -45,7 +48,7 @@ struct Report {
 }
 
 pub(crate) async fn run(global: &Global, args: Doctor) -> Result<Exit, Failure> {
-    logging::start(logging::LogFormat::Text, &args.log_level)?;
+    logging::start(logging::LogFormat::Text, &args.log_level, None)?;
     let mut findings = Findings { json: global.json, all: Vec::new() };
     let dir = DataDir::choose(global.data_dir.as_deref());
     if args.server {
@@ -252,8 +255,11 @@ async fn try_here(backend: Backend, findings: &mut Findings) -> Result<(), Failu
     let capacity = Capacity { max_vms: 2, max_starting: 2, pool: vec![PoolChoice::None] };
     let snapshots = Snapshots { no_default_template: true, ..Snapshots::default() };
     let tools = ToolOptions { no_default_tools: true, ..ToolOptions::default() };
-    let (target, fleet) = (Target::files(), FleetConfig::default());
-    let plan = Plan { dir, listener, target, backend, capacity, snapshots, tools, fleet };
+    let (sink, backlog) = LogSink::unconnected();
+    let logs = LogInputs { plan: LogPlan::Embedded(EmbeddedConfig::default()), sink, backlog };
+    let (target, fleet, edge) = (Target::files(), FleetConfig::default(), Edge::open());
+    let plan =
+        Plan { dir, listener, target, backend, capacity, snapshots, tools, fleet, logs, edge };
     let platform = match Box::pin(Platform::start(plan)).await {
         Ok(platform) => platform,
         Err(failure) => {

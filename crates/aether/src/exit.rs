@@ -61,6 +61,8 @@ impl From<ErrorCode> for Exit {
             | ErrorCode::ImageNotFound
             | ErrorCode::SnapshotNotFound
             | ErrorCode::TemplateNotFound
+            | ErrorCode::KeyNotFound
+            | ErrorCode::ProjectNotFound
             | ErrorCode::ToolNotFound
             | ErrorCode::ToolVersionNotFound
             | ErrorCode::FileNotFound
@@ -70,10 +72,14 @@ impl From<ErrorCode> for Exit {
             | ErrorCode::SnapshotStateConflict
             | ErrorCode::TaskEnded
             | ErrorCode::IdempotencyConflict
+            | ErrorCode::TooManyKeys
+            | ErrorCode::ProjectInUse
+            | ErrorCode::QuotaExceeded
             | ErrorCode::FileConflict => Self::Conflict,
-            ErrorCode::Unauthorized => Self::Unauthorized,
+            ErrorCode::Unauthorized | ErrorCode::Forbidden => Self::Unauthorized,
             ErrorCode::InsufficientCapacity
             | ErrorCode::TooManyVms
+            | ErrorCode::RateLimited
             | ErrorCode::SnapshotIncompatible
             | ErrorCode::DriverUnavailable
             | ErrorCode::Unavailable => Self::Unavailable,

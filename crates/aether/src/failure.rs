@@ -155,6 +155,14 @@ fn hint_for(code: ErrorCode) -> Option<&'static str> {
         ErrorCode::Unauthorized => {
             Some("give the key with --key or AETHER_KEY; the first one is in DATA_DIR/admin-key")
         }
+        ErrorCode::Forbidden => {
+            Some("ask an admin for a key that may; `aether key create` makes one")
+        }
+        ErrorCode::KeyNotFound => Some("`aether key list` shows the keys there are"),
+        ErrorCode::ProjectNotFound => Some("`aether project list` shows the projects there are"),
+        ErrorCode::QuotaExceeded => {
+            Some("stop or delete what is not needed; `aether project quota` shows what is used")
+        }
         ErrorCode::VmNotFound => Some("`aether vm list` shows the VMs there are"),
         ErrorCode::TaskNotFound => Some("`aether task list` shows the tasks there are"),
         ErrorCode::WorkerNotFound => Some("`aether worker list` shows the workers there are"),

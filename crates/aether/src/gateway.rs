@@ -12,16 +12,19 @@ use aether_drivers::Capabilities;
 use aether_events::EventBus;
 use aether_gateway::{
     AuthSecret, Catalogue, DriverInfo, GatewayConfig, GatewayParts, HostCheck, HostLimits, KeyRing,
-    Probe,
+    LocalLimiter, NewKey, Origins, Probe, RateLimits,
 };
+use aether_logs::LogStore;
 use aether_queue::Queue;
 use aether_store::{Capacity, Store};
 use aether_streams::{GuestLink, Pools, Sessions};
-use aether_types::{DriverKind, limits};
+use aether_types::{Access, DriverKind, ProjectId, Role, limits};
 use tokio::{net::TcpListener, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 
-use crate::{compose, datadir::LockedDataDir, exit::Exit, failure::Failure, tools::ToolsHere};
+use crate::{
+    compose, datadir::LockedDataDir, exit::Exit, failure::Failure, logs::LogProbe, tools::ToolsHere,
+};
 
 const KEY_NAME: &str = "admin";
 
@@ -54,16 +57,16 @@ pub(crate) async fn keys(
     is_shared: bool,
 ) -> Result<(KeyRing, AdminKey), Failure> {
     let failed = |e: &dyn std::error::Error| Failure::internal("make the first API key", e);
-    let secret = secret(dir, store, is_shared).await?;
-    let ring = KeyRing::load(store, secret)
-        .await
-        .map_err(|e| Failure::internal("read the API keys", &e))?;
-    if let Some(text) = dir.read_admin_key()?
-        && ring.knows(&text)
-    {
-        return Ok((ring, AdminKey { text, is_new: false }));
+    let ring = KeyRing::new(secret(dir, store, is_shared).await?);
+    if let Some(text) = dir.read_admin_key()? {
+        let found = ring.find(store, &text).await;
+        if found.map_err(|e| Failure::internal("look the first API key up", &e))?.is_some() {
+            return Ok((ring, AdminKey { text, is_new: false }));
+        }
     }
-    let (text, _) = ring.create(store, KEY_NAME).await.map_err(|e| failed(&e))?;
+    let access = Access { project: ProjectId::DEFAULT, role: Role::Admin, scopes: Vec::new() };
+    let first = NewKey { name: KEY_NAME.to_owned(), access, created_by: None, expires_in: None };
+    let (text, _) = ring.create(store, first).await.map_err(|e| failed(&e))?;
     dir.write_admin_key(&text)?;
     Ok((ring, AdminKey { text, is_new: true }))
 }
@@ -98,13 +101,19 @@ pub(crate) struct Inputs {
     pub(crate) store: Arc<dyn Store>,
     pub(crate) queue: Arc<dyn Queue>,
     pub(crate) bus: Arc<dyn EventBus>,
+    /// With the name of the component in the answer of health.
+    pub(crate) logs: (&'static str, Arc<dyn LogStore>),
     pub(crate) sessions: Sessions,
     pub(crate) links: Arc<dyn GuestLink>,
     pub(crate) pools: Arc<dyn Pools>,
     pub(crate) keys: KeyRing,
     pub(crate) offer: Offer,
+    /// What is counted, as text.
+    pub(crate) metrics: Arc<dyn Fn() -> String + Send + Sync>,
     pub(crate) tools: ToolsHere,
     pub(crate) capacity: Capacity,
+    pub(crate) limits: RateLimits,
+    pub(crate) origins: Origins,
 }
 
 /// The gateway, serving.
@@ -119,28 +128,38 @@ pub(crate) fn start(inputs: Inputs) -> Result<Gateway, Failure> {
         store,
         queue,
         bus,
+        logs: (component, logs),
         sessions,
         links,
         pools,
         keys,
         offer,
+        metrics,
         tools,
         capacity,
+        limits,
+        origins,
     } = inputs;
     let address = listener.local_addr().map_err(|e| Failure::io("read the address", &e))?;
     let gateway = aether_gateway::Gateway::new(GatewayParts {
         store,
         queue,
         bus,
+        logs: Arc::clone(&logs),
         sessions,
         links,
         pools,
         catalogue: Arc::new(offer),
         tools: Arc::new(tools),
         keys,
-        probes: vec![("workers".to_owned(), Arc::new(WorkerHere) as Arc<dyn Probe>)],
+        probes: vec![
+            ("workers".to_owned(), Arc::new(WorkerHere) as Arc<dyn Probe>),
+            (component.to_owned(), Arc::new(LogProbe(logs))),
+        ],
+        metrics,
         hosts: HostCheck::for_listener(address),
-        config: GatewayConfig { capacity, ..GatewayConfig::default() },
+        limiter: Arc::new(LocalLimiter::default()),
+        config: GatewayConfig { capacity, limits, origins, ..GatewayConfig::default() },
     });
     let closing = CancellationToken::new();
     let token = closing.clone();

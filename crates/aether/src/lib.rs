@@ -14,6 +14,7 @@
 mod args;
 mod cli;
 mod compose;
+mod config;
 mod database;
 mod datadir;
 mod default_template;
@@ -25,16 +26,17 @@ mod host;
 mod images;
 mod leftovers;
 mod logging;
+mod logs;
+mod metrics;
 mod migrate;
 mod notify;
+mod older;
 mod output;
 mod signals;
 mod tools;
 mod up;
 
 use std::process::ExitCode;
-
-use clap::Parser as _;
 
 use crate::{
     args::{Args, Command},
@@ -45,8 +47,13 @@ use crate::{
 /// Parses the command line, runs what it says, and answers with the exit status.
 #[must_use]
 pub fn main() -> ExitCode {
-    // On a wrong command line clap prints what is wrong and ends with 2, as documented.
-    let args = Args::parse();
+    let args = match config::parse() {
+        Ok(args) => args,
+        Err(failure) => {
+            output::failure(&failure, false);
+            return failure.exit.into();
+        }
+    };
     let json = args.global.json;
     let outcome = runtime(&args.command).and_then(|runtime| {
         let outcome = runtime.block_on(Box::pin(run(args)));
@@ -75,11 +82,15 @@ fn runtime(command: &Command) -> Result<tokio::runtime::Runtime, Failure> {
         | Command::Exec(_)
         | Command::Shell(_)
         | Command::Cp(_)
+        | Command::Logs(_)
         | Command::Task(_)
         | Command::Worker(_)
         | Command::Queue(_)
+        | Command::Key(_)
+        | Command::Project(_)
         | Command::Image(_)
         | Command::Migrate(_)
+        | Command::Config(_)
         | Command::Completion { .. } => tokio::runtime::Builder::new_current_thread(),
     };
     builder.enable_all().build().map_err(|e| Failure::io("start the runtime", &e))
@@ -90,6 +101,7 @@ async fn run(args: Args) -> Result<Exit, Failure> {
     match command {
         Command::Up(up) => up::run(&global, up).await,
         Command::Migrate(migrate) => migrate::run(&global, migrate).await,
+        Command::Config(args) => config::run(&global, &args),
         Command::Doctor(doctor) => doctor::run(&global, doctor).await,
         Command::Vm(vm) => cli::vm::run(&global, vm).await,
         Command::Snapshot(snapshot) => cli::snapshot::run(&global, snapshot).await,
@@ -99,9 +111,12 @@ async fn run(args: Args) -> Result<Exit, Failure> {
         Command::Exec(exec) => cli::exec::run(&global, exec).await,
         Command::Shell(shell) => cli::shell::run(&global, shell).await,
         Command::Cp(cp) => cli::cp::run(&global, cp).await,
+        Command::Logs(logs) => cli::logs::run(&global, logs).await,
         Command::Task(task) => cli::task::run(&global, task).await,
         Command::Queue(queue) => cli::queue::run(&global, queue).await,
         Command::Worker(worker) => cli::worker::run(&global, worker).await,
+        Command::Key(key) => cli::key::run(&global, key).await,
+        Command::Project(project) => cli::project::run(&global, project).await,
         Command::Image(image) => cli::image::run(&global, image),
         Command::Completion { shell } => {
             cli::completion(shell);

@@ -1,9 +1,14 @@
-//! Logs go to standard error; standard output is for results.
+//! Logs go to standard error, and of the platform also to its log store; standard output is for
+//! results.
 
+mod sink;
+
+use aether_logs::LogSink;
 use clap::ValueEnum;
 use tracing_subscriber::{EnvFilter, Layer as _, layer::SubscriberExt as _};
 
 use crate::failure::Failure;
+use sink::SinkLayer;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum LogFormat {
@@ -13,8 +18,9 @@ pub(crate) enum LogFormat {
     Json,
 }
 
-/// `filter` is what `tracing` takes: `info`, or `warn,aether_worker=debug`.
-pub(crate) fn start(format: LogFormat, filter: &str) -> Result<(), Failure> {
+/// `filter` is what `tracing` takes: `info`, or `warn,aether_worker=debug`. What passes it also goes
+/// into `sink`.
+pub(crate) fn start(format: LogFormat, filter: &str, sink: Option<LogSink>) -> Result<(), Failure> {
     let filter = EnvFilter::try_new(filter)
         .map_err(|e| Failure::usage(format!("--log-level: {filter:?}: {e}")))?;
     let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
@@ -23,7 +29,8 @@ pub(crate) fn start(format: LogFormat, filter: &str) -> Result<(), Failure> {
         LogFormat::Json => lines.json().flatten_event(true).with_current_span(true).boxed(),
     };
     tracing::subscriber::set_global_default(
-        tracing_subscriber::registry().with(lines.with_filter(filter)),
+        tracing_subscriber::registry()
+            .with(lines.and_then(sink.map(SinkLayer)).with_filter(filter)),
     )
     .map_err(|e| Failure::internal("start logging", &e))
 }

@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, time::Duration};
 
 use aether_api::{HealthStatus, client::Client};
+use aether_logs::LogSink;
 use aether_worker::ShutdownMode;
 use serde::Serialize;
 use tokio::{net::TcpListener, time::Instant};
@@ -16,7 +17,9 @@ use crate::{
     default_template::DefaultTemplate,
     exit::Exit,
     failure::Failure,
-    logging, notify, output,
+    logging,
+    logs::LogInputs,
+    notify, output,
     signals::Signals,
 };
 
@@ -56,7 +59,9 @@ enum Word<'a> {
 }
 
 pub(crate) async fn run(global: &Global, args: Up) -> Result<Exit, Failure> {
-    logging::start(args.log_format, &args.log_level)?;
+    let (sink, backlog) = LogSink::unconnected();
+    logging::start(args.log_format, &args.log_level, Some(sink.clone()))?;
+    let logs = LogInputs { plan: args.logging.plan()?, sink, backlog };
     check_address(args.listen, args.insecure_http)?;
     let mode = if args.keep_vms { ShutdownMode::KeepVms } else { ShutdownMode::StopVms };
     let store = match args.database.config()? {
@@ -68,9 +73,10 @@ pub(crate) async fn run(global: &Global, args: Up) -> Result<Exit, Failure> {
     let listener = bind(args.listen).await?;
     let mut signals = Signals::take()?;
 
-    let Up { backend, capacity, snapshots, tools, fleet, .. } = args;
+    let Up { backend, capacity, snapshots, tools, fleet, edge, .. } = args;
     let fleet = compose::fleet(fleet, snapshots.template_dir.as_deref())?;
-    let plan = Plan { dir, listener, target, backend, capacity, snapshots, tools, fleet };
+    let plan =
+        Plan { dir, listener, target, backend, capacity, snapshots, tools, fleet, logs, edge };
     let mut platform = tokio::select! {
         platform = Box::pin(Platform::start(plan)) => platform?,
         signal = next_end(&mut signals) => {

@@ -98,6 +98,8 @@ impl ExecutionView {
     pub fn new(execution: Execution, output: Option<&KeptOutput>) -> Self {
         let Execution {
             id,
+            // That of the key that asks.
+            project_id: _,
             vm_id,
             task_id,
             spec,

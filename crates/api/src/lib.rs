@@ -7,14 +7,18 @@
 //!
 //! Every path is below [`PREFIX`]. Errors are [`Problem`] documents.
 
+mod audit;
 #[cfg(feature = "client")]
 pub mod client;
 mod execution;
 mod file;
 mod health;
+mod key;
+mod log;
 mod page;
 mod pool;
 mod problem;
+mod project;
 mod queue;
 mod snapshot;
 mod stream;
@@ -25,14 +29,18 @@ mod vm;
 mod wait;
 mod worker;
 
+pub use audit::AuditView;
 pub use execution::{ExecuteRequest, ExecutionView, KeptOutput};
 pub use file::{
     FileEntry, FileKind, FileListing, FileView, FileWritten, MkdirRequest, MoveRequest,
 };
 pub use health::{ComponentHealth, Health, HealthStatus};
+pub use key::{CreateKey, KeyCreated, KeyView};
+pub use log::{EVENT_STREAM_MEDIA_TYPE, LogEntryView, LogEvent, LogsView, QueryLogs};
 pub use page::Page;
 pub use pool::PoolView;
 pub use problem::{PROBLEM_MEDIA_TYPE, Problem};
+pub use project::{CreateProject, ProjectView, QuotaView};
 pub use queue::{QueueView, Retried};
 pub use snapshot::{CloneAccepted, CreateSnapshot, ForkAccepted, ForkVm, Forked, SnapshotView};
 pub use stream::{
@@ -53,7 +61,10 @@ pub use worker::{ClusterStats, WorkerShare, WorkerView};
 pub const PREFIX: &str = "/api/v1";
 
 /// What every API key begins with, so that people and scanners recognise one.
-pub const KEY_PREFIX: &str = "ae_";
+pub const KEY_PREFIX: &str = "aeth_";
+
+/// What keys began with before they had a check in them. They are good as ever.
+pub const KEY_PREFIX_EARLIER: &str = "ae_";
 
 /// A request with the same key and the same content is carried out once.
 pub const IDEMPOTENCY_KEY_HEADER: &str = "idempotency-key";

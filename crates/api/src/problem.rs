@@ -1,6 +1,6 @@
 use std::fmt;
 
-use aether_types::{ErrorCode, TaskId, VmId, VmState};
+use aether_types::{ErrorCode, TaskId, VmId, VmState, project::Shortage};
 use serde::{Deserialize, Serialize};
 
 pub const PROBLEM_MEDIA_TYPE: &str = "application/problem+json";
@@ -37,6 +37,9 @@ pub struct Problem {
     /// Of a fork: every VM that it made, those that run too.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub vm_ids: Vec<VmId>,
+    /// What the project may not have more of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quota: Option<Shortage>,
     /// Try again after this long.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retry_after_s: Option<u64>,

@@ -48,6 +48,8 @@ impl From<Snapshot> for SnapshotView {
     fn from(snapshot: Snapshot) -> Self {
         let Snapshot {
             id,
+            // That of the key that asks.
+            project_id: _,
             name,
             purpose,
             state,

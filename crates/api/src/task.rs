@@ -83,6 +83,8 @@ impl From<Task> for TaskView {
     fn from(task: Task) -> Self {
         let Task {
             id,
+            // That of the key that asks.
+            project_id: _,
             kind,
             state,
             priority,

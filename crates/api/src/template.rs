@@ -147,6 +147,8 @@ impl TemplateView {
     pub fn new(template: Template, pool: Option<PoolView>) -> Self {
         let Template {
             id,
+            // That of the key that asks.
+            project_id: _,
             name,
             tag,
             state,

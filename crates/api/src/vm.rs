@@ -180,6 +180,8 @@ impl VmView {
     ) -> Self {
         let Vm {
             id,
+            // That of the key that asks.
+            project_id: _,
             name,
             state,
             reason,

@@ -384,6 +384,13 @@ pub trait Driver: Send + Sync + 'static {
     /// Completes when the VM's VMM has ended (at once where none runs). An event, never a poll.
     async fn exited(&self, id: MachineId) -> Result<ExitReason, DriverError>;
 
+    /// What the console of a machine that has ended showed last, or its VMM said where there is
+    /// none; a few lines of what a guest wrote, so anything at all. Empty where nothing is known.
+    async fn last_words(&self, id: MachineId) -> String {
+        let _ = id;
+        String::new()
+    }
+
     /// Removes the VM, running or not, and everything it has on this host. Succeeds for an
     /// unknown id.
     async fn delete(&self, id: MachineId) -> Result<(), DriverError>;

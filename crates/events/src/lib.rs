@@ -1,7 +1,15 @@
 //! The seam to events: what has happened, told to whoever listens now. Events are history, never
 //! truth: a listener that fell behind or came late reads the store.
+//!
+//! Between processes they go over the server that the queue is on. Events of one process arrive
+//! everywhere in its order; those of two have no order between them.
 
 mod local;
+mod postgres;
+mod redis;
+mod relay;
+
+use std::time::Duration;
 
 use aether_types::{
     ExecutionId, SnapshotId, SnapshotState, TaskId, TaskState, TemplateId, TemplateState,
@@ -11,6 +19,11 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
 pub use local::LocalBus;
+pub use postgres::PostgresBus;
+pub use redis::RedisBus;
+
+/// Between tries to tell others something, while the server does not take it.
+const AWAY_PAUSE: Duration = Duration::from_millis(250);
 
 /// What happened. The topic's name is `kind()`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,8 +52,9 @@ pub struct PublishError(pub String);
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Received {
     Event(Event),
-    /// The listener was too slow and this many events are gone: read the store.
-    Missed(u64),
+    /// The listener was too slow, or other processes were not heard: events are gone, read the
+    /// store.
+    Missed,
     /// The bus has ended.
     Closed,
 }

@@ -6,13 +6,13 @@
 //! 4. A panic in it becomes a 500, and the next one is served.
 //! 5. Its error, if any, is written as a problem document.
 
-use std::{panic::AssertUnwindSafe, sync::Arc, time::Instant};
+use std::{panic::AssertUnwindSafe, sync::Arc};
 
 use aether_api::REQUEST_ID_HEADER;
 use aether_types::ErrorCode;
 use axum::{
     extract::{Request, State},
-    http::{HeaderMap, HeaderValue, StatusCode, header},
+    http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header},
     middleware::Next,
     response::{IntoResponse as _, Response},
 };
@@ -21,28 +21,52 @@ use tracing::Instrument as _;
 
 use crate::{
     health,
+    metrics::Measured,
     parts::App,
     problem::{self, ApiError},
 };
 
+/// An answer is data: no browser shows it as a page, in a frame, or as what it is not.
+const SECURITY: [(HeaderName, &str); 4] = [
+    (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+    (header::X_FRAME_OPTIONS, "DENY"),
+    (header::CONTENT_SECURITY_POLICY, "default-src 'none'; frame-ancestors 'none'"),
+    (header::REFERRER_POLICY, "no-referrer"),
+];
+
 const REQUEST_ID_BYTES_MAX: usize = 64;
 
-pub(crate) async fn edge(State(app): State<App>, request: Request, next: Next) -> Response {
+/// As it is answered and logged.
+#[derive(Debug, Clone)]
+pub(crate) struct RequestId(pub(crate) Arc<str>);
+
+pub(crate) async fn edge(State(app): State<App>, mut request: Request, next: Next) -> Response {
     let id = request_id(request.headers());
+    request.extensions_mut().insert(RequestId(id.as_str().into()));
     let span = tracing::info_span!(
         "request", id, method = %request.method(), path = request.uri().path()
     );
     async {
-        let begun = Instant::now();
-        let mut response = problem::render(admit(&app, request, next).await, &id);
+        let measured = Measured::begin(&request);
+        let origins = &app.parts.config.origins;
+        let origin = origins.allowed(request.headers());
+        let answer = match origins.preflight(&request) {
+            Some(answer) => answer,
+            None => admit(&app, request, next).await,
+        };
+        let mut response = problem::render(answer, &id);
+        origins.tell(origin, response.headers_mut());
         if let Ok(value) = HeaderValue::from_str(&id) {
             response.headers_mut().insert(REQUEST_ID_HEADER, value);
         }
         let headers = response.headers_mut();
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
-        headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+        for (name, value) in SECURITY {
+            headers.insert(name, HeaderValue::from_static(value));
+        }
+        measured.answered(&response);
         let status = response.status().as_u16();
-        tracing::debug!(status, duration_us = begun.elapsed().as_micros(), "answered");
+        tracing::debug!(status, duration_us = measured.begun.elapsed().as_micros(), "answered");
         response
     }
     .instrument(span)

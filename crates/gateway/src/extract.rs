@@ -295,8 +295,7 @@ impl<S: Sync> FromRequestParts<S> for Once {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> ApiResult<Self> {
-        // The authentication layer put it there; without it this is no route of ours.
-        let caller = *parts.extensions.get::<Caller>().ok_or_else(ApiError::internal)?;
+        let caller = parts.extensions.get::<Caller>().cloned().ok_or_else(ApiError::internal)?;
         let key = parts.headers.get(IDEMPOTENCY_KEY_HEADER).map(|v| v.to_str().unwrap_or_default());
         let fits = |k: &str| (1..=IDEMPOTENCY_KEY_BYTES_MAX).contains(&k.len());
         if key.is_some_and(|k| !fits(k)) {
@@ -323,7 +322,7 @@ impl Once {
             hasher.update(part);
         }
         Some(Idempotency {
-            key: format!("{}/{key}", self.caller.0),
+            key: format!("{}/{key}", self.caller.project()),
             request_digest: *hasher.finalize().as_bytes(),
         })
     }

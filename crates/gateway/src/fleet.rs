@@ -6,7 +6,7 @@
 //! jumps, a database that was gone for a while, or a host that slept with gateway and worker on it
 //! cost no VM its life.
 
-use std::{collections::HashMap, sync::atomic::Ordering, time::Duration};
+use std::{collections::HashMap, time::Duration};
 
 use aether_store::{Registration, StoreError};
 use aether_types::{Origin, Presence, Timestamp, Worker, WorkerId};
@@ -31,6 +31,8 @@ const ORPHANS: u32 = 100;
 struct Watch {
     seen: HashMap<WorkerId, Seen>,
     looked_at: Option<Instant>,
+    /// As they were at the last look.
+    registered: Vec<(WorkerId, i64, Presence)>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -66,6 +68,17 @@ impl Watch {
             }
         }
         silent
+    }
+
+    /// Whether a worker has come, gone or was lost since this was asked last.
+    fn takes_note(&mut self, workers: &[Worker]) -> bool {
+        let registered: Vec<_> = workers
+            .iter()
+            .map(|worker| (worker.id, worker.epoch, worker.standing.presence))
+            .collect();
+        let changed = registered != self.registered;
+        self.registered = registered;
+        changed
     }
 }
 
@@ -104,8 +117,6 @@ pub(crate) async fn watch(app: App, stop: CancellationToken) {
 async fn look(app: &App, watch: &mut Watch) -> Result<Duration, StoreError> {
     let workers: Vec<Worker> =
         app.store().workers().await?.into_iter().map(|(worker, _)| worker).collect();
-    let present = workers.iter().filter(|worker| worker.standing.presence == Presence::Present);
-    app.works_elsewhere.store(present.count() > 1, Ordering::Relaxed);
     let mut some_are_lost = workers.iter().any(|worker| worker.standing.presence == Presence::Lost);
     for worker in watch.look(&workers, Instant::now()) {
         let seen = Registration::from(worker);
@@ -120,6 +131,9 @@ async fn look(app: &App, watch: &mut Watch) -> Result<Duration, StoreError> {
     }
     if some_are_lost {
         settle_orphans(app).await?;
+    }
+    if watch.takes_note(&workers) {
+        app.fleet_changed.send_replace(());
     }
     Ok(look_interval(&workers))
 }

@@ -1,7 +1,7 @@
 //! The front door: REST and WebSocket, on axum.
 //!
 //! ```text
-//!   edge (id, host, bound, panic) → auth → route
+//!   edge (id, host, bound, panic) → authenticate → route found → authorize → handler
 //!     route: validate → Store records task and outbox → Queue::enqueue → EventBus
 //!                                        └─ if that fails: Dispatcher, later
 //!     wait:   subscribe → record → event → read the store
@@ -11,7 +11,8 @@
 //! Invariants
 //! - What was answered with 202 is in the store, with its dispatch owed. No step after that can
 //!   lose it, and none is cut short because the client went away.
-//! - Nothing but health is answered without a key, unknown paths included.
+//! - Nothing but health is answered without a key, unknown paths included; and no route without the
+//!   right that the table of routes names.
 //! - Every error is a problem document, made in `problem.rs` alone.
 //! - Nothing waits by polling, and everything that waits has a bound.
 //!
@@ -19,8 +20,10 @@
 //! names no back end.
 
 mod admission;
+mod audit;
 mod auth;
 mod catalogue;
+mod cors;
 mod dispatch;
 mod edge;
 mod extract;
@@ -28,6 +31,8 @@ mod fleet;
 mod follow;
 mod health;
 mod hosts;
+mod limit;
+pub mod metrics;
 mod parts;
 mod problem;
 mod routes;
@@ -37,9 +42,11 @@ mod templates;
 mod tools;
 mod wait;
 
-pub use auth::{AuthSecret, CreateKeyError, KeyRing, create_key};
+pub use auth::{AuthSecret, CreateKeyError, KeyRing, NewKey};
 pub use catalogue::{Catalogue, DriverInfo, HostLimits};
+pub use cors::Origins;
 pub use health::Probe;
 pub use hosts::HostCheck;
+pub use limit::{LocalLimiter, Rate, RateLimiter, RateLimits, Sender, Verdict};
 pub use parts::{Gateway, GatewayConfig, GatewayParts};
 pub use tools::ToolCatalogue;

@@ -1,23 +1,28 @@
 //! What the gateway is made of, and the state that its routes share.
 
 use std::{
+    collections::HashSet,
     fmt,
-    sync::{Arc, atomic::AtomicBool},
+    sync::{Arc, atomic::AtomicU64},
     time::Duration,
 };
 
 use aether_api::PREFIX;
 use aether_events::{Event, EventBus};
+use aether_logs::LogStore;
 use aether_queue::Queue;
 use aether_store::{Capacity, Store};
 use aether_streams::{GuestLink, Pools, Sessions};
+use aether_types::Scope;
 use axum::{Router, http::Method};
-use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    Catalogue, HostCheck, KeyRing, Probe, ToolCatalogue,
+    Catalogue, HostCheck, KeyRing, Origins, Probe, RateLimiter, RateLimits, ToolCatalogue,
     admission::Offer,
+    audit::Strangers,
+    auth::Rule,
     dispatch::{DispatchLoop, Dispatcher},
     problem::ApiError,
     routes,
@@ -29,6 +34,7 @@ pub struct GatewayParts {
     pub store: Arc<dyn Store>,
     pub queue: Arc<dyn Queue>,
     pub bus: Arc<dyn EventBus>,
+    pub logs: Arc<dyn LogStore>,
     pub sessions: Sessions,
     pub links: Arc<dyn GuestLink>,
     pub pools: Arc<dyn Pools>,
@@ -37,7 +43,10 @@ pub struct GatewayParts {
     pub keys: KeyRing,
     /// Of components that the gateway does not know itself, by name: `workers` and others.
     pub probes: Vec<(String, Arc<dyn Probe>)>,
+    /// Everything that the program has counted, as Prometheus' text.
+    pub metrics: Arc<dyn Fn() -> String + Send + Sync>,
     pub hosts: HostCheck,
+    pub limiter: Arc<dyn RateLimiter>,
     pub config: GatewayConfig,
 }
 
@@ -62,6 +71,9 @@ pub struct GatewayConfig {
     pub idle_limit: Duration,
     /// VMs that there may be; one more is answered with 503 at once.
     pub capacity: Capacity,
+    pub limits: RateLimits,
+    /// Whose pages may read answers.
+    pub origins: Origins,
 }
 
 impl Default for GatewayConfig {
@@ -73,6 +85,8 @@ impl Default for GatewayConfig {
             shutdown_limit: Duration::from_secs(3),
             idle_limit: Duration::from_mins(1),
             capacity: Capacity::default(),
+            limits: RateLimits::default(),
+            origins: Origins::default(),
         }
     }
 }
@@ -98,7 +112,10 @@ impl Gateway {
             requests: Arc::new(Semaphore::new(parts.config.requests_max)),
             streams: Arc::new(Semaphore::new(parts.config.streams_max)),
             templates: Templates::new(&*parts.bus),
-            works_elsewhere: AtomicBool::new(false),
+            fleet_changed: watch::Sender::new(()),
+            pools_shown: std::sync::Mutex::default(),
+            strangers: Strangers::default(),
+            audited: AtomicU64::new(0),
             parts,
             dispatcher,
             closing: CancellationToken::new(),
@@ -109,7 +126,23 @@ impl Gateway {
 
     /// Every method and path that is served, for documents and tests.
     pub fn routes() -> Vec<(Method, String)> {
-        routes::table().into_iter().map(|r| (r.method, format!("{PREFIX}{}", r.path))).collect()
+        let root = routes::root_table().into_iter().map(|r| (r.method, r.path.to_owned()));
+        let below = routes::table().into_iter().map(|r| (r.method, format!("{PREFIX}{}", r.path)));
+        root.chain(below).collect()
+    }
+
+    /// What each route needs of the caller's key; `None`: it needs no key.
+    pub fn rules() -> Vec<(Method, String, Option<Scope>)> {
+        let rule = |route: routes::Route| {
+            let scope = match route.rule {
+                Rule::Open => None,
+                Rule::Needs(scope) => Some(scope),
+            };
+            (route.method, route.path.to_owned(), scope)
+        };
+        let below = routes::table().into_iter().map(rule);
+        let below = below.map(|(method, path, scope)| (method, format!("{PREFIX}{path}"), scope));
+        routes::root_table().into_iter().map(rule).chain(below).collect()
     }
 
     /// The routes alone, for a server of the caller's own. Without [`Gateway::serve`] nobody
@@ -127,8 +160,13 @@ pub(crate) struct Shared {
     pub(crate) parts: GatewayParts,
     pub(crate) dispatcher: Dispatcher,
     pub(crate) templates: Templates,
-    /// Workers of other processes are there, whose events the bus does not bring.
-    pub(crate) works_elsewhere: AtomicBool,
+    /// A worker has come, gone or was declared lost: what it did last may have been told to nobody.
+    pub(crate) fleet_changed: watch::Sender<()>,
+    /// That stand among the metrics.
+    pub(crate) pools_shown: std::sync::Mutex<HashSet<String>>,
+    pub(crate) strangers: Strangers,
+    /// Entries of the audit log that this process wrote: now and then one prunes it.
+    pub(crate) audited: AtomicU64,
     /// The gateway ends: whoever waits or follows stops.
     pub(crate) closing: CancellationToken,
     /// Work that goes on when its client has gone: recordings, terminals.

@@ -6,6 +6,7 @@
 use std::{fmt::Write as _, sync::Arc};
 
 use aether_api::{PROBLEM_MEDIA_TYPE, Problem};
+use aether_logs::LogError;
 use aether_protocol::{ErrorCode as GuestCode, host::ClientError};
 use aether_store::StoreError;
 use aether_types::{ErrorCode, Fault, Task, VmId, VmState};
@@ -38,6 +39,7 @@ impl ApiError {
             task_id: None,
             vm_id: None,
             vm_ids: Vec::new(),
+            quota: None,
             retry_after_s: matches!(code, ErrorCode::Unavailable | ErrorCode::TooManyVms)
                 .then_some(RETRY_AFTER_S),
         }))
@@ -64,6 +66,11 @@ impl ApiError {
     /// Of a fork: all VMs that it made.
     pub(crate) fn vm_ids(mut self, vms: Vec<VmId>) -> Self {
         self.0.vm_ids = vms;
+        self
+    }
+
+    pub(crate) fn retry_after_s(mut self, seconds: u64) -> Self {
+        self.0.retry_after_s = Some(seconds);
         self
     }
 
@@ -130,6 +137,11 @@ impl From<StoreError> for ApiError {
                 Self::new(code, detail).vm_state(vm.state)
             }
             StoreError::NameTaken { .. } => Self::new(code, error.to_string()).field("name"),
+            StoreError::QuotaExceeded(shortage) => {
+                let mut error = Self::new(code, shortage.to_string());
+                error.0.quota = Some(*shortage);
+                error
+            }
             StoreError::BadCursor => Self::new(code, error.to_string()).field("cursor"),
             StoreError::VmNotFound
             | StoreError::TaskNotFound
@@ -137,6 +149,10 @@ impl From<StoreError> for ApiError {
             | StoreError::ExecutionNotFound
             | StoreError::SnapshotNotFound
             | StoreError::TemplateNotFound
+            | StoreError::KeyNotFound
+            | StoreError::ProjectNotFound
+            | StoreError::ProjectInUse { .. }
+            | StoreError::TooManyKeys { .. }
             | StoreError::SnapshotNotReady { .. }
             | StoreError::TemplateNotReady { .. }
             | StoreError::TooManyVms { .. }
@@ -174,6 +190,19 @@ impl From<StoreError> for ApiError {
 }
 
 /// Of a file operation in a guest.
+impl From<LogError> for ApiError {
+    fn from(error: LogError) -> Self {
+        match error.code() {
+            ErrorCode::Internal => {
+                tracing::error!(error = chain(&error), "logs");
+                Self::internal()
+            }
+            // Texts for clients.
+            code => Self::new(code, error.to_string()),
+        }
+    }
+}
+
 impl From<ClientError> for ApiError {
     fn from(error: ClientError) -> Self {
         match &error {
@@ -244,6 +273,7 @@ fn status(code: ErrorCode) -> StatusCode {
         ErrorCode::UnsupportedMediaType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
         ErrorCode::BodyTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
         ErrorCode::Unauthorized => StatusCode::UNAUTHORIZED,
+        ErrorCode::RateLimited => StatusCode::TOO_MANY_REQUESTS,
         ErrorCode::RouteNotFound
         | ErrorCode::VmNotFound
         | ErrorCode::TaskNotFound
@@ -252,10 +282,14 @@ fn status(code: ErrorCode) -> StatusCode {
         | ErrorCode::ExecutionNotFound
         | ErrorCode::SnapshotNotFound
         | ErrorCode::TemplateNotFound
+        | ErrorCode::KeyNotFound
+        | ErrorCode::ProjectNotFound
         | ErrorCode::ToolNotFound
         | ErrorCode::FileNotFound => StatusCode::NOT_FOUND,
         ErrorCode::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
-        ErrorCode::FilePermissionDenied => StatusCode::FORBIDDEN,
+        ErrorCode::Forbidden | ErrorCode::QuotaExceeded | ErrorCode::FilePermissionDenied => {
+            StatusCode::FORBIDDEN
+        }
         // What is named in the body does not exist or cannot be had.
         ErrorCode::ImageNotFound
         | ErrorCode::InsufficientCapacity
@@ -270,6 +304,8 @@ fn status(code: ErrorCode) -> StatusCode {
         | ErrorCode::SnapshotStateConflict
         | ErrorCode::TaskEnded
         | ErrorCode::IdempotencyConflict
+        | ErrorCode::TooManyKeys
+        | ErrorCode::ProjectInUse
         | ErrorCode::VmStopped
         | ErrorCode::ClientGone
         | ErrorCode::Cancelled
@@ -299,6 +335,8 @@ fn title(code: ErrorCode) -> &'static str {
         ErrorCode::UnsupportedMediaType => "The content type is not supported",
         ErrorCode::BodyTooLarge => "The body is too large",
         ErrorCode::Unauthorized => "A valid API key is needed",
+        ErrorCode::RateLimited => "Too many requests",
+        ErrorCode::Forbidden => "The key may not do this",
         ErrorCode::RouteNotFound => "There is no such path",
         ErrorCode::MethodNotAllowed => "The path does not take this method",
         ErrorCode::VmNotFound => "There is no such VM",
@@ -309,6 +347,11 @@ fn title(code: ErrorCode) -> &'static str {
         ErrorCode::ImageNotFound => "There is no such image",
         ErrorCode::SnapshotNotFound => "There is no such snapshot",
         ErrorCode::TemplateNotFound => "There is no such template",
+        ErrorCode::KeyNotFound => "There is no such key",
+        ErrorCode::ProjectNotFound => "There is no such project",
+        ErrorCode::ProjectInUse => "The project cannot be deleted now",
+        ErrorCode::QuotaExceeded => "The project may not have so much",
+        ErrorCode::TooManyKeys => "There are as many keys as there may be",
         ErrorCode::SnapshotStateConflict => {
             "The snapshot's or template's state does not allow this"
         }

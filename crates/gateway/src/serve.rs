@@ -5,10 +5,15 @@
 //!            ─► at the limit: cut off ─► recordings end ─► the outbox is confirmed
 //! ```
 
-use std::{io, time::Duration};
+use std::{io, net::IpAddr, time::Duration};
 
 use axum::Router;
-use hyper::server::conn::http1;
+use hyper::{
+    Request,
+    body::Incoming,
+    server::conn::http1,
+    service::{Service as _, service_fn},
+};
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
     service::TowerToHyperService,
@@ -101,14 +106,14 @@ impl Gateway {
                 accepted = listener.accept() => accepted,
             };
             match accepted {
-                Ok((stream, _)) => {
+                Ok((stream, peer)) => {
                     let connection = Connection {
                         router: router.clone(),
                         closing: self.app.closing.clone(),
                         cut_off: cut_off.clone(),
                         _place: place,
                     };
-                    connections.spawn(connection.serve(stream));
+                    connections.spawn(connection.serve(stream, peer.ip()));
                 }
                 Err(error) => {
                     tracing::warn!(%error, "accept a connection");
@@ -119,6 +124,10 @@ impl Gateway {
     }
 }
 
+/// Where a request comes from: of the last hop, since what proxies say can be made up.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Peer(pub(crate) IpAddr);
+
 struct Connection {
     router: Router,
     closing: CancellationToken,
@@ -127,11 +136,15 @@ struct Connection {
 }
 
 impl Connection {
-    async fn serve(self, stream: TcpStream) {
+    async fn serve(self, stream: TcpStream, peer: IpAddr) {
         if let Err(error) = tune(&stream) {
             tracing::debug!(%error, "set a connection's options");
         }
-        let service = TowerToHyperService::new(self.router);
+        let routes = TowerToHyperService::new(self.router);
+        let service = service_fn(move |mut request: Request<Incoming>| {
+            request.extensions_mut().insert(Peer(peer));
+            routes.call(request)
+        });
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(HEAD_LIMIT)

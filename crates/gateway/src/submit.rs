@@ -2,9 +2,12 @@
 
 use aether_events::Event;
 use aether_store::{Accepted, NewTask};
-use aether_types::{Priority, Snapshot, Task, TaskId, TaskKind, Template, Timestamp, Vm, limits};
+use aether_types::{
+    Priority, ProjectId, Snapshot, Task, TaskId, TaskKind, Template, Timestamp, Vm, limits,
+};
 
 use crate::{
+    auth::Caller,
     parts::App,
     problem::{ApiError, ApiResult},
 };
@@ -24,7 +27,11 @@ impl<T> Recorded<T> {
     }
 }
 
-pub(crate) fn new_task(kind: TaskKind) -> NewTask {
+pub(crate) fn new_task(kind: TaskKind, caller: &Caller) -> NewTask {
+    new_task_of(kind, caller.project())
+}
+
+pub(crate) fn new_task_of(kind: TaskKind, project: ProjectId) -> NewTask {
     let priority = match kind {
         // They give back what others wait for.
         TaskKind::VmStop | TaskKind::VmSuspend | TaskKind::VmDelete => Priority::High,
@@ -37,7 +44,13 @@ pub(crate) fn new_task(kind: TaskKind) -> NewTask {
         // It takes minutes, and nobody's VM waits for it.
         TaskKind::TemplateBuild | TaskKind::ToolBuild => Priority::Low,
     };
-    NewTask { id: TaskId::new(), kind, priority, max_attempts: limits::TASK_ATTEMPTS_MAX }
+    NewTask {
+        id: TaskId::new(),
+        kind,
+        priority,
+        max_attempts: limits::TASK_ATTEMPTS_MAX,
+        project: Some(project),
+    }
 }
 
 /// Runs `record`, then tells the queue and the bus. Goes on where the client leaves, so that what

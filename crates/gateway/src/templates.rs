@@ -11,7 +11,7 @@ use std::{
 use aether_events::{Event, EventBus, Received, Subscription};
 use aether_store::Store;
 use aether_types::{
-    Origin, Template, TemplateId, TemplateState,
+    Origin, ProjectId, Template, TemplateId, TemplateState,
     template::{DEFAULT_TAG, DEFAULT_TEMPLATE},
 };
 use futures::FutureExt as _;
@@ -21,6 +21,8 @@ use crate::problem::ApiResult;
 
 /// Forgotten all at once when there are more: a few thousand names are some hundred kilobytes.
 const NAMES_MAX: usize = 4096;
+/// As above; one is a template with its files and steps, shared with who uses it.
+const DEFAULTS_MAX: usize = 256;
 
 pub(crate) struct Templates {
     default: Mutex<Remembered>,
@@ -31,13 +33,9 @@ struct Remembered {
     events: Box<dyn Subscription>,
     /// Of what is remembered: counts what was forgotten.
     version: u64,
-    default: DefaultTemplate,
+    /// Of each project that was asked for since; `None`: it has none.
+    defaults: HashMap<ProjectId, Option<Arc<Template>>>,
     is_deaf: bool,
-}
-
-enum DefaultTemplate {
-    Unknown,
-    Known(Option<Arc<Template>>),
 }
 
 impl fmt::Debug for Templates {
@@ -50,26 +48,33 @@ impl Templates {
     pub(crate) fn new(bus: &dyn EventBus) -> Self {
         let events = bus.subscribe();
         let remembered =
-            Remembered { events, version: 0, default: DefaultTemplate::Unknown, is_deaf: false };
+            Remembered { events, version: 0, defaults: HashMap::new(), is_deaf: false };
         Self { default: Mutex::new(remembered), names: Mutex::new(HashMap::new()) }
     }
 
-    /// The default template, where there is one and it is ready.
-    pub(crate) async fn default(&self, store: &dyn Store) -> ApiResult<Option<Arc<Template>>> {
+    /// The project's default template, where there is one and it is ready.
+    pub(crate) async fn default(
+        &self,
+        store: &dyn Store,
+        project: ProjectId,
+    ) -> ApiResult<Option<Arc<Template>>> {
         let version = {
             let mut remembered = lock(&self.default);
             remembered.listen();
-            if let DefaultTemplate::Known(default) = &remembered.default {
+            if let Some(default) = remembered.defaults.get(&project) {
                 return Ok(default.clone());
             }
             remembered.version
         };
-        let found = store.template_by_name(DEFAULT_TEMPLATE, DEFAULT_TAG).await?;
+        let found = store.template_by_name(project, DEFAULT_TEMPLATE, DEFAULT_TAG).await?;
         let found = found.filter(|t| t.state == TemplateState::Ready).map(Arc::new);
         let mut remembered = lock(&self.default);
         remembered.listen();
         if remembered.version == version && !remembered.is_deaf {
-            remembered.default = DefaultTemplate::Known(found.clone());
+            if remembered.defaults.len() >= DEFAULTS_MAX {
+                remembered.defaults.clear();
+            }
+            remembered.defaults.insert(project, found.clone());
         }
         Ok(found)
     }
@@ -106,7 +111,7 @@ impl Remembered {
         // Without the runtime's budget, which would end this before the last event is heard.
         while let Some(received) = unconstrained(self.events.next()).now_or_never() {
             match received {
-                Received::Event(Event::Template { .. }) | Received::Missed(_) => self.forget(),
+                Received::Event(Event::Template { .. }) | Received::Missed => self.forget(),
                 Received::Event(_) => {}
                 Received::Closed => {
                     self.is_deaf = true;
@@ -119,7 +124,7 @@ impl Remembered {
 
     fn forget(&mut self) {
         self.version += 1;
-        self.default = DefaultTemplate::Unknown;
+        self.defaults.clear();
     }
 }
 

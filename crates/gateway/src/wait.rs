@@ -1,50 +1,28 @@
 //! Waiting for the end of tasks, and for news of a template: on events, with a look at the store only
-//! where some were missed, or may have been: events of workers in other processes do not come here.
+//! where some were missed, or may have been: a process that died may have told nobody what it did
+//! last, which shows as a change of the workers.
 
-use std::{collections::HashSet, sync::atomic::Ordering, time::Duration};
+use std::{collections::HashSet, time::Duration};
 
 use aether_events::{Event, Received, Subscription};
 use aether_types::{Task, TaskId, TaskState, TemplateId};
-use tokio::time::{Instant, Interval, MissedTickBehavior, interval, sleep_until};
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep_until},
+};
 
 use crate::{
     parts::App,
     problem::{ApiError, ApiResult},
 };
 
-/// While workers of other processes are there the store is looked at this often by who waits.
-const ELSEWHERE_BEAT: Duration = Duration::from_millis(250);
-
-/// Ticks only while something may happen of which no event comes.
-struct Beat(Interval);
-
-impl Beat {
-    fn new() -> Self {
-        let mut ticks = interval(ELSEWHERE_BEAT);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        // The first tick is at once, and nothing was missed yet.
-        ticks.reset();
-        Self(ticks)
-    }
-
-    /// Cancel-safe.
-    async fn next(&mut self, app: &App) {
-        loop {
-            self.0.tick().await;
-            if app.works_elsewhere.load(Ordering::Relaxed) {
-                return;
-            }
-        }
-    }
-}
-
 /// Hears of every task from the moment it is made. Make it before the task is recorded or read,
 /// and nothing is missed between.
 pub(crate) struct TaskWatch {
     app: App,
     events: Box<dyn Subscription>,
+    fleet: watch::Receiver<()>,
     is_closed: bool,
-    beat: Beat,
 }
 
 impl TaskWatch {
@@ -52,8 +30,8 @@ impl TaskWatch {
         Self {
             app: app.clone(),
             events: app.parts.bus.subscribe(),
+            fleet: app.fleet_changed.subscribe(),
             is_closed: false,
-            beat: Beat::new(),
         }
     }
 
@@ -100,11 +78,11 @@ impl TaskWatch {
             }
             let received = tokio::select! {
                 received = self.events.next() => received,
-                () = self.beat.next(&self.app) => return,
+                Ok(()) = self.fleet.changed() => return,
             };
             match received {
                 Received::Event(Event::Task { task_id, .. }) if task_id == task => return,
-                Received::Missed(_) => return,
+                Received::Missed => return,
                 Received::Event(_) => {}
                 Received::Closed => self.is_closed = true,
             }
@@ -171,14 +149,15 @@ impl TaskWatch {
             let received = tokio::select! {
                 biased;
                 received = self.events.next() => received,
-                () = self.beat.next(&self.app) => return Heard::Missed,
+                // The sender is the gateway's own.
+                Ok(()) = self.fleet.changed() => return Heard::Missed,
             };
             match received {
                 Received::Event(Event::Task { task_id, state, .. }) if state.is_end() => {
                     return Heard::Ended(task_id, state);
                 }
                 Received::Event(_) => {}
-                Received::Missed(_) => return Heard::Missed,
+                Received::Missed => return Heard::Missed,
                 Received::Closed => self.is_closed = true,
             }
         }
@@ -202,14 +181,13 @@ pub(crate) enum Together {
 
 /// Hears of every template from the moment it is made.
 pub(crate) struct TemplateWatch {
-    app: App,
     events: Box<dyn Subscription>,
-    beat: Beat,
+    fleet: watch::Receiver<()>,
 }
 
 impl TemplateWatch {
     pub(crate) fn new(app: &App) -> Self {
-        Self { app: app.clone(), events: app.parts.bus.subscribe(), beat: Beat::new() }
+        Self { events: app.parts.bus.subscribe(), fleet: app.fleet_changed.subscribe() }
     }
 
     /// The template may have changed. Cancel-safe.
@@ -217,13 +195,13 @@ impl TemplateWatch {
         loop {
             let received = tokio::select! {
                 received = self.events.next() => received,
-                () = self.beat.next(&self.app) => return,
+                Ok(()) = self.fleet.changed() => return,
             };
             match received {
                 Received::Event(Event::Template { template_id, .. }) if template_id == template => {
                     return;
                 }
-                Received::Missed(_) => return,
+                Received::Missed => return,
                 Received::Event(_) => {}
                 Received::Closed => std::future::pending().await,
             }

@@ -1,9 +1,9 @@
 //! 1,000 readers of one VM's lines, beside a bare tokio broadcast of the same lines to as many
 //! receivers; and the same with one reader that stands still.
 //!
-//! Lines are written in batches of ten, each after all readers have the one before, so that what
-//! is measured is the way to the readers and neither side's loss. The store also writes each line
-//! to its file, which the broadcast does not.
+//! Lines are written in batches of fifty, and never more than the window ahead of the readers'
+//! average. The store also writes each line to its file, which the broadcast
+//! does not.
 
 #![expect(clippy::unwrap_used, reason = "a benchmark fails by panicking")]
 #![expect(clippy::print_stdout, reason = "the figures")]
@@ -22,14 +22,18 @@ use aether_logs::{
 };
 use aether_types::VmId;
 use tokio::{
-    sync::{Notify, broadcast},
+    sync::{
+        Notify,
+        broadcast::{self, error::RecvError},
+    },
     task::JoinSet,
     time::timeout,
 };
 
 const READERS: u64 = 1000;
-const LINES: u64 = 2000;
-const BATCH: u64 = 10;
+const LINES: u64 = 10_000;
+const BATCH: u64 = 50;
+const WINDOW: u64 = 500;
 const ROUNDS: usize = 5;
 const LIMIT: Duration = Duration::from_mins(1);
 
@@ -42,8 +46,8 @@ struct Got {
 
 impl Got {
     fn add(&self, lines: u64) {
-        let count = self.count.fetch_add(lines, Ordering::AcqRel) + lines;
-        if count.is_multiple_of(READERS * BATCH) {
+        let before = self.count.fetch_add(lines, Ordering::AcqRel);
+        if before / (READERS * BATCH) != (before + lines) / (READERS * BATCH) {
             self.changed.notify_one();
         }
     }
@@ -78,9 +82,16 @@ async fn bare() -> f64 {
     for _ in 0..READERS {
         let (mut receiver, got) = (sender.subscribe(), Arc::clone(&got));
         readers.spawn(async move {
-            while let Ok(entry) = receiver.recv().await {
-                std::hint::black_box(&entry);
-                got.add(1);
+            loop {
+                match receiver.recv().await {
+                    Ok(entry) => {
+                        std::hint::black_box(&entry);
+                        got.add(1);
+                    }
+                    // What it lost counts as if it had it: the store has to give every line.
+                    Err(RecvError::Lagged(lost)) => got.add(lost),
+                    Err(RecvError::Closed) => break,
+                }
             }
         });
     }
@@ -90,8 +101,9 @@ async fn bare() -> f64 {
         for entry in batch(vm) {
             sender.send(Arc::new(entry)).unwrap();
         }
-        got.until(sent * READERS).await;
+        got.until(sent.saturating_sub(WINDOW) * READERS).await;
     }
+    got.until(LINES * READERS).await;
     let took = start.elapsed();
     drop(sender);
     while readers.join_next().await.is_some() {}
@@ -116,8 +128,9 @@ async fn store(has_stalled: bool) -> f64 {
     let start = Instant::now();
     for sent in (BATCH..=LINES).step_by(usize::try_from(BATCH).unwrap()) {
         store.append(batch(vm)).await.unwrap();
-        got.until(sent * READERS).await;
+        got.until(sent.saturating_sub(WINDOW) * READERS).await;
     }
+    got.until(LINES * READERS).await;
     let took = start.elapsed();
     drop(stalled);
     store.close().await;

@@ -1,102 +1,8 @@
 //! One line, and what is known about it.
 
-use std::{
-    fmt,
-    str::FromStr,
-    time::{SystemTime, UNIX_EPOCH},
-};
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use aether_types::{TaskId, VmId, limits::LOG_LINE_BYTES_MAX};
-use serde::{Deserialize, Serialize};
-
-/// The text names nothing of this kind.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("`{text}` is not a {noun}; it is one of {known}")]
-pub struct UnknownWord {
-    noun: &'static str,
-    text: String,
-    known: String,
-}
-
-macro_rules! words {
-    ($(#[$doc:meta])* $name:ident, $noun:literal,
-     $($(#[$variant_doc:meta])* $variant:ident = $text:literal),+ $(,)?) => {
-        $(#[$doc])*
-        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-        #[serde(rename_all = "snake_case")]
-        pub enum $name { $($(#[$variant_doc])* $variant),+ }
-
-        impl $name {
-            pub const ALL: &'static [Self] = &[$(Self::$variant),+];
-
-            #[must_use]
-            pub fn as_str(self) -> &'static str {
-                match self { $(Self::$variant => $text),+ }
-            }
-        }
-
-        impl fmt::Display for $name {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.pad(self.as_str())
-            }
-        }
-
-        impl FromStr for $name {
-            type Err = UnknownWord;
-
-            fn from_str(text: &str) -> Result<Self, UnknownWord> {
-                Self::ALL.iter().copied().find(|word| word.as_str() == text).ok_or_else(|| {
-                    let known: Vec<_> = Self::ALL.iter().map(|word| word.as_str()).collect();
-                    let text = text.chars().take(64).collect();
-                    UnknownWord { noun: $noun, text, known: known.join(", ") }
-                })
-            }
-        }
-    };
-}
-
-words!(
-    /// Who said it. A label of Loki, so there are few.
-    LogService, "service",
-    Gateway = "gateway",
-    Worker = "worker",
-    /// Our program in the guest.
-    Agent = "agent",
-    /// What runs in the guest.
-    Guest = "guest",
-    /// The rest of the platform.
-    Platform = "platform",
-);
-
-words!(
-    /// In ascending order of weight. A label of Loki.
-    LogLevel, "level",
-    Trace = "trace",
-    Debug = "debug",
-    Info = "info",
-    Warn = "warn",
-    Error = "error",
-);
-
-words!(
-    /// Where it was said. A label of Loki.
-    LogStream, "stream",
-    Stdout = "stdout",
-    Stderr = "stderr",
-    /// Of the VM.
-    Console = "console",
-    /// A line of the platform's own log.
-    Log = "log",
-);
-
-impl LogLevel {
-    /// This and all that weigh more.
-    #[must_use]
-    pub fn and_above(self) -> &'static [Self] {
-        let from = Self::ALL.iter().position(|level| *level == self).unwrap_or(0);
-        Self::ALL.get(from..).unwrap_or_default()
-    }
-}
+use aether_types::{LogLevel, LogService, LogStream, TaskId, VmId, limits::LOG_LINE_BYTES_MAX};
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LogEntry {
@@ -207,20 +113,5 @@ mod tests {
         assert_eq!(entry.text().len(), LOG_LINE_BYTES_MAX - 1);
         assert_eq!(entry.cut_bytes(), 2);
         assert_eq!(entry.and_cut(5).cut_bytes(), 7);
-    }
-
-    #[test]
-    fn words_have_one_spelling() {
-        assert_eq!("warn".parse(), Ok(LogLevel::Warn));
-        assert_eq!(LogLevel::Warn.and_above(), [LogLevel::Warn, LogLevel::Error]);
-        let error = "WARN".parse::<LogLevel>().unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "`WARN` is not a level; it is one of trace, debug, info, warn, error"
-        );
-        for stream in LogStream::ALL {
-            let json = serde_json::to_string(stream).unwrap();
-            assert_eq!(json, format!("\"{stream}\""));
-        }
     }
 }

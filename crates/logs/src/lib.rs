@@ -30,8 +30,9 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 
+pub use aether_types::{LogLevel, LogService, LogStream};
 pub use embedded::{EmbeddedConfig, EmbeddedStore};
-pub use entry::{LogEntry, LogLevel, LogService, LogStream, Logged, UnknownWord, now_ns};
+pub use entry::{LogEntry, Logged, now_ns};
 pub use error::LogError;
 pub use lines::Lines;
 pub use loki::{LokiConfig, LokiStore, ShipReport};

@@ -86,9 +86,9 @@ impl Database {
         &self.config
     }
 
-    /// Connections of this process at most, the one that listens included.
+    /// Connections of this process at most, the two that listen included.
     pub fn connections_of_ours(&self) -> u32 {
-        self.config.pool_limits().connections_max.saturating_add(1)
+        self.config.pool_limits().connections_max.saturating_add(2)
     }
 
     pub async fn facts(&self) -> Result<Facts, OpenError> {
@@ -108,7 +108,7 @@ impl Database {
 
     /// A pool of one connection for notifications, which would otherwise hold one of the others
     /// for ever.
-    pub fn listening_pool(&self) -> PgPool {
+    pub(crate) fn listening_pool(&self) -> PgPool {
         let limits = self.config.pool_limits();
         PgPoolOptions::new()
             .max_connections(1)

@@ -6,6 +6,7 @@
 
 mod config;
 mod database;
+mod listen;
 mod migrate;
 mod repeat;
 #[cfg(feature = "testing")]
@@ -17,6 +18,7 @@ pub const VERSION_MIN: u32 = 15;
 
 pub use config::{Config, ConfigError, Limits, Parts, Place, TlsMode};
 pub use database::{Database, Facts, OpenError};
+pub use listen::{Listener, Listening};
 pub use migrate::{Extent, MigrateError, Schema, Status, Step, check, status, up};
 pub use repeat::repeated;
 pub use trouble::{Trouble, trouble, violated};

@@ -290,6 +290,8 @@ async fn an_idle_worker_asks_at_most_once_a_second() {
     // Every script is known to the server before it is counted.
     queue.sweep().await.unwrap();
     assert_eq!(now(&queue, WorkerId::new()).await, None);
+    let soon = Duration::from_millis(1);
+    assert_eq!(queue.claim(WorkerId::new(), LEASE, soon).await.unwrap(), None);
     let before = commands(&server);
     let sweeping = tokio::spawn({
         let queue = Arc::clone(&queue);

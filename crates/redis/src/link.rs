@@ -112,8 +112,19 @@ impl Drop for Link {
 }
 
 impl Link {
-    /// Connects once, so that what is wrong is found now, and said as it is.
+    /// With a channel of its own. Connects once, so that what is wrong is found now, and said as it
+    /// is.
     pub async fn open(config: Config, listener: Arc<dyn Listener>) -> Result<Self, OpenError> {
+        let channel = format!("at:{}", uuid::Uuid::new_v4().simple());
+        Self::open_on(config, &channel, listener).await
+    }
+
+    /// On a channel that others are on too.
+    pub async fn open_on(
+        config: Config,
+        channel: &str,
+        listener: Arc<dyn Listener>,
+    ) -> Result<Self, OpenError> {
         // Another part of the program may have done so before.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let place = config.place();
@@ -121,7 +132,7 @@ impl Link {
             tracing::warn!(%place, weakness, "the way to Redis is weaker than it could be");
         }
         let client = config.client()?;
-        let channel = format!("{}:at:{}", config.root(), uuid::Uuid::new_v4().simple());
+        let channel = format!("{}:{channel}", config.root());
         let inner = Arc::new(Inner {
             client,
             channel,
@@ -158,7 +169,7 @@ impl Link {
         &self.inner.config
     }
 
-    /// Of this process alone.
+    /// As the server knows it.
     pub fn channel(&self) -> &str {
         &self.inner.channel
     }

@@ -1,13 +1,14 @@
 //! What the store refuses, and what goes wrong underneath it.
 
 use aether_postgres::Trouble;
-use aether_types::{ErrorCode, Task, TaskKind, Vm};
+use aether_types::{ErrorCode, Task, TaskKind, Vm, project::Shortage};
 use sqlx::{error::DatabaseError, sqlite::SqliteError};
 
 /// Display texts name what was asked for and never repeat their source.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    /// Of what was to be recorded: a VM, or a snapshot, whose request says so to the client.
+    /// Of what was to be recorded: a VM; or a snapshot or a project, whose request says so to the
+    /// client.
     #[error("the name `{name}` belongs to another VM")]
     NameTaken { name: String },
     #[error("no such VM")]
@@ -22,6 +23,16 @@ pub enum StoreError {
     SnapshotNotFound,
     #[error("no such template")]
     TemplateNotFound,
+    #[error("no such key")]
+    KeyNotFound,
+    #[error("no such project")]
+    ProjectNotFound,
+    #[error("{detail}")]
+    ProjectInUse { detail: String },
+    #[error("{0}")]
+    QuotaExceeded(Shortage),
+    #[error("the project has {max} keys, which are as many as there may be; revoke some")]
+    TooManyKeys { max: u32 },
     /// `detail` is a whole sentence for the client.
     #[error("{detail}")]
     SnapshotNotReady { detail: String },
@@ -110,6 +121,11 @@ impl StoreError {
             Self::ExecutionNotFound => ErrorCode::ExecutionNotFound,
             Self::SnapshotNotFound => ErrorCode::SnapshotNotFound,
             Self::TemplateNotFound => ErrorCode::TemplateNotFound,
+            Self::KeyNotFound => ErrorCode::KeyNotFound,
+            Self::ProjectNotFound => ErrorCode::ProjectNotFound,
+            Self::ProjectInUse { .. } => ErrorCode::ProjectInUse,
+            Self::QuotaExceeded(_) => ErrorCode::QuotaExceeded,
+            Self::TooManyKeys { .. } => ErrorCode::TooManyKeys,
             Self::SnapshotNotReady { .. } | Self::TemplateNotReady { .. } => {
                 ErrorCode::SnapshotStateConflict
             }
@@ -146,6 +162,11 @@ impl StoreError {
             Self::NameTaken { .. }
             | Self::SnapshotNotFound
             | Self::TemplateNotFound
+            | Self::KeyNotFound
+            | Self::ProjectNotFound
+            | Self::ProjectInUse { .. }
+            | Self::QuotaExceeded(_)
+            | Self::TooManyKeys { .. }
             | Self::SnapshotNotReady { .. }
             | Self::TemplateNotReady { .. }
             | Self::TooManyVms { .. }

@@ -8,24 +8,33 @@
 //! Fence: an attempt at a task holds an epoch. The store refuses what an attempt says once a
 //! later attempt has begun, or the task has ended.
 
+mod attempt;
+mod audit;
 mod error;
 mod fleet;
+mod key;
 mod page;
 pub mod postgres;
 mod sql;
 pub mod sqlite;
 
 use aether_types::{
-    DriverKind, Execution, ExecutionId, ExecutionSpec, ExecutionState, ExitStatus, Fault, KeyId,
-    OutputStream, Priority, QueueName, RetainedOutput, Snapshot, SnapshotId, SnapshotPurpose,
-    SnapshotState, StartReport, StateChange, Task, TaskId, TaskKind, TaskState, Template,
-    TemplateId, TemplateProgress, TemplateSpec, TemplateState, Timestamp, ToolRequest, Vm, VmEvent,
-    VmId, VmSpec, VmState, VmTool, Worker, WorkerId, WorkerLoad,
+    DriverKind, Execution, ExecutionId, ExecutionSpec, Fault, KeyId, OutputStream, Priority,
+    Project, ProjectId, QueueName, RetainedOutput, Snapshot, SnapshotId, SnapshotPurpose,
+    SnapshotState, StateChange, Task, TaskId, TaskKind, TaskState, Template, TemplateId,
+    TemplateProgress, TemplateSpec, TemplateState, Timestamp, ToolRequest, Vm, VmId, VmSpec,
+    VmState, Worker, WorkerId, WorkerLoad,
+    project::{Quota, Usage},
 };
 use async_trait::async_trait;
 
+pub use attempt::{
+    AttemptEnd, Begin, CancelOutcome, ExecutionEnd, SnapshotFacts, VmChange, VmPatch,
+};
+pub use audit::{AuditEntry, AuditFilter, Outcome};
 pub use error::StoreError;
 pub use fleet::{NewWorker, Orphan, QueueStatus, Registration};
+pub use key::{ApiKey, KeyFilter};
 pub use page::{Cursor, Page, PageRequest};
 pub use postgres::PostgresStore;
 pub use sqlite::{Durability, SqliteStore};
@@ -37,6 +46,9 @@ pub struct NewTask {
     pub kind: TaskKind,
     pub priority: Priority,
     pub max_attempts: u32,
+    /// Who asks: a VM of another project is one that there is not. `None`: the platform itself, about
+    /// any VM; what it makes on its own is the default project's.
+    pub project: Option<ProjectId>,
 }
 
 #[derive(Debug, Clone)]
@@ -89,7 +101,7 @@ pub struct NewExecution {
 /// A client's idempotency key, with a digest of the request it came with. Kept 24 hours.
 #[derive(Debug, Clone)]
 pub struct Idempotency {
-    /// The API key that it belongs to and the key's text, joined by the caller.
+    /// The project that it belongs to and the key's text, joined by the caller.
     pub key: String,
     pub request_digest: [u8; 32],
 }
@@ -115,84 +127,10 @@ pub struct AcceptedBuild {
     pub repeated: bool,
 }
 
-/// Facts about a VM that a worker learns.
-#[derive(Debug, Clone, Default)]
-pub struct VmPatch {
-    pub worker_id: Option<WorkerId>,
-    pub address: Option<std::net::IpAddr>,
-    pub start: Option<StartReport>,
-    /// What it got of what its specification asks for.
-    pub tools: Option<Vec<VmTool>>,
-}
-
-#[derive(Debug, Clone)]
-pub struct VmChange {
-    pub event: VmEvent,
-    pub reason: Option<Fault>,
-    pub patch: VmPatch,
-}
-
-#[derive(Debug, Clone)]
-pub struct ExecutionEnd {
-    pub state: ExecutionState,
-    pub exit: Option<ExitStatus>,
-    pub error: Option<Fault>,
-    pub duration_us: Option<u64>,
-    pub stdout: RetainedOutput,
-    pub stderr: RetainedOutput,
-}
-
-/// A snapshot that was sealed.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SnapshotFacts {
-    pub size_bytes: u64,
-    /// Of its manifest, BLAKE3 in hex.
-    pub digest: String,
-    pub paused_us: u64,
-}
-
-/// How an attempt ended; all of it is written in one transaction, or, fenced, none of it.
-#[derive(Debug, Clone)]
-pub struct AttemptEnd {
-    pub state: TaskState,
-    pub error: Option<Fault>,
-    /// Applied where the VM's state still allows it, else skipped: a VM that is being deleted
-    /// must not come back because its creation ended.
-    pub vm: Option<VmChange>,
-    pub execution: Option<ExecutionEnd>,
-    /// The task's snapshot is ready, with this attempt's worker. A task that fails fails its
-    /// snapshot.
-    pub snapshot: Option<SnapshotFacts>,
-    /// The digest of what the task's template was built from: the template is ready, and takes its
-    /// name from an older one. A task that fails fails its template.
-    pub template: Option<String>,
-    /// What a `tool:build` came to.
-    pub tools: Option<Vec<VmTool>>,
-}
-
-#[derive(Debug, Clone)]
-pub enum Begin {
-    /// The attempt may go on; the task is `running` with this epoch.
-    Go(Task),
-    /// The task ended before (or its attempts are used up, which ends it now).
-    Ended(Task),
-    /// A later attempt has begun, or the worker is not in the registry as it says.
-    Fenced,
-    /// The task's VM is another worker's, or waits for one. The task's dispatch is owed again.
-    Elsewhere(Task),
-}
-
-#[derive(Debug, Clone)]
-pub enum CancelOutcome {
-    /// It had not begun; it is cancelled, and so is its execution.
-    Cancelled(Task),
-    /// It runs; its worker is to be told.
-    Requested(Task),
-    AlreadyEnded(Task),
-}
-
 #[derive(Debug, Clone, Default)]
 pub struct VmFilter {
+    /// `None`: of every project.
+    pub project: Option<ProjectId>,
     /// Empty: every state but deleted.
     pub states: Vec<VmState>,
     pub driver: Option<DriverKind>,
@@ -206,6 +144,8 @@ pub struct VmFilter {
 
 #[derive(Debug, Clone, Default)]
 pub struct TaskFilter {
+    /// `None`: of every project.
+    pub project: Option<ProjectId>,
     pub states: Vec<TaskState>,
     pub kind: Option<TaskKind>,
     pub vm_id: Option<VmId>,
@@ -214,6 +154,8 @@ pub struct TaskFilter {
 
 #[derive(Debug, Clone, Default)]
 pub struct SnapshotFilter {
+    /// `None`: of every project.
+    pub project: Option<ProjectId>,
     /// Empty: every state but deleted.
     pub states: Vec<SnapshotState>,
     /// Empty: every purpose.
@@ -224,32 +166,26 @@ pub struct SnapshotFilter {
 
 #[derive(Debug, Clone, Default)]
 pub struct TemplateFilter {
+    /// `None`: of every project.
+    pub project: Option<ProjectId>,
     /// Empty: every state but deleted.
     pub states: Vec<TemplateState>,
     pub name: Option<String>,
 }
 
-/// An API key as it is kept: a keyed hash, never the key.
-#[derive(Debug, Clone)]
-pub struct ApiKey {
-    pub id: KeyId,
-    pub name: String,
-    /// The first characters of the key, to recognise it by.
-    pub prefix: String,
-    pub hash: [u8; 32],
-    pub created_at: Timestamp,
-}
-
 #[async_trait]
 pub trait Store: Send + Sync + 'static {
     // --- requests, from the gateway ---
+    //
+    // Whatever records a task fails with `QuotaExceeded` where the project that asks may not have so
+    // much more. A repetition is no more, and what gives back (a stop, a deletion) is always taken.
 
     /// Records a VM in `creating` with its task, and gives it a worker where one fits and has room;
-    /// else its dispatch waits (see [`Store::place_waiting`]). Fails with `NameTaken` where a VM that is not
-    /// deleted has the name, with `TooManyVms` where there is no room for one more, and with
-    /// `SnapshotNotFound`, `TemplateNotFound`, `SnapshotNotReady` or `TemplateNotReady` where its
-    /// origin is gone or will never be ready (one that is still being made is waited for). Only a
-    /// user's snapshot is an origin here.
+    /// else its dispatch waits (see [`Store::place_waiting`]). Fails with `NameTaken` where a VM of
+    /// the project that is not deleted has the name, with `TooManyVms` where there is no room for
+    /// one more, and with `SnapshotNotFound`, `TemplateNotFound`, `SnapshotNotReady` or
+    /// `TemplateNotReady` where its origin is gone or will never be ready (one that is still being
+    /// made is waited for). Only a user's snapshot is an origin here.
     async fn create_vm(
         &self,
         vm: NewVm,
@@ -435,8 +371,8 @@ pub trait Store: Send + Sync + 'static {
 
     async fn vm(&self, id: VmId) -> Result<Option<Vm>, StoreError>;
 
-    /// The VM with this name that is not deleted.
-    async fn vm_by_name(&self, name: &str) -> Result<Option<Vm>, StoreError>;
+    /// The project's VM with this name that is not deleted.
+    async fn vm_by_name(&self, project: ProjectId, name: &str) -> Result<Option<Vm>, StoreError>;
 
     /// Newest first.
     async fn vms(&self, filter: VmFilter, page: PageRequest) -> Result<Page<Vm>, StoreError>;
@@ -463,8 +399,12 @@ pub trait Store: Send + Sync + 'static {
 
     async fn snapshot(&self, id: SnapshotId) -> Result<Option<Snapshot>, StoreError>;
 
-    /// The snapshot with this name that is not deleted.
-    async fn snapshot_by_name(&self, name: &str) -> Result<Option<Snapshot>, StoreError>;
+    /// The project's snapshot with this name that is not deleted.
+    async fn snapshot_by_name(
+        &self,
+        project: ProjectId,
+        name: &str,
+    ) -> Result<Option<Snapshot>, StoreError>;
 
     /// Newest first.
     async fn snapshots(
@@ -475,10 +415,14 @@ pub trait Store: Send + Sync + 'static {
 
     async fn template(&self, id: TemplateId) -> Result<Option<Template>, StoreError>;
 
-    /// The ready template of this name, else the newest that is being built, else the newest that
-    /// failed.
-    async fn template_by_name(&self, name: &str, tag: &str)
-    -> Result<Option<Template>, StoreError>;
+    /// The project's ready template of this name, else the newest that is being built, else the
+    /// newest that failed.
+    async fn template_by_name(
+        &self,
+        project: ProjectId,
+        name: &str,
+        tag: &str,
+    ) -> Result<Option<Template>, StoreError>;
 
     /// Newest first.
     async fn templates(
@@ -566,15 +510,66 @@ pub trait Store: Send + Sync + 'static {
     /// `again` does what the dead one did not: that is a dead letter no more. The first counts.
     async fn retried(&self, dead: TaskId, again: TaskId) -> Result<(), StoreError>;
 
+    // --- projects ---
+
+    /// Fails with `NameTaken` where a project that is not deleted has the name.
+    async fn create_project(&self, project: Project) -> Result<(), StoreError>;
+
+    async fn project(&self, id: ProjectId) -> Result<Option<Project>, StoreError>;
+
+    async fn project_by_name(&self, name: &str) -> Result<Option<Project>, StoreError>;
+
+    /// Newest first.
+    async fn projects(&self, page: PageRequest) -> Result<Page<Project>, StoreError>;
+
+    /// Counts from now on; what there is stays. Fails with `ProjectNotFound`.
+    async fn set_quota(&self, id: ProjectId, quota: Quota) -> Result<(), StoreError>;
+
+    async fn project_usage(&self, id: ProjectId) -> Result<Usage, StoreError>;
+
+    /// Deletes a project with its keys; history of it stays, seen by nobody. Fails with
+    /// `ProjectInUse` while there is anything else of it, and for the default one.
+    async fn delete_project(&self, id: ProjectId) -> Result<(), StoreError>;
+
     // --- keys ---
 
+    /// Fails with `ProjectNotFound` and `TooManyKeys`. Forgets keys that have been of no use for `KEY_KEPT_DAYS`.
     async fn insert_key(&self, key: ApiKey) -> Result<(), StoreError>;
 
-    async fn keys(&self) -> Result<Vec<ApiKey>, StoreError>;
+    async fn key(&self, id: KeyId) -> Result<Option<ApiKey>, StoreError>;
+
+    /// The key that has this hash, unless it is revoked: what is written anywhere counts at once.
+    async fn key_by_hash(&self, hash: &[u8; 32]) -> Result<Option<ApiKey>, StoreError>;
+
+    /// Newest first.
+    async fn keys(&self, filter: KeyFilter, page: PageRequest) -> Result<Page<ApiKey>, StoreError>;
+
+    /// It opens nothing from now on, also where an older program looks. Repeating it is harmless.
+    async fn revoke_key(&self, id: KeyId) -> Result<ApiKey, StoreError>;
+
+    /// The key was used at `at`; written only where the last use that is known is at `stale` or
+    /// earlier.
+    async fn key_used(&self, id: KeyId, at: Timestamp, stale: Timestamp) -> Result<(), StoreError>;
 
     /// The secret of this name that all processes on the store share. The first one that asks makes
     /// it: `proposed` is kept where there is none, and ignored where there is one.
     async fn shared_secret(&self, name: &str, proposed: &[u8]) -> Result<Vec<u8>, StoreError>;
+
+    // --- audit ---
+
+    /// Writes an entry; the same one a second time changes nothing.
+    async fn append_audit(&self, entry: AuditEntry) -> Result<(), StoreError>;
+
+    /// Newest first.
+    async fn audit_entries(
+        &self,
+        filter: AuditFilter,
+        page: PageRequest,
+    ) -> Result<Page<AuditEntry>, StoreError>;
+
+    /// Takes away some of the entries from before this time, and some of those past
+    /// `AUDIT_ROWS_MAX`. Gives how many went; none: there are no more of them.
+    async fn prune_audit(&self, before: Timestamp) -> Result<u64, StoreError>;
 
     // --- health ---
 

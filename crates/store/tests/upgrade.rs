@@ -9,7 +9,7 @@ mod support;
 use std::path::Path;
 
 use aether_store::{Capacity, Durability, PageRequest, SqliteStore, Store, VmFilter};
-use aether_types::{Origin, TaskKind, VmEvent, VmState};
+use aether_types::{Origin, Scope, TaskKind, Timestamp, VmEvent, VmState};
 use sqlx::{Connection, SqliteConnection, migrate::Migrator, sqlite::SqliteConnectOptions};
 
 const VM: &str = "0192f0c4-7b1e-7c3a-9d52-3f6a1b2c4d5e";
@@ -37,6 +37,8 @@ async fn first_version(path: &Path) {
          cancel_requested, created_at) \
          values ($2, 'vm:create', 'completed', 'default', $1, 1, 3, 1, 0, 1); \
          insert into idempotency (key, digest, task_id, created_at) values ('k', x'00', $2, 1); \
+         insert into api_keys (id, name, prefix, hash, created_at) \
+         values ($2, 'admin', 'ae_12345678', x'0000000000000000000000000000000000000000000000000000000000000001', 1); \
          insert into outbox (task_id) values ($2)",
     )
     .bind(VM)
@@ -61,6 +63,7 @@ async fn a_store_of_the_first_version_is_brought_up_to_date() {
     assert_eq!((task.snapshot_id, task.vm_id), (None, Some(vm.id)));
     assert_eq!((&task.tools[..], &task.progress), (&[][..], &None));
     assert_eq!(vm.tools, []);
+    an_early_key_opens_everything(&store).await;
     let listed = store.vms(VmFilter::default(), PageRequest::default()).await.unwrap();
     assert_eq!(listed.items, std::slice::from_ref(&vm));
     // It counts, and does what a new one does.
@@ -78,6 +81,14 @@ async fn a_store_of_the_first_version_is_brought_up_to_date() {
     store.close().await.unwrap();
     references_hold(&path).await;
     SqliteStore::open(&path, Durability::Process).await.unwrap();
+}
+
+async fn an_early_key_opens_everything(store: &SqliteStore) {
+    let mut hash = [0; 32];
+    hash[31] = 1;
+    let key = store.key_by_hash(&hash).await.unwrap().unwrap();
+    assert!(Scope::all().all(|scope| key.access().allows(scope)));
+    assert!(!key.has_expired(Timestamp::now()));
 }
 
 /// Tables that were rebuilt are still what others refer to.

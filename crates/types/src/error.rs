@@ -29,6 +29,10 @@ codes! {
     UnsupportedMediaType = "unsupported_media_type",
     BodyTooLarge = "body_too_large",
     Unauthorized = "unauthorized",
+    /// The key is good, and may not do this.
+    Forbidden = "forbidden",
+    /// More requests than the key or the address may send; `retry_after_s`.
+    RateLimited = "rate_limited",
     RouteNotFound = "route_not_found",
     MethodNotAllowed = "method_not_allowed",
     VmNotFound = "vm_not_found",
@@ -39,6 +43,10 @@ codes! {
     ImageNotFound = "image_not_found",
     SnapshotNotFound = "snapshot_not_found",
     TemplateNotFound = "template_not_found",
+    KeyNotFound = "key_not_found",
+    ProjectNotFound = "project_not_found",
+    /// The project still has something in it, or is the default one.
+    ProjectInUse = "project_in_use",
     /// The snapshot or template is not ready, or something still needs it.
     SnapshotStateConflict = "snapshot_state_conflict",
     /// A file of the snapshot is missing, changed, or not this platform's; the text names it.
@@ -53,7 +61,7 @@ codes! {
     ToolVersionNotFound = "tool_version_not_found",
     /// A tool could not be fetched, installed or run; the text has the installer's last lines.
     ToolBuildFailed = "tool_build_failed",
-    /// A live VM has this name.
+    /// A live VM, snapshot or project has this name.
     NameTaken = "name_taken",
     /// The VM's state does not allow the request.
     VmStateConflict = "vm_state_conflict",
@@ -65,6 +73,10 @@ codes! {
     InsufficientCapacity = "insufficient_capacity",
     /// As many VMs as the platform is configured for are there or being made; try again later.
     TooManyVms = "too_many_vms",
+    /// The project has as many keys as there may be; revoke some.
+    TooManyKeys = "too_many_keys",
+    /// The project may not have so much; the problem says of what, how much there may be and is.
+    QuotaExceeded = "quota_exceeded",
     /// The driver asked for is not configured or does not work on this host.
     DriverUnavailable = "driver_unavailable",
     /// A part of the platform does not answer or is full; try again later.

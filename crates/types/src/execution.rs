@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ExecutionId, Fault, TaskId, Timestamp, VmId, limits, vm::validate_env};
+use crate::{ExecutionId, Fault, ProjectId, TaskId, Timestamp, VmId, limits, vm::validate_env};
 
 /// What to run, complete and checked. Values of `env` are never logged or listed.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -194,6 +194,8 @@ impl RetainedOutput {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Execution {
     pub id: ExecutionId,
+    /// Its VM's.
+    pub project_id: ProjectId,
     pub vm_id: VmId,
     pub task_id: TaskId,
     pub spec: ExecutionSpec,

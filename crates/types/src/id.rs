@@ -96,6 +96,20 @@ id!(
     /// An API key.
     KeyId, "key"
 );
+id!(
+    /// An entry of the audit log.
+    AuditId, "audit entry"
+);
+id!(
+    /// A project: whose all things are, seen by nobody else.
+    ProjectId, "project"
+);
+
+impl ProjectId {
+    /// Of the project that there is from the start, and of all that was made before there were
+    /// others. Nothing else is ever given this id.
+    pub const DEFAULT: Self = Self(Uuid::nil());
+}
 
 #[cfg(test)]
 mod tests {

@@ -116,3 +116,21 @@ pub const LOG_QUERY_LIMIT_DEFAULT: u32 = 1000;
 pub const LOG_QUERY_LIMIT_MAX: u32 = 5000;
 /// Of the lines of one answer together.
 pub const LOG_QUERY_BYTES_MAX: usize = 8 * 1024 * 1024;
+
+/// Of the name of a key, which is for people alone.
+pub const KEY_NAME_BYTES_MAX: usize = 63;
+pub const PROJECT_NAME_BYTES_MAX: usize = 63;
+/// More than there are scopes.
+pub const KEY_SCOPES_MAX: usize = 64;
+/// A minute: a shorter one is over before it is used.
+pub const KEY_TTL_S_MIN: u64 = 60;
+/// Ten years.
+pub const KEY_TTL_S_MAX: u64 = 10 * 366 * 24 * 3600;
+/// Keys of one project that are not revoked.
+pub const KEYS_MAX: u32 = 1000;
+/// Of the audit log: older entries go ...
+pub const AUDIT_KEPT_DAYS: u32 = 365;
+/// ... and the oldest, where there are more than this: some gigabytes.
+pub const AUDIT_ROWS_MAX: u32 = 5_000_000;
+/// A key that is revoked or past its time is shown this long, and then forgotten.
+pub const KEY_KEPT_DAYS: u32 = 90;

@@ -9,7 +9,7 @@ use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{DriverKind, Fault, SnapshotId, Timestamp, VmId, WorkerId, limits};
+use crate::{DriverKind, Fault, ProjectId, SnapshotId, Timestamp, VmId, WorkerId, limits};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -95,7 +95,9 @@ impl FromStr for SnapshotPurpose {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Snapshot {
     pub id: SnapshotId,
-    /// Unique among snapshots that are not deleted, where it is given.
+    /// Its VM's.
+    pub project_id: ProjectId,
+    /// Unique among the project's snapshots that are not deleted, where it is given.
     pub name: Option<String>,
     pub purpose: SnapshotPurpose,
     pub state: SnapshotState,

@@ -10,7 +10,7 @@ use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ExecutionId, Fault, SnapshotId, TaskId, Timestamp, VmId, VmTool, WorkerId};
+use crate::{ExecutionId, Fault, ProjectId, SnapshotId, TaskId, Timestamp, VmId, VmTool, WorkerId};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum TaskKind {
@@ -230,6 +230,8 @@ impl FromStr for QueueName {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Task {
     pub id: TaskId,
+    /// Its VM's, where it is of one.
+    pub project_id: ProjectId,
     pub kind: TaskKind,
     pub state: TaskState,
     pub priority: Priority,

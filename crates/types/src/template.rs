@@ -10,8 +10,8 @@ use std::{collections::BTreeMap, fmt, str::FromStr};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    DriverKind, Fault, NetworkPolicy, SnapshotId, TaskId, TemplateId, Timestamp, ToolRequest, VmId,
-    limits,
+    DriverKind, Fault, NetworkPolicy, ProjectId, SnapshotId, TaskId, TemplateId, Timestamp,
+    ToolRequest, VmId, limits,
     snapshot::is_plain_name,
     tool::validate_tools,
     vm::{validate_env, validate_machine},
@@ -315,7 +315,8 @@ pub struct TemplateProgress {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Template {
     pub id: TemplateId,
-    /// `name:tag` is unique among templates that are not deleted or failed; building it again makes
+    pub project_id: ProjectId,
+    /// `name:tag` is unique among the project's templates that are not deleted or failed; building it again makes
     /// a new template, which takes the name when it is ready.
     pub name: String,
     pub tag: String,

@@ -21,8 +21,8 @@ use std::{collections::BTreeMap, fmt, net::IpAddr, str::FromStr};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Fault, NetworkPolicy, Placement, SnapshotId, StartReport, TemplateId, Timestamp, ToolRequest,
-    VmId, VmTool, WorkerId, limits, tool::validate_tools,
+    Fault, NetworkPolicy, Placement, ProjectId, SnapshotId, StartReport, TemplateId, Timestamp,
+    ToolRequest, VmId, VmTool, WorkerId, limits, tool::validate_tools,
 };
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -409,6 +409,7 @@ pub struct StateChange {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Vm {
     pub id: VmId,
+    pub project_id: ProjectId,
     pub name: String,
     pub state: VmState,
     /// Of the present state.

@@ -13,8 +13,8 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    create::Started, failure::Failure, fault, phases::PhaseClock, reconcile, tool_build::Telling,
-    worker::Core,
+    create::Started, failure::Failure, fault, metrics, phases::PhaseClock, reconcile,
+    tool_build::Telling, worker::Core,
 };
 
 /// A task in hand.
@@ -89,6 +89,7 @@ impl Core {
             Err(StoreError::TaskNotFound) => return Ok(Outcome::Ended),
             Err(error) => return Err(error),
         };
+        metrics::begun(&task);
         if task.cancel_requested {
             cancelled.cancel();
         }
@@ -308,6 +309,7 @@ impl Core {
     }
 
     fn patch(&self, started: Started) -> VmPatch {
+        metrics::started(&started.report);
         VmPatch {
             worker_id: Some(self.parts.id),
             address: started.network.addresses.first().map(|(address, _)| *address),
@@ -334,6 +336,7 @@ impl Core {
     }
 
     async fn after_end(&self, task: &Task, vm_event: bool) -> Result<(), StoreError> {
+        metrics::ended(task);
         if vm_event
             && let Some(vm) = task.vm_id
             && let Some(vm) = self.parts.store.vm(vm).await?

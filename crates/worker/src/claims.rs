@@ -85,13 +85,14 @@ pub(crate) async fn listen(core: Arc<Core>, mut events: Box<dyn Subscription>) {
                 core.attempts.cancel(task_id);
             }
             Received::Event(_) => {}
-            Received::Missed(_) => reread(&core).await,
+            Received::Missed => reread(&core).await,
             Received::Closed => return,
         }
     }
 }
 
-/// Requests of other processes, whose events do not come here: the store has them.
+/// Requests whose events were lost on their way from other processes, or told by none: the store has
+/// them.
 pub(crate) async fn reread_cancelled(core: &Core) -> Result<(), StoreError> {
     if core.attempts.leases().is_empty() {
         return Ok(());

@@ -235,7 +235,8 @@ impl Core {
         mut run: RunSession,
         session: &mut Option<WorkerEnd>,
     ) -> Ran {
-        let mut collected = Collected::default();
+        let task = attempt.task.id;
+        let mut collected = Collected::new(&self.parts.logs, execution.vm_id, task);
         let mut feed = Feed::new(&execution.spec);
         loop {
             let pump = Pump {

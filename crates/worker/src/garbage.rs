@@ -120,7 +120,7 @@ fn note(core: &Core, received: &Received) -> bool {
                 true
             }
         },
-        Received::Missed(_) => {
+        Received::Missed => {
             core.templates.forget_all();
             core.garbage.orphans.store(true, Ordering::Relaxed);
             core.garbage.templates.store(true, Ordering::Relaxed);
@@ -305,7 +305,7 @@ fn past(
 
 #[cfg(test)]
 mod tests {
-    use aether_types::DriverKind;
+    use aether_types::{DriverKind, ProjectId};
 
     use super::*;
 
@@ -313,6 +313,7 @@ mod tests {
         let at = Timestamp::from_unix_ms(10_000_000 - age_s * 1000);
         Snapshot {
             id: SnapshotId::new(),
+            project_id: ProjectId::DEFAULT,
             name: None,
             purpose: SnapshotPurpose::User,
             state: SnapshotState::Ready,

@@ -23,7 +23,7 @@ use tokio::{
     time::Instant,
 };
 
-use crate::fault;
+use crate::{fault, metrics};
 
 /// A fresh snapshot load may accept a first connection and never answer it; so may a guest whose
 /// agent is being replaced.
@@ -237,14 +237,20 @@ impl Guests {
 
     pub(crate) fn insert(&self, guest: Arc<Guest>) {
         let id = guest.id;
-        self.slots().entry(id).or_default().guest = Some(guest);
+        let mut slots = self.slots();
+        slots.entry(id).or_default().guest = Some(guest);
+        count(&slots);
+        drop(slots);
         self.changed.send_replace(());
     }
 
     pub(crate) fn remove_guest(&self, id: VmId) {
-        if let Some(slot) = self.slots().get_mut(&id) {
+        let mut slots = self.slots();
+        if let Some(slot) = slots.get_mut(&id) {
             slot.guest = None;
         }
+        count(&slots);
+        drop(slots);
         self.changed.send_replace(());
     }
 
@@ -256,6 +262,7 @@ impl Guests {
         } else if let Some(slot) = slots.get_mut(&id) {
             slot.guest = None;
         }
+        count(&slots);
         drop(slots);
         self.machines().remove(&id);
         self.changed.send_replace(());
@@ -280,6 +287,10 @@ impl Guests {
     fn slots(&self) -> std::sync::MutexGuard<'_, HashMap<VmId, Slot>> {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn count(slots: &HashMap<VmId, Slot>) {
+    metrics::vms(slots.values().filter(|slot| slot.guest.is_some()).count());
 }
 
 #[async_trait::async_trait]

@@ -32,6 +32,7 @@ mod fault;
 mod garbage;
 mod guest;
 mod lifecycle;
+pub mod metrics;
 mod phases;
 mod pool;
 mod pump;
@@ -49,6 +50,7 @@ use std::{fmt, path::Path, sync::Arc, time::Duration};
 use aether_drivers::{BootSource, Driver, DriverError, LayerFile};
 use aether_events::EventBus;
 use aether_images::SnapshotStore;
+use aether_logs::LogSink;
 use aether_queue::{Queue, QueueError};
 use aether_store::{Store, StoreError};
 use aether_streams::Sessions;
@@ -89,6 +91,8 @@ pub struct WorkerParts {
     pub store: Arc<dyn Store>,
     pub queue: Arc<dyn Queue>,
     pub bus: Arc<dyn EventBus>,
+    /// Takes what guests say.
+    pub logs: LogSink,
     pub sessions: Sessions,
     pub drivers: Vec<Arc<dyn Driver>>,
     pub images: Arc<dyn ImageSource>,

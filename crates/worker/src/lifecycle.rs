@@ -4,6 +4,7 @@
 use std::{sync::Arc, time::Duration};
 
 use aether_drivers::{Driver, DriverError, GuestNetwork, MachineSpec, MachineState, Start};
+use aether_logs::{Lines, LogService, LogStream};
 use aether_protocol::{Shutdown, Token, host};
 use aether_store::{VmChange, VmPatch};
 use aether_types::{
@@ -17,6 +18,7 @@ use crate::{
     failure::{Failure, internal},
     fault,
     guest::Guest,
+    metrics,
     phases::PhaseClock,
     tool_build::Telling,
     worker::Core,
@@ -49,8 +51,10 @@ impl Core {
         if wanted {
             return;
         }
+        self.log_last_words(guest).await;
         self.guests.remove_guest(guest.id);
         let fault = fault::from_exit(reason);
+        metrics::ended_by_itself(fault.code);
         tracing::warn!(vm.id = %guest.id, reason = %fault.code, "the VM ended by itself");
         let event = match reason {
             aether_drivers::ExitReason::GuestShutdown => VmEvent::Stopped,
@@ -59,6 +63,16 @@ impl Core {
             | aether_drivers::ExitReason::VmmDied => VmEvent::Failed,
         };
         self.change_vm(guest.id, event, Some(fault)).await;
+    }
+
+    /// Why a guest ended by itself stands on its console, if anywhere.
+    async fn log_last_words(&self, guest: &Guest) {
+        let words = guest.driver.last_words(guest.machine).await;
+        let logs = self.parts.logs.clone();
+        let mut lines =
+            Lines::new(logs, LogService::Guest, LogStream::Console).of(Some(guest.id), None);
+        lines.push(words.as_bytes());
+        lines.finish();
     }
 
     /// Brings a stopped or failed VM to run: with its memory where that was kept, else by a boot on

@@ -5,6 +5,7 @@
 
 use std::{collections::VecDeque, time::Duration};
 
+use aether_logs::{Lines, LogService, LogSink, LogStream};
 use aether_protocol::{
     Cause, Exited, Stream,
     host::{ClientError, RunEvent, RunInput, RunOutput, RunSession},
@@ -13,7 +14,7 @@ use aether_store::{AttemptEnd, ExecutionEnd};
 use aether_streams::{SessionInput, SessionOutput, WorkerEnd};
 use aether_types::{
     ErrorCode, ExecutionSpec, ExecutionState, ExitStatus, Fault, OutputStream, RetainedOutput,
-    TaskState,
+    TaskId, TaskState, VmId,
 };
 use bytes::Bytes;
 use tokio::{
@@ -245,19 +246,35 @@ impl Pump<'_> {
     }
 }
 
-/// What is kept of a command's output so far.
-#[derive(Default)]
+/// What is kept of a command's output so far, and its way to the logs.
 pub(crate) struct Collected {
     stdout: RetainedOutput,
     stderr: RetainedOutput,
+    stdout_lines: Lines,
+    stderr_lines: Lines,
 }
 
 impl Collected {
-    fn push(&mut self, stream: OutputStream, data: &[u8]) {
-        match stream {
-            OutputStream::Stdout => self.stdout.push(data),
-            OutputStream::Stderr => self.stderr.push(data),
+    /// `vm` and `task` stand with every line in the logs.
+    pub(crate) fn new(logs: &LogSink, vm: VmId, task: TaskId) -> Self {
+        let lines =
+            |stream| Lines::new(logs.clone(), LogService::Guest, stream).of(Some(vm), Some(task));
+        Self {
+            stdout: RetainedOutput::default(),
+            stderr: RetainedOutput::default(),
+            stdout_lines: lines(LogStream::Stdout),
+            stderr_lines: lines(LogStream::Stderr),
         }
+    }
+
+    fn push(&mut self, stream: OutputStream, data: &[u8]) {
+        let (output, lines) = match stream {
+            OutputStream::Stdout => (&mut self.stdout, &mut self.stdout_lines),
+            OutputStream::Stderr => (&mut self.stderr, &mut self.stderr_lines),
+        };
+        output.push(data);
+        // Never waits: a log that is full or slow holds up no command.
+        lines.push(data);
     }
 
     /// Where an attachment goes on.
@@ -323,6 +340,8 @@ impl Collected {
     ) -> AttemptEnd {
         self.stdout.finish();
         self.stderr.finish();
+        self.stdout_lines.finish();
+        self.stderr_lines.finish();
         AttemptEnd {
             state: task,
             error: error.clone(),

@@ -365,7 +365,7 @@ fn noted(done: Result<(), WorkerError>) -> Result<(), WorkerError> {
 async fn vm_event(events: &mut Box<dyn Subscription>) -> bool {
     loop {
         match events.next().await {
-            Received::Event(Event::Vm { state: VmState::Running, .. }) | Received::Missed(_) => {
+            Received::Event(Event::Vm { state: VmState::Running, .. }) | Received::Missed => {
                 return false;
             }
             Received::Event(Event::Vm { state, .. }) if !state.holds_capacity() => return true,
@@ -472,6 +472,7 @@ pub(crate) async fn delete(core: &Core, id: VmId) {
         kind: TaskKind::VmDelete,
         priority: aether_types::Priority::High,
         max_attempts: limits::TASK_ATTEMPTS_MAX,
+        project: None,
     };
     let recorded = match core.parts.store.request_on_vm(id, task, None).await {
         Ok(accepted) => Ok(accepted),

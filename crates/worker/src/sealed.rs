@@ -146,7 +146,7 @@ impl Core {
                         {
                             return;
                         }
-                        Received::Missed(_) => return,
+                        Received::Missed => return,
                         Received::Event(_) => {}
                         Received::Closed => std::future::pending().await,
                     }
@@ -181,7 +181,7 @@ impl Core {
                         {
                             return;
                         }
-                        Received::Missed(_) => return,
+                        Received::Missed => return,
                         Received::Event(_) => {}
                         Received::Closed => std::future::pending().await,
                     }

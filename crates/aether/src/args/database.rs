@@ -6,7 +6,7 @@ use aether_postgres::{Config, ConfigError, Limits, Parts, TlsMode};
 use aether_types::Password;
 use clap::Subcommand;
 
-use super::values::parse_duration;
+use super::{ConfigOption, values::parse_duration};
 use crate::failure::Failure;
 
 /// Said by these alone: one that is there for something else must not move the store.
@@ -74,6 +74,8 @@ impl std::fmt::Debug for DatabaseOptions {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Migrate {
+    #[command(flatten)]
+    pub(crate) config: ConfigOption,
     #[command(flatten)]
     pub(crate) database: DatabaseOptions,
     #[command(subcommand)]

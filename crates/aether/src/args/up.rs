@@ -5,7 +5,8 @@ use std::{net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 use clap::ArgAction;
 
 use super::{
-    Backend, DatabaseOptions, FleetOptions, RedisOptions, ToolOptions, values::parse_duration,
+    Backend, ConfigOption, DatabaseOptions, Edge, FleetOptions, Logging, RedisOptions, ToolOptions,
+    values::parse_duration,
 };
 use crate::logging::LogFormat;
 
@@ -21,6 +22,8 @@ Examples:
 #[derive(Debug, Clone, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Up {
+    #[command(flatten)]
+    pub(crate) config: ConfigOption,
     /// Where to answer requests; port 0 takes a free one
     #[arg(long, env = "AETHER_LISTEN", value_name = "ADDR:PORT", default_value = "127.0.0.1:8080")]
     pub(crate) listen: SocketAddr,
@@ -47,6 +50,10 @@ pub(crate) struct Up {
     pub(crate) tools: ToolOptions,
     #[command(flatten)]
     pub(crate) fleet: FleetOptions,
+    #[command(flatten)]
+    pub(crate) logging: Logging,
+    #[command(flatten)]
+    pub(crate) edge: Edge,
     #[arg(long, env = "AETHER_LOG_FORMAT", value_enum, default_value = "text")]
     pub(crate) log_format: LogFormat,
     /// What is logged, such as `info` or `warn,aether_worker=debug`

@@ -3,11 +3,20 @@
 #[cfg(test)]
 mod client;
 #[cfg(test)]
+mod config;
+#[cfg(test)]
 mod exec;
 #[cfg(test)]
 mod fleet;
 #[cfg(test)]
 mod instant;
+mod keys;
+#[cfg(test)]
+mod logs;
+#[cfg(test)]
+mod metrics;
+#[cfg(test)]
+mod older;
 #[cfg(test)]
 mod plain;
 #[cfg(test)]

@@ -154,6 +154,8 @@ pub(crate) fn command(data: &Path) -> Command {
         "AETHER_LISTEN",
         "AETHER_TEMPLATE_DIR",
         "AETHER_POOL",
+        "AETHER_LOGGING_PROVIDER",
+        "LOKI_URL",
         "AETHER_DEFAULT_TOOLS",
         "AETHER_NO_DEFAULT_TOOLS",
         "AETHER_TOOLS_DIR",

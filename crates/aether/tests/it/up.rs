@@ -28,7 +28,7 @@ fn the_first_start_makes_a_key_and_the_next_ones_keep_it() {
     assert_eq!(status, 6, "{text}");
 
     rig.restart();
-    assert!(!rig.said().iter().any(|line| line.contains("ae_")), "{:?}", rig.said());
+    assert!(!rig.said().iter().any(|line| line.contains("aeth_")), "{:?}", rig.said());
     assert_eq!(std::fs::read_to_string(&file).unwrap(), key);
     assert!(rig.ok(&["vm", "list"]).contains("web"));
 }

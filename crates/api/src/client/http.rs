@@ -69,6 +69,14 @@ impl Query {
         self
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    pub(super) fn pairs(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.0.iter().map(|(name, value)| (*name, value.as_str()))
+    }
+
     pub(super) fn page(&mut self, page: &PageQuery) -> &mut Self {
         self.opt("limit", page.limit.map(|l| l.to_string()).as_deref());
         self.opt("cursor", page.cursor.as_deref())
@@ -149,6 +157,15 @@ impl Client {
             request = request.json(body);
         }
         decode(self.send(request).await?).await
+    }
+
+    pub(super) async fn put<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        query: &Query,
+        body: &(impl Serialize + Sync),
+    ) -> Result<T, ClientError> {
+        decode(self.send(self.request(Method::PUT, path, query).json(body)).await?).await
     }
 
     pub(super) async fn delete<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {

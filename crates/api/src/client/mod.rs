@@ -5,7 +5,7 @@
 //! use aether_api::{CreateVm, ExecuteRequest, client::{CallOptions, Client}};
 //! use std::time::Duration;
 //!
-//! let client = Client::new("http://127.0.0.1:8080", Some("ae_..."))?;
+//! let client = Client::new("http://127.0.0.1:8080", Some("aeth_..."))?;
 //! let wait = CallOptions::waiting(Duration::from_secs(60));
 //! let vm = client.create_vm(&CreateVm::default(), &wait).await?;
 //! let request = ExecuteRequest { command: "uname".into(), ..ExecuteRequest::default() };
@@ -14,12 +14,17 @@
 //! # }
 //! ```
 
+mod audit;
 mod error;
 mod files;
 mod follow;
 mod http;
+mod keys;
+mod logs;
+mod projects;
 mod queues;
 mod snapshots;
+mod socket;
 mod templates;
 mod terminal;
 mod tools;
@@ -30,9 +35,12 @@ use std::{fmt, time::Duration};
 use aether_types::{ExecutionId, OutputStream, TaskId, VmId};
 use bytes::Bytes;
 
+pub use audit::AuditQuery;
 pub use error::ClientError;
 pub use files::{FileDownload, ReadOptions, WriteOptions};
 pub use follow::Follow;
+pub use keys::KeyQuery;
+pub use logs::{FollowLogs, LogsFrom};
 pub use snapshots::SnapshotQuery;
 pub use templates::{Since, TemplateQuery};
 pub use terminal::{TerminalInput, TerminalOutput};

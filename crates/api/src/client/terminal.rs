@@ -7,21 +7,18 @@ use futures::{
     SinkExt as _, StreamExt as _,
     stream::{SplitSink, SplitStream},
 };
-use reqwest::header::AUTHORIZATION;
-use tokio::{net::TcpStream, sync::Semaphore};
-use tokio_tungstenite::{
-    MaybeTlsStream, WebSocketStream,
-    tungstenite::{self, Message, client::IntoClientRequest as _},
-};
+use tokio::sync::Semaphore;
+use tokio_tungstenite::tungstenite::Message;
 
-use super::http::{bearer, segment};
-use super::{Client, ClientError};
+use super::{
+    Client, ClientError,
+    http::{Query, segment},
+    socket::{Socket, connect, event, lost},
+};
 use crate::{
-    CHANNEL_STDERR, CHANNEL_STDIN, CHANNEL_STDOUT, PREFIX, Problem, STDIN_WINDOW_BYTES,
-    StreamEvent, TerminalControl, TerminalStart,
+    CHANNEL_STDERR, CHANNEL_STDIN, CHANNEL_STDOUT, STDIN_WINDOW_BYTES, StreamEvent,
+    TerminalControl, TerminalStart,
 };
-
-type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
 
 /// The half that feeds the command.
 #[derive(Debug)]
@@ -46,19 +43,8 @@ pub(super) async fn open(
     vm: &str,
     start: &TerminalStart,
 ) -> Result<(TerminalInput, TerminalOutput), ClientError> {
-    // `http` becomes `ws`, `https` becomes `wss`.
-    let base = client.base.strip_prefix("http").unwrap_or(&client.base);
-    let url = format!("ws{base}{PREFIX}/vms/{}/terminal", segment(vm));
-    let mut request =
-        url.into_client_request().map_err(|_| ClientError::Url { url: client.base.clone() })?;
-    if let Some(value) = client.key.as_deref().and_then(bearer) {
-        request.headers_mut().insert(AUTHORIZATION, value);
-    }
-    let nodelay = true;
-    let (mut socket, _response) =
-        tokio_tungstenite::connect_async_with_config(request, None, nodelay)
-            .await
-            .map_err(|error| refused(client, error))?;
+    let path = format!("/vms/{}/terminal", segment(vm));
+    let mut socket = connect(client, &path, &Query::default()).await?;
     socket.send(text(start)?).await.map_err(lost)?;
     let (sink, stream) = socket.split();
     let window = usize::try_from(STDIN_WINDOW_BYTES).unwrap_or(usize::MAX);
@@ -163,36 +149,8 @@ impl Drop for TerminalOutput {
     }
 }
 
-/// A refusal comes as a problem document, since the answer to the handshake is already out.
-fn event(text: &str) -> Result<StreamEvent, ClientError> {
-    serde_json::from_str(text).map_err(|error| match serde_json::from_str::<Problem>(text) {
-        Ok(problem) => ClientError::Problem(Box::new(problem)),
-        Err(_) => ClientError::unexpected(error.to_string()),
-    })
-}
-
 fn text(value: &impl serde::Serialize) -> Result<Message, ClientError> {
     let text = serde_json::to_string(value)
         .map_err(|error| ClientError::transport("write a message")(error.into()))?;
     Ok(Message::Text(text.into()))
-}
-
-fn refused(client: &Client, error: tungstenite::Error) -> ClientError {
-    match error {
-        tungstenite::Error::Http(response) => {
-            let body = response.body().as_deref().unwrap_or_default();
-            match serde_json::from_slice::<Problem>(body) {
-                Ok(problem) => ClientError::Problem(Box::new(problem)),
-                Err(_) => ClientError::unexpected(format!("status {}", response.status())),
-            }
-        }
-        tungstenite::Error::Io(source) => {
-            ClientError::Connect { url: client.base.clone(), source: source.into() }
-        }
-        error => ClientError::transport("open a terminal")(error.into()),
-    }
-}
-
-fn lost(error: tungstenite::Error) -> ClientError {
-    ClientError::transport("use the terminal")(error.into())
 }

@@ -113,6 +113,14 @@ impl<V: Vmm> Driver for Arc<Machines<V>> {
         }
     }
 
+    async fn last_words(&self, id: MachineId) -> String {
+        let Some(slot) = lock(&self.slots).get(&id).cloned() else { return String::new() };
+        let ended = lock(&slot.live).as_ref().filter(|live| live.has_ended()).cloned();
+        let Some(live) = ended else { return String::new() };
+        let vmm = Arc::clone(&self.vmm);
+        tokio::task::spawn_blocking(move || vmm.last_words(&live.control)).await.unwrap_or_default()
+    }
+
     async fn delete(&self, id: MachineId) -> Result<(), DriverError> {
         let machines = Arc::clone(self);
         self.finish(async move {
@@ -249,6 +257,9 @@ macro_rules! delegate_driver {
             }
             async fn exited(&self, id: MachineId) -> Result<ExitReason, DriverError> {
                 self.0.exited(id).await
+            }
+            async fn last_words(&self, id: MachineId) -> String {
+                self.0.last_words(id).await
             }
             async fn delete(&self, id: MachineId) -> Result<(), DriverError> {
                 self.0.delete(id).await

@@ -196,6 +196,16 @@ impl Driver for SimDriver {
         Ok(ended(&machine).await)
     }
 
+    async fn last_words(&self, id: MachineId) -> String {
+        let state = self.host.known(id).map(|machine| machine.describe().state);
+        match state {
+            Some(MachineState::Exited(ExitReason::GuestPanic)) => {
+                "Kernel panic - not syncing: simulated".to_owned()
+            }
+            _ => String::new(),
+        }
+    }
+
     async fn delete(&self, id: MachineId) -> Result<(), DriverError> {
         let host = Arc::clone(&self.host);
         self.finish(async move { host.delete(id).await }).await

@@ -234,6 +234,7 @@ async fn faults_are_seen_by_who_is_connected() {
     one.host.panic_guest(id);
     assert!(session.next().await.unwrap_err().is_connection_lost());
     assert_eq!(one.driver.exited(id).await.unwrap(), ExitReason::GuestPanic);
+    assert!(one.driver.last_words(id).await.contains("Kernel panic"));
 }
 
 #[tokio::test]

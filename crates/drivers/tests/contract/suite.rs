@@ -209,6 +209,8 @@ async fn panics(rig: &Rig, vm: &Vm) {
     rig.sh_last(vm, panic).await;
     assert_eq!(exited(rig, vm).await, ExitReason::GuestPanic);
     assert_eq!(watch.await.unwrap().unwrap(), ExitReason::GuestPanic);
+    let words = rig.driver().last_words(vm.id).await;
+    assert!(words.contains("Kernel panic"), "{words:?}");
     let limit = rig.boot_limit();
     rig.driver().start(vm.id, Start::Boot, limit).await.expect("start after a panic");
 }

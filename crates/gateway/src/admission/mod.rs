@@ -15,7 +15,7 @@ use aether_types::{
     vm::validate_name,
 };
 
-pub(crate) use names::{TemplateName, snapshot_name};
+pub(crate) use names::{TemplateName, project_name, snapshot_name};
 pub(crate) use template::admit_template;
 pub(crate) use tools::{AskedTools, admit_tools, default_tools};
 

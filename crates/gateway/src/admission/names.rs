@@ -1,8 +1,8 @@
-//! Names of snapshots and templates. Paths take a name or an id, so that no name looks like one.
+//! Names of snapshots, templates and projects. Paths take a name or an id, so that no name looks like one.
 
 use aether_types::{
     SnapshotId,
-    limits::{SNAPSHOT_NAME_BYTES_MAX, TEMPLATE_NAME_BYTES_MAX},
+    limits::{PROJECT_NAME_BYTES_MAX, SNAPSHOT_NAME_BYTES_MAX, TEMPLATE_NAME_BYTES_MAX},
     template::{DEFAULT_TAG, NO_TEMPLATE},
 };
 
@@ -10,6 +10,10 @@ use crate::problem::{ApiError, ApiResult};
 
 pub(crate) fn snapshot_name(name: String) -> ApiResult<String> {
     plain("name", name, SNAPSHOT_NAME_BYTES_MAX)
+}
+
+pub(crate) fn project_name(name: String) -> ApiResult<String> {
+    plain("name", name, PROJECT_NAME_BYTES_MAX)
 }
 
 /// `name:tag`, or a name alone, which means its `latest`.

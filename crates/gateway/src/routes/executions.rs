@@ -6,7 +6,8 @@ use aether_api::{
 };
 use aether_store::{Idempotency, NewExecution};
 use aether_types::{
-    ErrorCode, Execution, ExecutionId, ExecutionSpec, OutputStream, RetainedOutput, TaskKind, VmId,
+    ErrorCode, Execution, ExecutionId, ExecutionSpec, OutputStream, ProjectId, RetainedOutput,
+    TaskKind, VmId,
 };
 use axum::{
     Json as JsonAnswer,
@@ -18,6 +19,7 @@ use axum::{
 use bytes::{BufMut as _, Bytes, BytesMut};
 
 use crate::{
+    auth::Caller,
     extract::{Json, Once, Params},
     follow::Follower,
     parts::App,
@@ -26,20 +28,21 @@ use crate::{
         accepted,
         vms::{find, resolve},
     },
-    submit::{Recorded, new_task, submit},
+    submit::{Recorded, new_task_of, submit},
     wait::TaskWatch,
 };
 
 /// Records an execution. `id` may have a session that was opened before.
 pub(super) async fn record(
     app: &App,
+    project: ProjectId,
     vm: VmId,
     id: ExecutionId,
     spec: ExecutionSpec,
     idempotency: Option<Idempotency>,
 ) -> ApiResult<Recorded<Execution>> {
     let new = NewExecution { id, spec };
-    let task = new_task(TaskKind::VmExecute);
+    let task = new_task_of(TaskKind::VmExecute, project);
     let store = Arc::clone(&app.parts.store);
     submit(app, async move {
         let (accepted, execution) = store.request_execution(vm, new, task, idempotency).await?;
@@ -50,6 +53,7 @@ pub(super) async fn record(
 
 pub(super) async fn execute(
     State(app): State<App>,
+    caller: Caller,
     Path(vm): Path<String>,
     once: Once,
     mut params: Params,
@@ -63,14 +67,14 @@ pub(super) async fn execute(
     }
     let spec = ExecutionSpec::from(body.value);
     spec.validate().map_err(ApiError::invalid)?;
-    let vm = resolve(&app, &vm).await?;
+    let vm = resolve(&app, &caller, &vm).await?;
     let idempotency = once.idempotency(&body.bytes);
     let id = ExecutionId::new();
     if stream {
-        return execute_stream(&app, vm, id, spec, idempotency).await;
+        return execute_stream(&app, &caller, vm, id, spec, idempotency).await;
     }
     let watch = wait.map(|_| TaskWatch::new(&app));
-    let recorded = record(&app, vm, id, spec, idempotency).await?;
+    let recorded = record(&app, caller.project(), vm, id, spec, idempotency).await?;
     match watch.zip(wait) {
         Some((watch, limit)) => execute_wait(&app, recorded, watch, limit).await,
         None => Ok(accepted(Accepted::new(&recorded.accepted.task, vm))),
@@ -97,6 +101,7 @@ async fn execute_wait(
 
 async fn execute_stream(
     app: &App,
+    caller: &Caller,
     vm: VmId,
     id: ExecutionId,
     spec: ExecutionSpec,
@@ -105,7 +110,7 @@ async fn execute_stream(
     let place = app.stream_place()?;
     let watch = TaskWatch::new(app);
     let client = app.parts.sessions.open(id);
-    let recorded = record(app, vm, id, spec, idempotency).await?;
+    let recorded = record(app, caller.project(), vm, id, spec, idempotency).await?;
     let follower = Follower::new(app, watch, client, &recorded, place);
     let lines = futures::stream::unfold(follower, |mut follower| async move {
         let event = follower.next().await?;
@@ -138,12 +143,13 @@ async fn view_with_output(app: &App, id: ExecutionId) -> ApiResult<Option<Execut
 
 pub(super) async fn list(
     State(app): State<App>,
+    caller: Caller,
     Path(vm): Path<String>,
     mut params: Params,
 ) -> ApiResult<JsonAnswer<Page<ExecutionView>>> {
     let page = params.page()?;
     params.finish()?;
-    let vm = find(&app, &vm).await?;
+    let vm = find(&app, &caller, &vm).await?;
     let found = app.store().executions(vm.id, page).await?;
     let items = found.items.into_iter().map(|e| ExecutionView::new(e, None)).collect();
     Ok(JsonAnswer(Page { items, next_cursor: found.next.map(|c| c.to_string()) }))
@@ -158,34 +164,44 @@ fn parse(text: &str) -> ApiResult<ExecutionId> {
     text.parse().map_err(|_| not_found(text))
 }
 
-async fn of_vm(app: &App, vm: &str, text: &str) -> ApiResult<Execution> {
-    let vm = resolve(app, vm).await?;
+/// An execution of the caller's project.
+async fn find_execution(app: &App, caller: &Caller, text: &str) -> ApiResult<Execution> {
     let found = app.store().execution(parse(text)?).await?;
-    found.filter(|e| e.vm_id == vm).ok_or_else(|| not_found(text))
+    found.filter(|e| e.project_id == caller.project()).ok_or_else(|| not_found(text))
+}
+
+async fn check_vm(app: &App, caller: &Caller, vm: &str, text: &str) -> ApiResult<()> {
+    let vm = resolve(app, caller, vm).await?;
+    let found = find_execution(app, caller, text).await?;
+    if found.vm_id == vm { Ok(()) } else { Err(not_found(text)) }
 }
 
 pub(super) async fn show(
     State(app): State<App>,
+    caller: Caller,
     Path(execution): Path<String>,
     params: Params,
 ) -> ApiResult<JsonAnswer<ExecutionView>> {
     params.finish()?;
-    let view = view_with_output(&app, parse(&execution)?).await?;
+    let id = find_execution(&app, &caller, &execution).await?.id;
+    let view = view_with_output(&app, id).await?;
     view.map(JsonAnswer).ok_or_else(|| not_found(&execution))
 }
 
 pub(super) async fn show_of_vm(
     State(app): State<App>,
+    caller: Caller,
     Path((vm, execution)): Path<(String, String)>,
     params: Params,
 ) -> ApiResult<JsonAnswer<ExecutionView>> {
-    of_vm(&app, &vm, &execution).await?;
-    show(State(app), Path(execution), params).await
+    check_vm(&app, &caller, &vm, &execution).await?;
+    show(State(app), caller, Path(execution), params).await
 }
 
 /// The kept bytes of one stream, raw.
 pub(super) async fn output(
     State(app): State<App>,
+    caller: Caller,
     Path(execution): Path<String>,
     mut params: Params,
 ) -> ApiResult<Response> {
@@ -195,10 +211,8 @@ pub(super) async fn output(
         Some(_) => return Err(ApiError::invalid("stream: stdout or stderr is needed".into())),
     };
     params.finish()?;
-    let id = parse(&execution)?;
-    let store = app.store();
-    let (found, output) = tokio::try_join!(store.execution(id), store.output(id, stream))?;
-    found.ok_or_else(|| not_found(&execution))?;
+    let id = find_execution(&app, &caller, &execution).await?.id;
+    let output = app.store().output(id, stream).await?;
     let cut_bytes = output.cut_bytes();
     let RetainedOutput { mut head, tail, total_bytes } = output;
     let headers = [
@@ -213,9 +227,10 @@ pub(super) async fn output(
 
 pub(super) async fn output_of_vm(
     State(app): State<App>,
+    caller: Caller,
     Path((vm, execution)): Path<(String, String)>,
     params: Params,
 ) -> ApiResult<Response> {
-    of_vm(&app, &vm, &execution).await?;
-    output(State(app), Path(execution), params).await
+    check_vm(&app, &caller, &vm, &execution).await?;
+    output(State(app), caller, Path(execution), params).await
 }

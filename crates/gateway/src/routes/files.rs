@@ -28,6 +28,7 @@ use futures::StreamExt as _;
 use tokio::{sync::OwnedSemaphorePermit, time::timeout};
 
 use crate::{
+    auth::Caller,
     extract::{Json, Params, drain_stream, read_mode},
     parts::App,
     problem::{ApiError, ApiResult},
@@ -51,8 +52,8 @@ struct Guest {
 }
 
 /// A connection to the agent of a VM that runs.
-async fn connect(app: &App, vm: &str) -> ApiResult<Guest> {
-    let vm = find(app, vm).await?;
+async fn connect(app: &App, caller: &Caller, vm: &str) -> ApiResult<Guest> {
+    let vm = find(app, caller, vm).await?;
     if vm.state != VmState::Running {
         let detail = format!("VM `{}` is {}; files need it running", vm.name, vm.state);
         return Err(ApiError::new(ErrorCode::VmStateConflict, detail).vm_state(vm.state));
@@ -86,6 +87,7 @@ fn path_and_user(params: &mut Params) -> ApiResult<(String, Option<String>)> {
 
 pub(super) async fn read(
     State(app): State<App>,
+    caller: Caller,
     Path(vm): Path<String>,
     mut params: Params,
 ) -> ApiResult<Response> {
@@ -94,7 +96,7 @@ pub(super) async fn read(
     let limit = params.number("limit")?;
     params.finish()?;
     let place = app.stream_place()?;
-    let guest = connect(&app, &vm).await?;
+    let guest = connect(&app, &caller, &vm).await?;
     let request = ReadFile { path, offset, limit, user };
     let reader = host::read_file(guest.stream, &guest.token, request, ANSWER_LIMIT).await?;
     let headers = [
@@ -134,6 +136,7 @@ impl Download {
 
 pub(super) async fn write(
     State(app): State<App>,
+    caller: Caller,
     Path(vm): Path<String>,
     mut params: Params,
     body: Body,
@@ -150,7 +153,7 @@ pub(super) async fn write(
     params.finish()?;
     let _place = app.stream_place()?;
     let mut chunks = body.into_data_stream();
-    let written = write_chunks(&app, &vm, request, &mut chunks).await;
+    let written = write_chunks(&app, &caller, &vm, request, &mut chunks).await;
     if written.is_err() {
         drain_stream(&mut chunks, UPLOAD_DRAIN_BYTES_MAX, UPLOAD_DRAIN_LIMIT).await;
     }
@@ -160,11 +163,12 @@ pub(super) async fn write(
 /// Where this returns early the writer is dropped, and the guest discards the file.
 async fn write_chunks(
     app: &App,
+    caller: &Caller,
     vm: &str,
     request: WriteFile,
     chunks: &mut BodyDataStream,
 ) -> ApiResult<u64> {
-    let guest = connect(app, vm).await?;
+    let guest = connect(app, caller, vm).await?;
     let mut writer = host::write_file(guest.stream, &guest.token, request, ANSWER_LIMIT).await?;
     let idle_limit = app.parts.config.idle_limit;
     loop {
@@ -195,13 +199,14 @@ fn stalled() -> ApiError {
 
 pub(super) async fn remove(
     State(app): State<App>,
+    caller: Caller,
     Path(vm): Path<String>,
     mut params: Params,
 ) -> ApiResult<StatusCode> {
     let (path, user) = path_and_user(&mut params)?;
     let recursive = params.flag("recursive")?;
     params.finish()?;
-    let guest = connect(&app, &vm).await?;
+    let guest = connect(&app, &caller, &vm).await?;
     let request = Remove { path, recursive, user };
     host::remove(guest.stream, &guest.token, request, ANSWER_LIMIT).await?;
     Ok(StatusCode::NO_CONTENT)
@@ -209,13 +214,14 @@ pub(super) async fn remove(
 
 pub(super) async fn stat(
     State(app): State<App>,
+    caller: Caller,
     Path(vm): Path<String>,
     mut params: Params,
 ) -> ApiResult<JsonAnswer<FileView>> {
     let (path, user) = path_and_user(&mut params)?;
     let follow = params.flag("follow")?;
     params.finish()?;
-    let guest = connect(&app, &vm).await?;
+    let guest = connect(&app, &caller, &vm).await?;
     let request = Stat { path, user, follow };
     let stat = host::stat(guest.stream, &guest.token, request, ANSWER_LIMIT).await?;
     Ok(JsonAnswer(file_view(stat)))
@@ -223,6 +229,7 @@ pub(super) async fn stat(
 
 pub(super) async fn list(
     State(app): State<App>,
+    caller: Caller,
     Path(vm): Path<String>,
     mut params: Params,
 ) -> ApiResult<JsonAnswer<FileListing>> {
@@ -238,7 +245,7 @@ pub(super) async fn list(
         None => Bytes::new(),
     };
     params.finish()?;
-    let guest = connect(&app, &vm).await?;
+    let guest = connect(&app, &caller, &vm).await?;
     let request = List { path, limit, after, user };
     let listing = host::list(guest.stream, &guest.token, request, ANSWER_LIMIT).await?;
     let next = (!listing.next.is_empty()).then(|| URL_SAFE_NO_PAD.encode(&listing.next));
@@ -248,6 +255,7 @@ pub(super) async fn list(
 
 pub(super) async fn mkdir(
     State(app): State<App>,
+    caller: Caller,
     Path(vm): Path<String>,
     params: Params,
     body: Json<MkdirRequest>,
@@ -256,7 +264,7 @@ pub(super) async fn mkdir(
     let MkdirRequest { path, parents, mode, user } = body.value;
     check_path("path", &path)?;
     let mode = mode.map(|mode| read_mode("mode", &mode)).transpose()?;
-    let guest = connect(&app, &vm).await?;
+    let guest = connect(&app, &caller, &vm).await?;
     let request = Mkdir { path, parents, mode, user };
     host::mkdir(guest.stream, &guest.token, request, ANSWER_LIMIT).await?;
     Ok(StatusCode::NO_CONTENT)
@@ -264,6 +272,7 @@ pub(super) async fn mkdir(
 
 pub(super) async fn rename(
     State(app): State<App>,
+    caller: Caller,
     Path(vm): Path<String>,
     params: Params,
     body: Json<MoveRequest>,
@@ -272,7 +281,7 @@ pub(super) async fn rename(
     let MoveRequest { from, to, overwrite, user } = body.value;
     check_path("from", &from)?;
     check_path("to", &to)?;
-    let guest = connect(&app, &vm).await?;
+    let guest = connect(&app, &caller, &vm).await?;
     let request = Move { from, to, overwrite, user };
     host::move_(guest.stream, &guest.token, request, ANSWER_LIMIT).await?;
     Ok(StatusCode::NO_CONTENT)

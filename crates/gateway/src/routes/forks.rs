@@ -12,6 +12,7 @@ use axum::{
 
 use crate::{
     admission,
+    auth::Caller,
     extract::{JsonOrNothing, Once, Params},
     parts::App,
     problem::{ApiError, ApiResult},
@@ -25,6 +26,7 @@ use crate::{
 
 pub(super) async fn create(
     State(app): State<App>,
+    caller: Caller,
     Path(vm): Path<String>,
     once: Once,
     mut params: Params,
@@ -32,11 +34,12 @@ pub(super) async fn create(
 ) -> ApiResult<Response> {
     let wait = params.wait()?;
     params.finish()?;
-    let source = find(&app, &vm).await?;
+    let source = find(&app, &caller, &vm).await?;
     let new = NewSnapshot { id: SnapshotId::new(), name: None, purpose: SnapshotPurpose::Fork };
     let clones = admission::admit_fork(body.value, &source, new.id, &*app.parts.catalogue)?;
-    let clones = clones.into_iter().map(|vm| (vm, new_task(TaskKind::VmCreate))).collect();
-    let (task, idempotency) = (new_task(TaskKind::VmSnapshot), once.idempotency(&body.bytes));
+    let clones = clones.into_iter().map(|vm| (vm, new_task(TaskKind::VmCreate, &caller))).collect();
+    let (task, idempotency) =
+        (new_task(TaskKind::VmSnapshot, &caller), once.idempotency(&body.bytes));
     let capacity = app.parts.config.capacity;
     let watch = wait.map(|_| TaskWatch::new(&app));
     let store = Arc::clone(&app.parts.store);

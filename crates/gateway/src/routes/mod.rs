@@ -1,8 +1,13 @@
-//! The table of routes. Nothing is served that is not in it, and a test walks it.
+//! The table of routes, and of what each needs. Nothing is served that is not in it, and tests walk
+//! it.
 
+mod audit;
 mod executions;
 mod files;
 mod forks;
+mod keys;
+mod logs;
+mod projects;
 mod queues;
 mod snapshots;
 mod tasks;
@@ -14,115 +19,155 @@ mod workers;
 
 use axum::{
     Json, Router,
-    extract::State,
+    extract::{Request, State},
     handler::Handler,
     http::{Method, StatusCode},
-    middleware::from_fn_with_state,
+    middleware::{Next, from_fn, from_fn_with_state},
     response::{IntoResponse as _, Response},
     routing::{MethodFilter, MethodRouter, on},
 };
 
 use aether_api::{Accepted, HealthStatus, PREFIX};
-use aether_types::{ErrorCode, TaskId};
+use aether_types::{
+    ErrorCode,
+    Resource::{
+        Audit, Executions, Files, Keys, Platform, Projects, Snapshots, Tasks, Templates, Tools, Vms,
+    },
+    TaskId,
+};
 
-use crate::{auth, edge, health, parts::App, problem::ApiError};
+use crate::{
+    auth::{self, Rule, read, write},
+    edge, health, metrics,
+    parts::App,
+    problem::ApiError,
+};
 
 pub(crate) struct Route {
     pub(crate) method: Method,
     /// Below [`PREFIX`].
     pub(crate) path: &'static str,
+    /// What the caller must be allowed.
+    pub(crate) rule: Rule,
     handler: MethodRouter<App>,
 }
 
-fn route<H, T>(filter: MethodFilter, method: Method, path: &'static str, handler: H) -> Route
+fn route<H, T>(
+    filter: MethodFilter,
+    method: Method,
+    path: &'static str,
+    rule: Rule,
+    handler: H,
+) -> Route
 where
     H: Handler<T, App>,
     T: 'static,
 {
-    Route { method, path, handler: on(filter, handler) }
+    let check = from_fn(move |request: Request, next: Next| auth::authorize(rule, request, next));
+    Route { method, path, rule, handler: on(filter, handler).route_layer(check) }
 }
 
-fn get<H: Handler<T, App>, T: 'static>(path: &'static str, handler: H) -> Route {
-    route(MethodFilter::GET, Method::GET, path, handler)
+fn get<H: Handler<T, App>, T: 'static>(path: &'static str, rule: Rule, handler: H) -> Route {
+    route(MethodFilter::GET, Method::GET, path, rule, handler)
 }
 
-fn post<H: Handler<T, App>, T: 'static>(path: &'static str, handler: H) -> Route {
-    route(MethodFilter::POST, Method::POST, path, handler)
+fn post<H: Handler<T, App>, T: 'static>(path: &'static str, rule: Rule, handler: H) -> Route {
+    route(MethodFilter::POST, Method::POST, path, rule, handler)
 }
 
-fn put<H: Handler<T, App>, T: 'static>(path: &'static str, handler: H) -> Route {
-    route(MethodFilter::PUT, Method::PUT, path, handler)
+fn put<H: Handler<T, App>, T: 'static>(path: &'static str, rule: Rule, handler: H) -> Route {
+    route(MethodFilter::PUT, Method::PUT, path, rule, handler)
 }
 
-fn delete<H: Handler<T, App>, T: 'static>(path: &'static str, handler: H) -> Route {
-    route(MethodFilter::DELETE, Method::DELETE, path, handler)
+fn delete<H: Handler<T, App>, T: 'static>(path: &'static str, rule: Rule, handler: H) -> Route {
+    route(MethodFilter::DELETE, Method::DELETE, path, rule, handler)
 }
 
 pub(crate) fn table() -> Vec<Route> {
     vec![
-        get("/health", show_health),
-        post("/vms", vms::create),
-        get("/vms", vms::list),
-        get("/vms/{vm}", vms::show),
-        delete("/vms/{vm}", vms::delete),
-        post("/vms/{vm}/start", vms::start),
-        post("/vms/{vm}/stop", vms::stop),
-        post("/vms/{vm}/pause", vms::pause),
-        post("/vms/{vm}/resume", vms::resume),
-        post("/vms/{vm}/snapshots", snapshots::create),
-        get("/vms/{vm}/snapshots", snapshots::list_of_vm),
-        get("/snapshots", snapshots::list),
-        get("/snapshots/{snapshot}", snapshots::show),
-        delete("/snapshots/{snapshot}", snapshots::delete),
-        post("/vms/{vm}/fork", forks::create),
-        post("/templates", templates::build),
-        get("/templates", templates::list),
-        get("/templates/{template}", templates::show),
-        delete("/templates/{template}", templates::delete),
-        get("/pools", templates::pools),
-        get("/tools", tools::list),
-        get("/tools/{tool}/versions", tools::versions),
-        get("/tools/lock", tools::lock),
-        post("/tools/builds", tools::build),
-        post("/tools/refresh", tools::refresh),
-        post("/tools/prune", tools::prune),
-        post("/vms/{vm}/execute", executions::execute),
-        get("/vms/{vm}/executions", executions::list),
-        get("/vms/{vm}/executions/{execution}", executions::show_of_vm),
-        get("/vms/{vm}/executions/{execution}/output", executions::output_of_vm),
-        get("/executions/{execution}", executions::show),
-        get("/executions/{execution}/output", executions::output),
-        get("/vms/{vm}/terminal", terminal::open),
-        get("/vms/{vm}/files", files::read),
-        put("/vms/{vm}/files", files::write),
-        delete("/vms/{vm}/files", files::remove),
-        get("/vms/{vm}/files/stat", files::stat),
-        get("/vms/{vm}/files/list", files::list),
-        post("/vms/{vm}/files/mkdir", files::mkdir),
-        post("/vms/{vm}/files/move", files::rename),
-        get("/workers", workers::list),
-        get("/workers/{worker}", workers::show),
-        get("/workers/{worker}/vms", workers::vms),
-        post("/workers/{worker}/drain", workers::drain),
-        post("/workers/{worker}/activate", workers::activate),
-        get("/cluster/stats", workers::stats),
-        get("/cluster/distribution", workers::distribution),
-        get("/queues", queues::list),
-        get("/queues/{queue}/dead", queues::dead),
-        post("/queues/{queue}/dead/{task}/retry", queues::retry),
-        get("/tasks", tasks::list),
-        get("/tasks/{task}", tasks::show),
-        post("/tasks/{task}/cancel", tasks::cancel),
+        get("/health", Rule::Open, show_health),
+        post("/vms", write(Vms), vms::create),
+        get("/vms", read(Vms), vms::list),
+        get("/vms/{vm}", read(Vms), vms::show),
+        delete("/vms/{vm}", write(Vms), vms::delete),
+        post("/vms/{vm}/start", write(Vms), vms::start),
+        post("/vms/{vm}/stop", write(Vms), vms::stop),
+        post("/vms/{vm}/pause", write(Vms), vms::pause),
+        post("/vms/{vm}/resume", write(Vms), vms::resume),
+        post("/vms/{vm}/snapshots", write(Snapshots), snapshots::create),
+        get("/vms/{vm}/snapshots", read(Snapshots), snapshots::list_of_vm),
+        get("/snapshots", read(Snapshots), snapshots::list),
+        get("/snapshots/{snapshot}", read(Snapshots), snapshots::show),
+        delete("/snapshots/{snapshot}", write(Snapshots), snapshots::delete),
+        post("/vms/{vm}/fork", write(Vms), forks::create),
+        post("/templates", write(Templates), templates::build),
+        get("/templates", read(Templates), templates::list),
+        get("/templates/{template}", read(Templates), templates::show),
+        delete("/templates/{template}", write(Templates), templates::delete),
+        get("/pools", read(Templates), templates::pools),
+        get("/tools", read(Tools), tools::list),
+        get("/tools/{tool}/versions", read(Tools), tools::versions),
+        get("/tools/lock", read(Tools), tools::lock),
+        post("/tools/builds", write(Tools), tools::build),
+        // They change what everybody has.
+        post("/tools/refresh", write(Platform), tools::refresh),
+        post("/tools/prune", write(Platform), tools::prune),
+        post("/vms/{vm}/execute", write(Executions), executions::execute),
+        get("/vms/{vm}/executions", read(Executions), executions::list),
+        get("/vms/{vm}/executions/{execution}", read(Executions), executions::show_of_vm),
+        get("/vms/{vm}/executions/{execution}/output", read(Executions), executions::output_of_vm),
+        get("/executions/{execution}", read(Executions), executions::show),
+        get("/executions/{execution}/output", read(Executions), executions::output),
+        get("/vms/{vm}/terminal", write(Executions), terminal::open),
+        get("/vms/{vm}/files", read(Files), files::read),
+        put("/vms/{vm}/files", write(Files), files::write),
+        delete("/vms/{vm}/files", write(Files), files::remove),
+        get("/vms/{vm}/files/stat", read(Files), files::stat),
+        get("/vms/{vm}/files/list", read(Files), files::list),
+        post("/vms/{vm}/files/mkdir", write(Files), files::mkdir),
+        post("/vms/{vm}/files/move", write(Files), files::rename),
+        post("/logs/query", read(Executions), logs::query),
+        get("/logs/stream", read(Executions), logs::stream),
+        get("/workers", read(Platform), workers::list),
+        get("/workers/{worker}", read(Platform), workers::show),
+        get("/workers/{worker}/vms", read(Platform), workers::vms),
+        post("/workers/{worker}/drain", write(Platform), workers::drain),
+        post("/workers/{worker}/activate", write(Platform), workers::activate),
+        get("/cluster/stats", read(Platform), workers::stats),
+        get("/cluster/distribution", read(Platform), workers::distribution),
+        get("/queues", read(Platform), queues::list),
+        get("/queues/{queue}/dead", read(Platform), queues::dead),
+        post("/queues/{queue}/dead/{task}/retry", write(Platform), queues::retry),
+        get("/tasks", read(Tasks), tasks::list),
+        get("/tasks/{task}", read(Tasks), tasks::show),
+        post("/tasks/{task}/cancel", write(Tasks), tasks::cancel),
+        post("/keys", write(Keys), keys::create),
+        get("/keys", read(Keys), keys::list),
+        get("/keys/{key}", read(Keys), keys::show),
+        delete("/keys/{key}", write(Keys), keys::revoke),
+        get("/audit", read(Audit), audit::list),
+        post("/projects", write(Projects), projects::create),
+        get("/projects", read(Projects), projects::list),
+        get("/projects/{project}", read(Projects), projects::show),
+        delete("/projects/{project}", write(Projects), projects::delete),
+        put("/projects/{project}/quota", write(Projects), projects::set_quota),
+        get("/quota", read(Vms), projects::quota),
     ]
 }
 
+/// Where others expect it, and so not below [`PREFIX`].
+pub(crate) fn root_table() -> Vec<Route> {
+    vec![get(metrics::PATH, read(Platform), metrics::show)]
+}
+
 pub(crate) fn router(app: App) -> Router {
-    let mut routes = Router::new();
-    for Route { method: _, path, handler } in table() {
-        routes = routes.route(path, handler);
-    }
-    Router::new()
-        .nest(PREFIX, routes)
+    let all = |table: Vec<Route>| {
+        table
+            .into_iter()
+            .fold(Router::new(), |routes, Route { path, handler, .. }| routes.route(path, handler))
+    };
+    all(root_table())
+        .nest(PREFIX, all(table()))
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
         .layer(from_fn_with_state(app.clone(), auth::authenticate))

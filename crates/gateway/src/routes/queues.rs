@@ -15,7 +15,7 @@ use crate::{
     parts::App,
     problem::{ApiError, ApiResult},
     routes::{accepted_as, executions},
-    submit::{Recorded, attend, new_task, publish_task, submit},
+    submit::{Recorded, attend, new_task_of, publish_task, submit},
 };
 
 pub(super) async fn list(
@@ -98,7 +98,7 @@ async fn find(app: &App, queue: QueueName, text: &str) -> ApiResult<Task> {
     if is_dead && QueueName::of(worker) == queue { Ok(task) } else { Err(not_found()) }
 }
 
-/// Legal is what a client could ask for now: the store says.
+/// Legal is what a client of the task's project could ask for now: the store says.
 async fn ask_again(app: &App, dead: &Task) -> ApiResult<Task> {
     let kind = match dead.kind {
         TaskKind::VmExecute => return execute_again(app, dead).await,
@@ -112,7 +112,8 @@ async fn ask_again(app: &App, dead: &Task) -> ApiResult<Task> {
         }
     };
     let vm = vm_of(dead)?;
-    let (store, task) = (std::sync::Arc::clone(&app.parts.store), new_task(kind));
+    let (store, task) =
+        (std::sync::Arc::clone(&app.parts.store), new_task_of(kind, dead.project_id));
     let once = once(dead);
     let recorded = submit(app, async move {
         Ok(Recorded::new(store.request_on_vm(vm, task, Some(once)).await?, ()))
@@ -132,7 +133,8 @@ async fn execute_again(app: &App, dead: &Task) -> ApiResult<Task> {
         return Err(ApiError::new(ErrorCode::TaskEnded, detail));
     }
     let (vm, id) = (vm_of(dead)?, ExecutionId::new());
-    let recorded = executions::record(app, vm, id, execution.spec, Some(once(dead))).await?;
+    let recorded =
+        executions::record(app, dead.project_id, vm, id, execution.spec, Some(once(dead))).await?;
     Ok(recorded.accepted.task)
 }
 
@@ -141,7 +143,8 @@ async fn build_again(app: &App, dead: &Task) -> ApiResult<Task> {
         .tools
         .iter()
         .map(|tool| ToolRequest { name: tool.name.clone(), version: tool.asked.clone() });
-    let (tools, task, once) = (tools.collect(), new_task(TaskKind::ToolBuild), once(dead));
+    let (tools, task, once) =
+        (tools.collect(), new_task_of(TaskKind::ToolBuild, dead.project_id), once(dead));
     let shared = app.clone();
     attend(app, "retrying a build of tools", async move {
         let AcceptedBuild { task, repeated } =

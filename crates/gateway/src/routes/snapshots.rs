@@ -14,6 +14,7 @@ use axum::{
 
 use crate::{
     admission,
+    auth::Caller,
     extract::{JsonOrNothing, Once, Params},
     parts::App,
     problem::{ApiError, ApiResult},
@@ -25,13 +26,14 @@ use crate::{
     wait::TaskWatch,
 };
 
-/// The snapshot that a path names: by its name, or by its id also one that is deleted, or that
+/// The snapshot of the caller's project that a path names: by its name, or by its id also one that is deleted, or that
 /// exists for a fork or a template.
-async fn find(app: &App, text: &str) -> ApiResult<Snapshot> {
+async fn find(app: &App, caller: &Caller, text: &str) -> ApiResult<Snapshot> {
     let found = match text.parse() {
         Ok(id) => app.store().snapshot(id).await?,
-        Err(_) => app.store().snapshot_by_name(text).await?,
+        Err(_) => app.store().snapshot_by_name(caller.project(), text).await?,
     };
+    let found = found.filter(|snapshot| snapshot.project_id == caller.project());
     found.ok_or_else(|| not_found(text))
 }
 
@@ -41,8 +43,8 @@ fn not_found(text: &str) -> ApiError {
 }
 
 /// The snapshot that a VM is to begin as. One that is being made is waited for by the VM.
-pub(super) async fn find_usable(app: &App, text: &str) -> ApiResult<Snapshot> {
-    let snapshot = find(app, text).await.map_err(|error| error.in_body("snapshot"))?;
+pub(super) async fn find_usable(app: &App, caller: &Caller, text: &str) -> ApiResult<Snapshot> {
+    let snapshot = find(app, caller, text).await.map_err(|error| error.in_body("snapshot"))?;
     check_purpose(&snapshot, "begun as").map_err(|error| error.in_body("snapshot"))?;
     match snapshot.state {
         SnapshotState::Creating | SnapshotState::Ready => Ok(snapshot),
@@ -72,6 +74,7 @@ fn check_purpose(snapshot: &Snapshot, action: &str) -> ApiResult<()> {
 
 pub(super) async fn create(
     State(app): State<App>,
+    caller: Caller,
     Path(vm): Path<String>,
     once: Once,
     mut params: Params,
@@ -80,10 +83,11 @@ pub(super) async fn create(
     let wait = params.wait()?;
     params.finish()?;
     let name = body.value.name.map(admission::snapshot_name).transpose()?;
-    let vm = vms::find(&app, &vm).await?;
+    let vm = vms::find(&app, &caller, &vm).await?;
     admission::check_snapshots(vm.spec.driver, &*app.parts.catalogue)?;
     let new = NewSnapshot { id: SnapshotId::new(), name, purpose: SnapshotPurpose::User };
-    let (task, idempotency) = (new_task(TaskKind::VmSnapshot), once.idempotency(&body.bytes));
+    let (task, idempotency) =
+        (new_task(TaskKind::VmSnapshot, &caller), once.idempotency(&body.bytes));
     let watch = wait.map(|_| TaskWatch::new(&app));
     let store = Arc::clone(&app.parts.store);
     let recorded = submit(&app, async move {
@@ -111,26 +115,29 @@ pub(super) async fn create(
 
 pub(super) async fn list(
     State(app): State<App>,
+    caller: Caller,
     mut params: Params,
 ) -> ApiResult<JsonAnswer<Page<SnapshotView>>> {
     let vm = match params.one("vm")? {
-        Some(vm) => Some(vms::resolve(&app, &vm).await?),
+        Some(vm) => Some(vms::resolve(&app, &caller, &vm).await?),
         None => None,
     };
-    page(&app, vm, params).await
+    page(&app, &caller, vm, params).await
 }
 
 pub(super) async fn list_of_vm(
     State(app): State<App>,
+    caller: Caller,
     Path(vm): Path<String>,
     params: Params,
 ) -> ApiResult<JsonAnswer<Page<SnapshotView>>> {
-    let vm = vms::find(&app, &vm).await?;
-    page(&app, Some(vm.id), params).await
+    let vm = vms::find(&app, &caller, &vm).await?;
+    page(&app, &caller, Some(vm.id), params).await
 }
 
 async fn page(
     app: &App,
+    caller: &Caller,
     vm_id: Option<VmId>,
     mut params: Params,
 ) -> ApiResult<JsonAnswer<Page<SnapshotView>>> {
@@ -138,7 +145,8 @@ async fn page(
     let page = params.page()?;
     params.finish()?;
     let purposes = vec![SnapshotPurpose::User];
-    let filter = SnapshotFilter { states, purposes, vm_id, worker_id: None };
+    let project = Some(caller.project());
+    let filter = SnapshotFilter { project, states, purposes, vm_id, worker_id: None };
     let found = app.store().snapshots(filter, page).await?;
     let items = found.items.into_iter().map(SnapshotView::from).collect();
     Ok(JsonAnswer(Page { items, next_cursor: found.next.map(|c| c.to_string()) }))
@@ -146,20 +154,22 @@ async fn page(
 
 pub(super) async fn show(
     State(app): State<App>,
+    caller: Caller,
     Path(snapshot): Path<String>,
     params: Params,
 ) -> ApiResult<JsonAnswer<SnapshotView>> {
     params.finish()?;
-    Ok(JsonAnswer(find(&app, &snapshot).await?.into()))
+    Ok(JsonAnswer(find(&app, &caller, &snapshot).await?.into()))
 }
 
 pub(super) async fn delete(
     State(app): State<App>,
+    caller: Caller,
     Path(snapshot): Path<String>,
     params: Params,
 ) -> ApiResult<JsonAnswer<SnapshotView>> {
     params.finish()?;
-    let found = find(&app, &snapshot).await?;
+    let found = find(&app, &caller, &snapshot).await?;
     check_purpose(&found, "deleted")?;
     let shared = app.clone();
     let deleted = attend(&app, "deleting a snapshot", async move {

@@ -13,6 +13,7 @@ use axum::{
 use tokio::time::{Instant, sleep_until};
 
 use crate::{
+    auth::Caller,
     extract::Params,
     parts::App,
     problem::{ApiError, ApiResult},
@@ -23,6 +24,7 @@ use crate::{
 
 pub(super) async fn list(
     State(app): State<App>,
+    caller: Caller,
     mut params: Params,
 ) -> ApiResult<JsonAnswer<Page<TaskView>>> {
     let states = params.list::<TaskState>("status")?;
@@ -31,17 +33,20 @@ pub(super) async fn list(
     let page = params.page()?;
     params.finish()?;
     let vm_id = match vm {
-        Some(vm) => Some(resolve(&app, &vm).await?),
+        Some(vm) => Some(resolve(&app, &caller, &vm).await?),
         None => None,
     };
-    let filter = TaskFilter { states, kind, vm_id, worker_id: None };
+    let filter =
+        TaskFilter { project: Some(caller.project()), states, kind, vm_id, worker_id: None };
     let found = app.store().tasks(filter, page).await?;
     let items = found.items.into_iter().map(TaskView::brief).collect();
     Ok(JsonAnswer(Page { items, next_cursor: found.next.map(|c| c.to_string()) }))
 }
 
-async fn find(app: &App, text: &str) -> ApiResult<Task> {
-    app.store().task(parse(text)?).await?.ok_or_else(|| not_found(text))
+/// A task of the caller's project.
+async fn find(app: &App, caller: &Caller, text: &str) -> ApiResult<Task> {
+    let found = app.store().task(parse(text)?).await?;
+    found.filter(|task| task.project_id == caller.project()).ok_or_else(|| not_found(text))
 }
 
 fn parse(text: &str) -> ApiResult<TaskId> {
@@ -57,6 +62,7 @@ fn not_found(text: &str) -> ApiError {
 /// the time is over.
 pub(super) async fn show(
     State(app): State<App>,
+    caller: Caller,
     Path(task): Path<String>,
     mut params: Params,
 ) -> ApiResult<JsonAnswer<TaskView>> {
@@ -67,7 +73,7 @@ pub(super) async fn show(
         return Err(ApiError::invalid("generation: only together with wait".into()));
     }
     let watch = wait.map(|_| TaskWatch::new(&app));
-    let mut found = find(&app, &task).await?;
+    let mut found = find(&app, &caller, &task).await?;
     if let Some((watch, limit)) = watch.zip(wait) {
         found = match since {
             Some(generation) => await_news(&app, watch, found, generation, limit).await?,
@@ -104,12 +110,13 @@ async fn await_news(
 /// 200 with the task where it has ended, 202 where its worker was told.
 pub(super) async fn cancel(
     State(app): State<App>,
+    caller: Caller,
     Path(task): Path<String>,
     mut params: Params,
 ) -> ApiResult<Response> {
     let wait = params.wait()?;
     params.finish()?;
-    let id = parse(&task)?;
+    let id = find(&app, &caller, &task).await?.id;
     let watch = wait.map(|_| TaskWatch::new(&app));
     let mut task = match cancel_and_tell(&app, id).await? {
         CancelOutcome::Cancelled(task) | CancelOutcome::Requested(task) => task,

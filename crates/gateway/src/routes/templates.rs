@@ -4,7 +4,8 @@ use aether_api::{Accepted, BuildTemplate, PREFIX, Page, PoolView, TemplateView};
 use aether_store::{NewSnapshot, TemplateFilter};
 use aether_streams::PoolStatus;
 use aether_types::{
-    ErrorCode, SnapshotId, SnapshotPurpose, TaskKind, Template, TemplateId, TemplateState,
+    ErrorCode, ProjectId, SnapshotId, SnapshotPurpose, TaskKind, Template, TemplateId,
+    TemplateState,
 };
 use axum::{
     Json as JsonAnswer,
@@ -16,6 +17,7 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::{
     admission::{self, TemplateName},
+    auth::Caller,
     extract::{Json, Once, Params},
     parts::App,
     problem::{ApiError, ApiResult},
@@ -27,14 +29,15 @@ use crate::{
     wait::{TaskWatch, TemplateWatch},
 };
 
-/// The template that a path names: by `name` or `name:tag`, or by its id also one that is deleted.
-async fn find(app: &App, text: &str) -> ApiResult<Template> {
+/// The template of the caller's project that a path names: by `name` or `name:tag`, or by its id also one that is deleted.
+async fn find(app: &App, caller: &Caller, text: &str) -> ApiResult<Template> {
     let found = if let Ok(id) = text.parse() {
         app.store().template(id).await?
     } else {
         let TemplateName { name, tag } = TemplateName::parse(text);
-        app.store().template_by_name(&name, &tag).await?
+        app.store().template_by_name(caller.project(), &name, &tag).await?
     };
+    let found = found.filter(|template| template.project_id == caller.project());
     found.ok_or_else(|| not_found(text))
 }
 
@@ -44,8 +47,8 @@ fn not_found(text: &str) -> ApiError {
 }
 
 /// The template that a VM is to begin as.
-pub(super) async fn find_ready(app: &App, text: &str) -> ApiResult<Template> {
-    let template = find(app, text).await.map_err(|error| error.in_body("template"))?;
+pub(super) async fn find_ready(app: &App, caller: &Caller, text: &str) -> ApiResult<Template> {
+    let template = find(app, caller, text).await.map_err(|error| error.in_body("template"))?;
     let Template { id, name, tag, .. } = &template;
     let detail = match template.state {
         TemplateState::Ready => return Ok(template),
@@ -77,18 +80,23 @@ fn view(app: &App, template: Template) -> TemplateView {
     TemplateView::new(template, pool)
 }
 
+/// Pools are of templates of the default project alone.
 pub(super) async fn pools(
     State(app): State<App>,
+    caller: Caller,
     params: Params,
 ) -> ApiResult<JsonAnswer<Page<PoolView>>> {
     params.finish()?;
-    let mut items: Vec<_> = app.parts.pools.pools().into_iter().map(pool_view).collect();
+    let pools = app.parts.pools.pools().into_iter();
+    let ours = pools.filter(|_| caller.project() == ProjectId::DEFAULT);
+    let mut items: Vec<_> = ours.map(pool_view).collect();
     items.sort_by(|a, b| a.template.cmp(&b.template));
     Ok(JsonAnswer(Page { items, next_cursor: None }))
 }
 
 pub(super) async fn build(
     State(app): State<App>,
+    caller: Caller,
     once: Once,
     mut params: Params,
     body: Json<BuildTemplate>,
@@ -98,7 +106,8 @@ pub(super) async fn build(
     let (new, builder) = admission::admit_template(body.value, app.offer())?;
     let snapshot =
         NewSnapshot { id: SnapshotId::new(), name: None, purpose: SnapshotPurpose::Template };
-    let (task, idempotency) = (new_task(TaskKind::TemplateBuild), once.idempotency(&body.bytes));
+    let (task, idempotency) =
+        (new_task(TaskKind::TemplateBuild, &caller), once.idempotency(&body.bytes));
     let watch = wait.map(|_| TaskWatch::new(&app));
     let store = Arc::clone(&app.parts.store);
     let recorded = submit(&app, async move {
@@ -124,13 +133,15 @@ pub(super) async fn build(
 
 pub(super) async fn list(
     State(app): State<App>,
+    caller: Caller,
     mut params: Params,
 ) -> ApiResult<JsonAnswer<Page<TemplateView>>> {
     let states = params.list::<TemplateState>("state")?;
     let name = params.one("name")?;
     let page = params.page()?;
     params.finish()?;
-    let found = app.store().templates(TemplateFilter { states, name }, page).await?;
+    let filter = TemplateFilter { project: Some(caller.project()), states, name };
+    let found = app.store().templates(filter, page).await?;
     let mut pools = pool_views(&app);
     let brief = |template: Template| {
         let pool = pools.remove(&template.id);
@@ -144,6 +155,7 @@ pub(super) async fn list(
 /// is over.
 pub(super) async fn show(
     State(app): State<App>,
+    caller: Caller,
     Path(template): Path<String>,
     mut params: Params,
 ) -> ApiResult<JsonAnswer<TemplateView>> {
@@ -154,7 +166,7 @@ pub(super) async fn show(
         return Err(ApiError::invalid("generation: only together with wait".into()));
     }
     let watch = wait.map(|_| TemplateWatch::new(&app));
-    let mut found = find(&app, &template).await?;
+    let mut found = find(&app, &caller, &template).await?;
     if let Some((watch, limit)) = watch.zip(wait) {
         found = await_news(&app, watch, found, since, limit).await?;
     }
@@ -186,11 +198,12 @@ async fn await_news(
 
 pub(super) async fn delete(
     State(app): State<App>,
+    caller: Caller,
     Path(template): Path<String>,
     params: Params,
 ) -> ApiResult<JsonAnswer<TemplateView>> {
     params.finish()?;
-    let id = find(&app, &template).await?.id;
+    let id = find(&app, &caller, &template).await?.id;
     let shared = app.clone();
     let deleted = attend(&app, "deleting a template", async move {
         let deleted = shared.store().delete_template(id).await?;

@@ -37,6 +37,7 @@ use tokio::{
 };
 
 use crate::{
+    auth::Caller,
     extract::{Params, from_json},
     follow::Follower,
     parts::App,
@@ -59,12 +60,13 @@ const GOODBYE_LIMIT: Duration = Duration::from_secs(5);
 
 pub(super) async fn open(
     State(app): State<App>,
+    caller: Caller,
     Path(vm): Path<String>,
     params: Params,
     upgrade: Result<WebSocketUpgrade, ws::rejection::WebSocketUpgradeRejection>,
 ) -> ApiResult<Response> {
     params.finish()?;
-    let vm = find(&app, &vm).await?;
+    let vm = find(&app, &caller, &vm).await?;
     if !vm.state.takes_commands() {
         return Err(wrong_state(&vm.name, vm.state));
     }
@@ -76,7 +78,7 @@ pub(super) async fn open(
     Ok(upgrade.max_message_size(MESSAGE_BYTES_MAX).max_frame_size(MESSAGE_BYTES_MAX).on_upgrade(
         async move |socket| {
             // Tracked, so that the gateway's end waits for it.
-            tasks.track_future(attend(app, vm.id, place, socket)).await;
+            tasks.track_future(attend(app, caller, vm.id, place, socket)).await;
         },
     ))
 }
@@ -86,11 +88,17 @@ fn wrong_state(name: &str, state: VmState) -> ApiError {
     ApiError::new(ErrorCode::VmStateConflict, detail).vm_state(state)
 }
 
-async fn attend(app: App, vm: VmId, place: OwnedSemaphorePermit, mut socket: WebSocket) {
+async fn attend(
+    app: App,
+    caller: Caller,
+    vm: VmId,
+    place: OwnedSemaphorePermit,
+    mut socket: WebSocket,
+) {
     let watch = TaskWatch::new(&app);
     let closing = app.closing.clone();
     let follower = tokio::select! {
-        follower = begin(&app, vm, place, watch, &mut socket) => follower,
+        follower = begin(&app, &caller, vm, place, watch, &mut socket) => follower,
         () = closing.cancelled() => Err(ApiError::new(ErrorCode::Unavailable, "shutting down")),
     };
     match follower {
@@ -107,6 +115,7 @@ async fn attend(app: App, vm: VmId, place: OwnedSemaphorePermit, mut socket: Web
 /// Takes the first message and records the execution.
 async fn begin(
     app: &App,
+    caller: &Caller,
     vm: VmId,
     place: OwnedSemaphorePermit,
     watch: TaskWatch,
@@ -128,7 +137,7 @@ async fn begin(
     spec.validate().map_err(ApiError::invalid)?;
     let id = ExecutionId::new();
     let client = app.parts.sessions.open(id);
-    let recorded = record(app, vm, id, spec, None).await?;
+    let recorded = record(app, caller.project(), vm, id, spec, None).await?;
     Ok(Some(Follower::new(app, watch, client, &recorded, place)))
 }
 

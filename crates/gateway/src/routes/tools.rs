@@ -14,6 +14,7 @@ use axum::{
 
 use crate::{
     admission::{AskedTools, admit_tools},
+    auth::Caller,
     extract::{Json, JsonOrNothing, Once, Params},
     parts::App,
     problem::{ApiError, ApiResult},
@@ -103,6 +104,7 @@ pub(super) async fn prune(
 /// 202 at once, or, where the client waits, the task when it has ended well.
 pub(super) async fn build(
     State(app): State<App>,
+    caller: Caller,
     once: Once,
     mut params: Params,
     body: Json<BuildTools>,
@@ -115,7 +117,8 @@ pub(super) async fn build(
     }
     let tools = admit_tools(AskedTools::of(&tools), &[], &*app.parts.tools)?;
     validate_tools("tools", &tools).map_err(ApiError::invalid)?;
-    let (task, idempotency) = (new_task(TaskKind::ToolBuild), once.idempotency(&body.bytes));
+    let (task, idempotency) =
+        (new_task(TaskKind::ToolBuild, &caller), once.idempotency(&body.bytes));
     let watch = wait.map(|_| TaskWatch::new(&app));
     let shared = app.clone();
     let task = attend(&app, "recording a build of tools", async move {

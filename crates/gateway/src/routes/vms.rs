@@ -15,6 +15,7 @@ use axum::{
 
 use crate::{
     admission::{self, Source},
+    auth::Caller,
     extract::{Json, Once, Params},
     parts::App,
     problem::{ApiError, ApiResult},
@@ -23,21 +24,23 @@ use crate::{
     wait::TaskWatch,
 };
 
-/// The id that a path names, by itself or by the name of a VM that is not deleted.
-pub(crate) async fn resolve(app: &App, vm: &str) -> ApiResult<VmId> {
+/// The id that a path names, by itself or by the name of a VM that is not deleted. An id is taken as
+/// it is: only for what asks the store by id and project together, or finds nothing of another's.
+pub(crate) async fn resolve(app: &App, caller: &Caller, vm: &str) -> ApiResult<VmId> {
     if let Ok(id) = vm.parse() {
         return Ok(id);
     }
-    let found = app.store().vm_by_name(vm).await?;
+    let found = app.store().vm_by_name(caller.project(), vm).await?;
     found.map(|vm| vm.id).ok_or_else(|| ApiError::vm_not_found(vm))
 }
 
-/// The VM that a path names. By its id also one that is deleted.
-pub(crate) async fn find(app: &App, vm: &str) -> ApiResult<Vm> {
+/// The VM of the caller's project that a path names. By its id also one that is deleted.
+pub(crate) async fn find(app: &App, caller: &Caller, vm: &str) -> ApiResult<Vm> {
     let found = match vm.parse() {
         Ok(id) => app.store().vm(id).await?,
-        Err(_) => app.store().vm_by_name(vm).await?,
+        Err(_) => app.store().vm_by_name(caller.project(), vm).await?,
     };
+    let found = found.filter(|vm| vm.project_id == caller.project());
     found.ok_or_else(|| ApiError::vm_not_found(vm))
 }
 
@@ -61,14 +64,16 @@ async fn view_with_history(app: &App, id: VmId) -> ApiResult<VmView> {
 
 pub(super) async fn create(
     State(app): State<App>,
+    caller: Caller,
     once: Once,
     mut params: Params,
     body: Json<CreateVm>,
 ) -> ApiResult<Response> {
     let wait = params.wait()?;
     params.finish()?;
-    let mut creation = Creation::admit(&app, body.value).await?;
-    let (task, idempotency) = (new_task(TaskKind::VmCreate), once.idempotency(&body.bytes));
+    let mut creation = Creation::admit(&app, &caller, body.value).await?;
+    let (task, idempotency) =
+        (new_task(TaskKind::VmCreate, &caller), once.idempotency(&body.bytes));
     let watch = wait.map(|_| TaskWatch::new(&app));
     let shared = app.clone();
     let recorded = submit(&app, async move {
@@ -97,7 +102,7 @@ struct Creation {
 }
 
 impl Creation {
-    async fn admit(app: &App, request: CreateVm) -> ApiResult<Self> {
+    async fn admit(app: &App, caller: &Caller, request: CreateVm) -> ApiResult<Self> {
         admission::check_origin(&request)?;
         let (id, offer) = (VmId::new(), app.offer());
         let origin = (request.template.clone(), request.snapshot.clone());
@@ -107,11 +112,11 @@ impl Creation {
                 admission::admit(request, id, Source::Image, offer)?
             }
             (Some(template), _) => {
-                let template = templates::find_ready(app, &template).await?;
+                let template = templates::find_ready(app, caller, &template).await?;
                 admission::admit(request, id, Source::Template(&template), offer)?
             }
             (None, Some(snapshot)) => {
-                let snapshot = snapshots::find_usable(app, &snapshot).await?;
+                let snapshot = snapshots::find_usable(app, caller, &snapshot).await?;
                 // Its record outlives the VM.
                 let of = app.store().vm(snapshot.vm_id).await?;
                 let tools = of.map(|vm| vm.spec.tools).unwrap_or_default();
@@ -120,7 +125,7 @@ impl Creation {
             }
             (None, None) => {
                 let (name, mut spec) = admission::admit(request, id, Source::Image, offer)?;
-                if let Some(template) = app.templates.default(app.store()).await?
+                if let Some(template) = app.templates.default(app.store(), caller.project()).await?
                     && let Some(begun) = admission::begin_as(&spec, &template)
                 {
                     without_default = Some(std::mem::replace(&mut spec, begun));
@@ -134,9 +139,11 @@ impl Creation {
 
 pub(super) async fn list(
     State(app): State<App>,
+    caller: Caller,
     mut params: Params,
 ) -> ApiResult<JsonAnswer<Page<VmView>>> {
     let filter = VmFilter {
+        project: Some(caller.project()),
         states: params.list::<VmState>("state")?,
         driver: params.parsed::<DriverKind>("driver")?,
         name: params.one("name")?,
@@ -162,54 +169,66 @@ fn label(text: &str) -> ApiResult<(String, String)> {
 
 pub(super) async fn show(
     State(app): State<App>,
+    caller: Caller,
     Path(vm): Path<String>,
     params: Params,
 ) -> ApiResult<JsonAnswer<VmView>> {
     params.finish()?;
-    let id = resolve(&app, &vm).await?;
-    view_with_history(&app, id).await.map(JsonAnswer)
+    let vm = find(&app, &caller, &vm).await?;
+    let history = app.store().vm_history(vm.id).await?;
+    view(&app, vm, Some(history)).await.map(JsonAnswer)
 }
 
 pub(super) async fn delete(
     State(app): State<App>,
+    caller: Caller,
     Path(vm): Path<String>,
     once: Once,
     params: Params,
 ) -> ApiResult<Response> {
-    request(app, &vm, TaskKind::VmDelete, once, params).await
+    request(app, &caller, &vm, TaskKind::VmDelete, once, params).await
 }
 
 pub(super) async fn start(
     State(app): State<App>,
+    caller: Caller,
     Path(vm): Path<String>,
     once: Once,
     params: Params,
 ) -> ApiResult<Response> {
-    request(app, &vm, TaskKind::VmStart, once, params).await
+    request(app, &caller, &vm, TaskKind::VmStart, once, params).await
 }
 
 /// With `keep_memory` a start goes on where the VM was.
 pub(super) async fn stop(
     State(app): State<App>,
+    caller: Caller,
     Path(vm): Path<String>,
     once: Once,
     mut params: Params,
 ) -> ApiResult<Response> {
     if params.flag("keep_memory")? {
-        return suspend(app, &vm, once, params).await;
+        return suspend(app, &caller, &vm, once, params).await;
     }
-    request(app, &vm, TaskKind::VmStop, once, params).await
+    request(app, &caller, &vm, TaskKind::VmStop, once, params).await
 }
 
-async fn suspend(app: App, vm: &str, once: Once, mut params: Params) -> ApiResult<Response> {
+async fn suspend(
+    app: App,
+    caller: &Caller,
+    vm: &str,
+    once: Once,
+    mut params: Params,
+) -> ApiResult<Response> {
     let wait = params.wait()?;
     params.finish()?;
-    let vm = find(&app, vm).await?;
+    let vm = find(&app, caller, vm).await?;
     admission::check_snapshots(vm.spec.driver, &*app.parts.catalogue)?;
     let snapshot =
         NewSnapshot { id: SnapshotId::new(), name: None, purpose: SnapshotPurpose::Memory };
     // The parameter makes it another request than a stop, and is in no body.
-    let (task, idempotency) = (new_task(TaskKind::VmSuspend), once.idempotency(b"keep_memory"));
+    let (task, idempotency) =
+        (new_task(TaskKind::VmSuspend, caller), once.idempotency(b"keep_memory"));
     let watch = wait.map(|_| TaskWatch::new(&app));
     let store = Arc::clone(&app.parts.store);
     let recorded = submit(&app, async move {
@@ -223,24 +242,27 @@ async fn suspend(app: App, vm: &str, once: Once, mut params: Params) -> ApiResul
 
 pub(super) async fn pause(
     State(app): State<App>,
+    caller: Caller,
     Path(vm): Path<String>,
     once: Once,
     params: Params,
 ) -> ApiResult<Response> {
-    request(app, &vm, TaskKind::VmPause, once, params).await
+    request(app, &caller, &vm, TaskKind::VmPause, once, params).await
 }
 
 pub(super) async fn resume(
     State(app): State<App>,
+    caller: Caller,
     Path(vm): Path<String>,
     once: Once,
     params: Params,
 ) -> ApiResult<Response> {
-    request(app, &vm, TaskKind::VmResume, once, params).await
+    request(app, &caller, &vm, TaskKind::VmResume, once, params).await
 }
 
 async fn request(
     app: App,
+    caller: &Caller,
     vm: &str,
     kind: TaskKind,
     once: Once,
@@ -248,8 +270,8 @@ async fn request(
 ) -> ApiResult<Response> {
     let wait = params.wait()?;
     params.finish()?;
-    let id = resolve(&app, vm).await?;
-    let (task, idempotency) = (new_task(kind), once.idempotency(&[]));
+    let id = resolve(&app, caller, vm).await?;
+    let (task, idempotency) = (new_task(kind, caller), once.idempotency(&[]));
     let watch = wait.map(|_| TaskWatch::new(&app));
     let store = Arc::clone(&app.parts.store);
     let recorded = submit(&app, async move {

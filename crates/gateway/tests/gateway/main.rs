@@ -3,17 +3,23 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on is to say where")]
 
+mod audit;
 mod bounds;
 mod docs;
 mod files;
 mod guest;
+mod keys;
+mod limits;
+mod logs;
 mod outbox;
+mod quotas;
 mod refusals;
 mod requests;
 mod rig;
 mod snapshots;
 mod streams;
 mod templates;
+mod tenants;
 mod terminal;
 mod tools;
 mod worker;

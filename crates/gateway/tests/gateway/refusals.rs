@@ -7,7 +7,8 @@ use aether_api::{
     client::{CallOptions, Client, PageQuery, SnapshotQuery, TemplateQuery, VmQuery},
 };
 use aether_gateway::Gateway;
-use aether_types::{ErrorCode, TaskId, VmId, limits};
+use aether_store::{KeyFilter, PageRequest};
+use aether_types::{ErrorCode, KeyId, TaskId, VmId, limits};
 use reqwest::{Method, StatusCode, header};
 
 use crate::rig::{Options, Rig, command, done, problem, waiting};
@@ -114,6 +115,24 @@ async fn refusals_are_as_they_are_checked_in() {
         ),
         ("unknown template", get("/templates/nothing%3Av1")),
         ("generation without a wait", get("/templates/made?generation=1")),
+        ("key without a role", post("/keys", r#"{"name":"ci"}"#)),
+        ("key without a name", post("/keys", r#"{"name":"","role":"viewer"}"#)),
+        ("key of no role", post("/keys", r#"{"name":"ci","role":"owner"}"#)),
+        (
+            "key with a scope that is none",
+            post("/keys", r#"{"name":"ci","role":"viewer","scopes":["vms:all"]}"#),
+        ),
+        ("key for a second", post("/keys", r#"{"name":"ci","role":"viewer","expires_in_s":1}"#)),
+        ("unknown key", get(&format!("/keys/{unknown}"))),
+        ("malformed key id", rig.call(Method::DELETE, "/keys/ci")),
+        (
+            "key of an unknown project",
+            post("/keys", r#"{"name":"ci","role":"viewer","project":"nothing"}"#),
+        ),
+        ("project name malformed", post("/projects", r#"{"name":"A"}"#)),
+        ("project name taken", post("/projects", r#"{"name":"default"}"#)),
+        ("unknown project", get("/projects/nothing")),
+        ("delete the default project", rig.call(Method::DELETE, "/projects/default")),
         ("malformed JSON", post("/vms", r#"{"name": }"#)),
         ("wrong type", post("/vms", r#"{"vcpus":"two"}"#)),
         ("wrong content type", rig.call(Method::POST, "/vms").body("name=a")),
@@ -186,16 +205,18 @@ async fn every_route_but_health_needs_a_key() {
     assert!(routes.len() > 20);
     for (method, path) in routes {
         let path = path
-            .strip_prefix("/api/v1")
-            .unwrap()
             .replace("{vm}", "a")
             .replace("{execution}", &VmId::new().to_string())
             .replace("{task}", &TaskId::new().to_string())
             .replace("{snapshot}", "a")
             .replace("{template}", "a")
-            .replace("{tool}", "go");
-        let open = path == "/health";
-        for key in [None, Some("ae_0000"), Some("")] {
+            .replace("{tool}", "go")
+            .replace("{key}", &KeyId::new().to_string())
+            .replace("{project}", "a")
+            .replace("{worker}", "a")
+            .replace("{queue}", "shared");
+        let open = path == "/api/v1/health";
+        for key in [None, Some("aeth_0000"), Some("")] {
             let mut request = rig.bare(method.clone(), &path);
             if let Some(key) = key {
                 request = request.bearer_auth(key);
@@ -233,10 +254,11 @@ async fn a_request_keeps_its_own_id() {
 #[tokio::test]
 async fn a_key_that_is_made_later_works_at_once_and_only_its_hash_is_kept() {
     let rig = Rig::new().await;
-    let kept = rig.store.keys().await.unwrap();
-    assert!(rig.key.starts_with("ae_") && rig.key.len() == 67);
-    assert!(rig.key.starts_with(&kept[0].prefix) && kept[0].prefix.len() == 11);
-    assert_ne!(&kept[0].hash[..], &rig.key.as_bytes()[..32]);
+    let kept = rig.store.keys(KeyFilter::default(), PageRequest::default()).await.unwrap();
+    let [kept] = kept.items.as_slice() else { panic!("{kept:?}") };
+    assert!(rig.key.starts_with("aeth_") && rig.key.len() == 77);
+    assert!(rig.key.starts_with(&kept.prefix) && kept.prefix.len() == 13);
+    assert_ne!(&kept.hash[..], &rig.key.as_bytes()[..32]);
     rig.client.vms(&VmQuery::default()).await.unwrap();
     let stranger = Client::new(&rig.base, None).unwrap();
     let refused = stranger.create_vm(&CreateVm::default(), &CallOptions::default()).await;

@@ -3,14 +3,14 @@
 use std::time::Duration;
 
 use aether_api::{
-    CreateVm, ExecuteRequest,
-    client::{CallOptions, PageQuery},
+    CreateKey, CreateProject, CreateVm, ExecuteRequest,
+    client::{CallOptions, Client, PageQuery},
 };
 use aether_events::{Event, Received};
 use aether_store::{AttemptEnd, NewWorker, Store};
 use aether_types::{
-    DriverKind, ErrorCode, Fault, Placement, TaskState, VmState, Worker, WorkerCapacity,
-    WorkerDriver, WorkerId, WorkerLoad, WorkerState,
+    DriverKind, ErrorCode, Fault, Placement, Role, TaskState, VmState, Worker, WorkerCapacity,
+    WorkerDriver, WorkerId, WorkerLoad, WorkerState, project::Quota,
 };
 use reqwest::Method;
 
@@ -186,6 +186,34 @@ async fn a_dead_letter_is_listed_and_retried_once() {
         assert_eq!((refused.status, refused.error_code()), (404, Some(code)), "{path}");
     }
     done(rig.client.delete_vm("web", &waiting()).await.unwrap());
+}
+
+/// Whoever of the platform asks for it.
+#[tokio::test]
+async fn a_retry_is_of_the_project_that_the_dead_letter_is_of() {
+    let rig = without_work().await;
+    let project = CreateProject { name: "other".into(), quota: Quota::default() };
+    let project = rig.client.create_project(&project).await.unwrap();
+    let key = CreateKey {
+        name: "a".into(),
+        role: Role::Operator,
+        scopes: Vec::new(),
+        expires_in_s: None,
+        project: Some(project.name),
+    };
+    let key = rig.client.create_key(&key).await.unwrap().key;
+    let other = Client::new(&rig.base, Some(&key)).unwrap();
+    let new = CreateVm { name: Some("web".into()), ..CreateVm::default() };
+    other.create_vm(&new, &CallOptions::default()).await.unwrap();
+    rig.worker.carry_out_next().await;
+    let queue = other.vm("web").await.unwrap().worker_id.unwrap().to_string();
+    let request = ExecuteRequest { command: "echo".into(), ..ExecuteRequest::default() };
+    let accepted = other.execute("web", &request, &CallOptions::default()).await.unwrap();
+    let dead = accepted.task_id().unwrap();
+    use_up(&*rig.store, dead).await;
+    let again = rig.client.retry_dead(&queue, dead).await.unwrap();
+    let task = rig.store.task(again.task_id).await.unwrap().unwrap();
+    assert_eq!(task.project_id, project.id);
 }
 
 async fn use_up(store: &dyn Store, task: aether_types::TaskId) {

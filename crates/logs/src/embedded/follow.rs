@@ -1,7 +1,7 @@
 //! A follower: a number, and what it wants. It reads from the ring where that reaches back far
 //! enough, and from the disk else, so it can be as slow as it likes.
 
-use std::{collections::VecDeque, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use sqlx::SqlitePool;
@@ -29,39 +29,39 @@ pub(super) struct Follower {
     pub(super) floor_ns: Option<i64>,
     /// The number of the entry that is looked at next.
     pub(super) next: u64,
-    /// Found, and not given yet.
-    pub(super) ready: VecDeque<Followed>,
+    /// Found behind a gap, which was given first.
+    pub(super) ready: Option<Followed>,
 }
 
 impl Follower {
-    /// `Some(())`: it came further. Every change is made after the last await.
-    async fn advance(&mut self) -> Option<()> {
+    /// Something to give, or nothing yet; `None`: nothing comes. What is found is given, or kept,
+    /// with no await between.
+    async fn advance(&mut self) -> Option<Option<Followed>> {
         let Head { last: head, is_closed } = *self.head.borrow_and_update();
         if self.next > head {
-            return if is_closed { None } else { self.head.changed().await.ok() };
-        }
-        if let Some(entries) = self.ring.read(self.next, STEP_ENTRIES) {
-            if let Some(last) = entries.last() {
-                self.next = last.sequence + 1;
+            if is_closed {
+                return None;
             }
-            let fitting: Vec<_> = entries.into_iter().filter(|logged| self.fits(logged)).collect();
+            return self.head.changed().await.ok().map(|()| None);
+        }
+        let read = self.ring.read(self.next, STEP_ENTRIES, |logged| self.fits(logged));
+        if let Some((fitting, next)) = read {
+            self.next = next;
             if fitting.is_empty() {
                 // A long run of entries for others is walked through without holding up anybody.
                 tokio::task::yield_now().await;
-            } else {
-                self.ready.push_back(Followed::Entries(fitting));
+                return Some(None);
             }
-            return Some(());
+            return Some(Some(Followed::Entries(fitting)));
         }
         let walked = self.walk(head).await?;
         self.next = walked.next;
-        if walked.missed > 0 {
-            self.ready.push_back(Followed::Missed(walked.missed));
+        let found = (!walked.entries.is_empty()).then_some(Followed::Entries(walked.entries));
+        if walked.missed == 0 {
+            return Some(found);
         }
-        if !walked.entries.is_empty() {
-            self.ready.push_back(Followed::Entries(walked.entries));
-        }
-        Some(())
+        self.ready = found;
+        Some(Some(Followed::Missed(walked.missed)))
     }
 
     async fn walk(&self, head: u64) -> Option<read::Walked> {
@@ -90,11 +90,13 @@ impl Follower {
 impl LogFollower for Follower {
     async fn next(&mut self) -> Followed {
         loop {
-            if let Some(followed) = self.ready.pop_front() {
+            if let Some(followed) = self.ready.take() {
                 return followed;
             }
-            if self.advance().await.is_none() {
-                return Followed::Closed;
+            match self.advance().await {
+                Some(Some(followed)) => return followed,
+                Some(None) => {}
+                None => return Followed::Closed,
             }
         }
     }

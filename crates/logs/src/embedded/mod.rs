@@ -21,7 +21,6 @@ mod rows;
 mod writer;
 
 use std::{
-    collections::VecDeque,
     path::Path,
     sync::{
         Arc,
@@ -161,7 +160,7 @@ impl EmbeddedStore {
             filter,
             floor_ns,
             next,
-            ready: VecDeque::new(),
+            ready: None,
         })
     }
 

@@ -66,16 +66,24 @@ impl Ring {
         self.head.send_modify(|head| head.is_closed = true);
     }
 
-    /// Up to `max` entries from number `from` on; `None` where the ring no longer has that one.
-    pub(super) fn read(&self, from: u64, max: usize) -> Option<Vec<Arc<Logged>>> {
+    /// Of up to `max` entries from number `from` on those that fit, and the number after the last
+    /// that was looked at; `None` where the ring no longer has the first.
+    pub(super) fn read(
+        &self,
+        from: u64,
+        max: usize,
+        fits: impl Fn(&Logged) -> bool,
+    ) -> Option<(Vec<Arc<Logged>>, u64)> {
         let held = self.held.read().unwrap_or_else(PoisonError::into_inner);
         let first = held.entries.front()?.sequence;
         let skip = usize::try_from(from.checked_sub(first)?).ok()?;
         let end = held.entries.len().min(skip.saturating_add(max));
         if skip >= end {
-            return Some(Vec::new());
+            return Some((Vec::new(), from));
         }
-        Some(held.entries.range(skip..end).cloned().collect())
+        let looked_at = held.entries.range(skip..end);
+        let next = from + looked_at.len() as u64;
+        Some((looked_at.filter(|logged| fits(logged)).cloned().collect(), next))
     }
 
     pub(super) fn head(&self) -> u64 {
@@ -97,20 +105,22 @@ mod tests {
         Arc::new(Logged { sequence, entry })
     }
 
-    fn numbers(read: Option<Vec<Arc<Logged>>>) -> Option<Vec<u64>> {
-        read.map(|entries| entries.iter().map(|logged| logged.sequence).collect())
+    /// Even numbers fit.
+    fn numbers(ring: &Ring, from: u64, max: usize) -> Option<(Vec<u64>, u64)> {
+        let (read, next) = ring.read(from, max, |logged| logged.sequence % 2 == 0)?;
+        Some((read.iter().map(|logged| logged.sequence).collect(), next))
     }
 
     #[test]
     fn the_oldest_go_and_whoever_wants_them_is_told() {
         let weight = logged(1).entry.weight();
         let ring = Ring::new(6, weight * 3);
-        assert_eq!(numbers(ring.read(7, 9)), None);
+        assert_eq!(numbers(&ring, 7, 9), None);
         ring.push((7..=10).map(logged).collect());
         assert_eq!(ring.head(), 10);
-        assert_eq!(numbers(ring.read(7, 9)), None);
-        assert_eq!(numbers(ring.read(8, 2)), Some(vec![8, 9]));
-        assert_eq!(numbers(ring.read(10, 9)), Some(vec![10]));
-        assert_eq!(numbers(ring.read(11, 9)), Some(vec![]));
+        assert_eq!(numbers(&ring, 7, 9), None);
+        assert_eq!(numbers(&ring, 8, 2), Some((vec![8], 10)));
+        assert_eq!(numbers(&ring, 8, 9), Some((vec![8, 10], 11)));
+        assert_eq!(numbers(&ring, 11, 9), Some((vec![], 11)));
     }
 }

@@ -30,7 +30,7 @@ use std::{
     time::Duration,
 };
 
-use aether_postgres::{Database, Schema, Trouble};
+use aether_postgres::{Database, Listening, Schema, Trouble};
 use aether_types::{TaskId, WorkerId};
 use async_trait::async_trait;
 use sqlx::PgPool;
@@ -38,6 +38,7 @@ use tokio::{sync::Notify, task::JoinHandle};
 
 use crate::{
     Clock, Depth, Entry, Lease, Queue, QueueError, SystemClock,
+    error::Context as _,
     share::Turns,
     waiters::{Waiter, Waiters},
 };
@@ -108,8 +109,10 @@ impl PostgresQueue {
             time,
             delayed: Notify::new(),
         });
-        let listening = listen::open(database).await?;
-        let listener = tokio::spawn(listen::run(listening, Arc::clone(&shared)));
+        let listening =
+            Listening::open(database, listen::CHANNEL).await.context("listen for entries")?;
+        let hearer = Arc::clone(&shared);
+        let listener = tokio::spawn(async move { listening.run(&*hearer).await });
         let timer = tokio::spawn(listen::wake_when_due(Arc::clone(&shared)));
         Ok(Self { shared, listener, timer })
     }

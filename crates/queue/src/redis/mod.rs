@@ -2,12 +2,13 @@
 //!
 //! Every step is a script, so that whose turn it is among the priorities is one for all. Nobody
 //! polls: a claim that finds nothing puts its worker in a line in the same step, and the script that
-//! makes an entry ready takes the first out of the line and tells its process. Entries that come
-//! together wake as many as they are. Nothing is asked while nothing happens.
+//! makes an entry ready takes the first out of the line, leases the entry to it and tells its
+//! process. Where others were ready before, it only tells it to look. Entries that come together
+//! wake as many as they are. Nothing is asked while nothing happens.
 //!
 //! ```text
-//!   enqueue ─┐            ┌─ ready ── line not empty ──► publish ─► process ─► waiter ─► claim
-//!   release ─┼─► script ──┤
+//!   enqueue ─┐            ┌─ line not empty ──► lease, publish ─► process ─► waiter
+//!   release ─┼─► script ──┼─ ready
 //!   sweep   ─┘            └─ delayed ──► timer of the process ──► ready
 //! ```
 //!
@@ -47,6 +48,10 @@ const BATCH: usize = 256;
 /// Delays that a claim ends before it looks.
 const DELAYS_OF_A_CLAIM: usize = 64;
 
+/// A lease that was handed to a process runs so long, until that says that it has it: one that
+/// stands still, or is beyond a broken network, keeps nobody waiting for longer.
+const CONFIRMED_WITHIN: Duration = Duration::from_secs(2);
+
 /// Between questions to a server that cannot answer.
 const AWAY_PAUSE: Duration = Duration::from_millis(500);
 
@@ -63,6 +68,7 @@ struct Shared {
     root: String,
     clock: Arc<dyn Clock>,
     time: Time,
+    confirmed_within: Duration,
 }
 
 /// Whose time counts.
@@ -99,7 +105,12 @@ impl RedisQueue {
         let link = Link::open(config, wake.clone())
             .await
             .map_err(|error| QueueError::Open(Box::new(error)))?;
-        let shared = Arc::new(Shared { link, wake, root, clock, time });
+        let confirmed_within = match time {
+            Time::Server => CONFIRMED_WITHIN,
+            // Between a hand-over and its confirmation a test would let any time pass.
+            Time::Clock => Duration::MAX,
+        };
+        let shared = Arc::new(Shared { link, wake, root, clock, time, confirmed_within });
         shared.take_possession(owner).await?;
         let tasks = [
             tokio::spawn(wake::end_delays(Arc::clone(&shared))),
@@ -196,6 +207,18 @@ impl Shared {
         }
     }
 
+    /// Out of the server's line, unless more than these of its claims wait here. One that is left
+    /// in it is told of an entry in vain, which is given back then.
+    async fn leave(&self, worker: WorkerId, ours: usize) {
+        if self.wake.waiters.count(worker) > ours {
+            return;
+        }
+        let left = self.run::<i64>("leave the line", &scripts::LEAVE, &[worker.to_string()]).await;
+        if let Err(error) = left {
+            tracing::debug!(%error, "leave the line");
+        }
+    }
+
     async fn pass(&self) -> Result<(), QueueError> {
         self.run("wake another", &scripts::PASS, &[]).await
     }
@@ -213,6 +236,7 @@ impl Shared {
             millis(length).to_string(),
             channel.to_owned(),
             DELAYS_OF_A_CLAIM.to_string(),
+            millis(length.min(self.confirmed_within)).to_string(),
         ];
         let found: Option<(String, i64)> =
             self.run("claim an entry", &scripts::CLAIM, &values).await?;
@@ -265,6 +289,20 @@ impl Drop for Given {
     }
 }
 
+/// The lease runs for its whole length from now. Nobody waits for that: it has begun already.
+fn confirm(shared: &Arc<Shared>, lease: &Lease) {
+    if lease.duration <= shared.confirmed_within {
+        return;
+    }
+    let (shared, lease) = (Arc::clone(shared), lease.clone());
+    tokio::spawn(async move {
+        // Where it was taken back meanwhile, whoever works on it is fenced, and finds out as usual.
+        if let Err(error) = shared.held("confirm a lease", &scripts::RENEW, &lease, None).await {
+            tracing::debug!(%error, "confirm a lease");
+        }
+    });
+}
+
 async fn claim_or_give_back(
     shared: &Arc<Shared>,
     worker: WorkerId,
@@ -281,6 +319,16 @@ async fn claim_or_give_back(
     match claim.await {
         Ok(given) => given.map(|mut given| given.lease.take()),
         Err(_) => Err(QueueError::Unreachable { context: "claim an entry", source: None }),
+    }
+}
+
+impl RedisQueue {
+    /// Another of the worker's claims is to take its place in the line.
+    fn handed(&self, waiter: Waiter<'_>, lease: Lease) -> Lease {
+        waiter.looked();
+        self.shared.wake.waiters.wake(Lane::Worker(lease.worker));
+        confirm(&self.shared, &lease);
+        lease
     }
 }
 
@@ -327,16 +375,32 @@ impl Queue for RedisQueue {
                     return Ok(Some(lease));
                 }
                 Ok(None) if wait.is_zero() => return Ok(None),
-                Ok(None) => false,
+                Ok(None) => {
+                    // It was handed one before that claim, which put it into the line again.
+                    if waiter.has_lease() {
+                        shared.leave(worker, 0).await;
+                        if let Some(lease) = waiter.take() {
+                            return Ok(Some(self.handed(waiter, lease)));
+                        }
+                    }
+                    false
+                }
                 Err(QueueError::Unreachable { .. }) if !wait.is_zero() => true,
                 Err(error) => return Err(error),
             };
             tokio::select! {
                 biased;
-                () = waiter.woken() => woken = Some(waiter),
+                () = waiter.woken() => match waiter.take() {
+                    Some(lease) => return Ok(Some(self.handed(waiter, lease))),
+                    None => woken = Some(waiter),
+                },
                 // It may be there and not serve yet, of which no word comes.
                 () = sleep(AWAY_PAUSE), if is_away => {}
-                () = shared.clock.sleep_until(deadline) => return Ok(None),
+                () = shared.clock.sleep_until(deadline) => {
+                    // What was handed before the server knew has come when it answers.
+                    shared.leave(worker, 1).await;
+                    return Ok(waiter.take().map(|lease| self.handed(waiter, lease)));
+                }
             }
         }
     }

@@ -59,6 +59,7 @@ scripts! {
     RECLAIM: RunWhenFull, "lua/reclaim.lua";
     PROMOTE: RunWhenFull, "lua/promote.lua";
     PASS: RunWhenFull, "lua/pass.lua";
+    LEAVE: RunWhenFull, "lua/leave.lua";
     LOOK: Read, "lua/look.lua";
 }
 

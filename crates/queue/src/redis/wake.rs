@@ -1,13 +1,16 @@
 //! Who is woken, and by what.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use aether_redis::Listener;
 use aether_types::WorkerId;
 use tokio::{sync::Notify, time::sleep};
 
-use super::{AWAY_PAUSE, Shared};
-use crate::{Lane, waiters::Waiters};
+use super::{AWAY_PAUSE, Shared, scripts};
+use crate::{
+    Lane, Lease,
+    waiters::{Unused, Waiters},
+};
 
 /// What comes from the server by itself.
 #[derive(Debug, Default)]
@@ -20,10 +23,15 @@ pub(super) struct Wake {
 }
 
 impl Listener for Wake {
-    /// The script that made an entry ready chose this worker of ours.
+    /// The script that made an entry ready chose this worker of ours, and may have leased it.
     fn message(&self, text: &str) {
-        if let Ok(worker) = text.parse::<WorkerId>() {
-            self.waiters.wake_or_pass(Lane::Worker(worker));
+        let mut words = text.split(' ');
+        let Some(worker) = words.next().and_then(|word| word.parse::<WorkerId>().ok()) else {
+            return;
+        };
+        match lease(worker, words) {
+            Some(lease) => self.waiters.give(lease),
+            None => self.waiters.wake_or_pass(Lane::Worker(worker)),
         }
     }
 
@@ -37,12 +45,26 @@ impl Listener for Wake {
     }
 }
 
+/// `TASK EPOCH LENGTH`.
+fn lease<'a>(worker: WorkerId, mut words: impl Iterator<Item = &'a str>) -> Option<Lease> {
+    let task = words.next()?.parse().ok()?;
+    let epoch = words.next()?.parse().ok()?;
+    let duration = Duration::from_millis(words.next()?.parse().ok()?);
+    Some(Lease { task, worker, epoch, duration })
+}
+
 /// Passes on what nobody here was there to take. Where that cannot be said the server is away, and
 /// all look again when it is back.
 pub(super) async fn pass_on(shared: Arc<Shared>) {
     loop {
-        shared.wake.waiters.unused().await;
-        if let Err(error) = shared.pass().await {
+        let Unused { wake, leases } = shared.wake.waiters.unused().await;
+        for lease in leases {
+            // Where this cannot be said the lease runs out.
+            if let Err(error) = shared.held("give back", &scripts::RELEASE, &lease, Some(0)).await {
+                tracing::debug!(%error, "give back what nobody here was there to take");
+            }
+        }
+        if wake && let Err(error) = shared.pass().await {
             tracing::debug!(%error, "pass a wake-up on");
         }
     }

@@ -52,8 +52,8 @@ impl PgTransaction {
         let hashed = "select pg_advisory_xact_lock($2, hashtext($1))";
         let (sql, text) = match lock {
             Lock::Key(key) => return self.lock_text(hashed, key, LOCKS_KEY).await,
-            Lock::TemplateName { name, tag } => {
-                let name = format!("{name}:{tag}");
+            Lock::TemplateName { project, name, tag } => {
+                let name = format!("{project}/{name}:{tag}");
                 return self.lock_text(hashed, &name, LOCKS_TEMPLATE).await;
             }
             Lock::Creation => {
@@ -62,6 +62,12 @@ impl PgTransaction {
                     .execute(self.connection())
                     .await?;
                 return Ok(());
+            }
+            Lock::Project(id) => {
+                ("select 1 from projects where id = $1 for no key update", id.to_string())
+            }
+            Lock::ProjectStays(id) => {
+                ("select 1 from projects where id = $1 for share", id.to_string())
             }
             Lock::Worker(id) => {
                 ("select 1 from workers where id = $1 for no key update", id.to_string())

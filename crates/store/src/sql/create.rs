@@ -4,7 +4,7 @@ use super::{
     Lock, Sql, Tx,
     place::Fleet,
     query::{Builder, query, together},
-    requests,
+    quotas, requests,
     rows::{self, task_columns, vm_columns},
     snapshots, templates, write,
 };
@@ -13,8 +13,8 @@ use crate::{
     error::{Context, is_taken},
 };
 use aether_types::{
-    Origin, Snapshot, SnapshotId, SnapshotPurpose, SnapshotState, Task, TaskKind, TemplateId,
-    TemplateState, Timestamp, Vm, VmId, VmState, VmTool,
+    Origin, ProjectId, Snapshot, SnapshotId, SnapshotPurpose, SnapshotState, Task, TaskKind,
+    TemplateId, TemplateState, Timestamp, Vm, VmId, VmState, VmTool,
 };
 
 pub(super) async fn create_vm(
@@ -27,16 +27,17 @@ pub(super) async fn create_vm(
     let builder = matches!(new.spec.origin, Origin::Builder(_));
     requests::expect_kind(&task, task.kind == TaskKind::VmCreate && !builder)?;
     let now = Timestamp::now();
-    let mut vm = creating(new, now);
-    let mut task = write::pending(&task, vm.id, now);
+    let mut vm = creating(new, task.project.unwrap_or(ProjectId::DEFAULT), now);
+    let mut task = write::pending(&task, &vm, now);
 
     let mut writer = store.writer().await;
     let mut tx = writer.begin(&requests::key_lock(idempotency.as_ref())).await?;
     if let Some(earlier) = requests::earlier(&mut tx, idempotency.as_ref(), now).await? {
         return Ok(earlier);
     }
+    quotas::admit(&mut tx, vm.project_id, quotas::new_vms(1, quotas::machine(&vm))).await?;
     tx.lock(Lock::Creation).await?;
-    admit(&mut tx, capacity, 1, vm.spec.origin).await?;
+    admit(&mut tx, capacity, 1, vm.spec.origin, vm.project_id).await?;
     let mut fleet = Fleet::read(&mut tx).await?;
     insert_vm(&mut tx, &mut fleet, &mut vm, &mut task).await?;
     requests::remember(&mut tx, idempotency, task.id, now).await?;
@@ -64,16 +65,22 @@ pub(super) async fn fork_vm(
     if let Some(earlier) = requests::earlier(&mut tx, idempotency.as_ref(), now).await? {
         return forked(&mut tx, earlier).await;
     }
+    // What is counted does not change with the VM's state.
+    let source = write::vm_for(&mut tx, id, &task).await?;
+    if source.state.takes_snapshots() {
+        quotas::admit_on_vm(&mut tx, &task, quotas::fork(&source, clones.len())).await?;
+    }
     tx.lock(Lock::Creation).await?;
     tx.lock(Lock::VmState(id)).await?;
-    let vm = write::vm(&mut tx, id).await?.ok_or(StoreError::VmNotFound)?;
+    let vm = write::vm_for(&mut tx, id, &task).await?;
     if !vm.state.takes_snapshots() {
         return Err(StoreError::WrongState { vm: Box::new(vm), action: "be forked" });
     }
     let count = u32::try_from(clones.len()).unwrap_or(u32::MAX);
-    admit(&mut tx, capacity, count, Origin::Image).await?;
+    // The snapshot that they begin as is recorded with them.
+    admit(&mut tx, capacity, count, Origin::Image, vm.project_id).await?;
     let snapshot = snapshots::creating(new, &vm, now);
-    let task = Task { snapshot_id: Some(snapshot.id), ..write::pending(&task, id, now) };
+    let task = Task { snapshot_id: Some(snapshot.id), ..write::pending(&task, &vm, now) };
     snapshots::insert(&mut tx, &snapshot).await?;
     write::insert_task(&mut tx, &task).await?;
     let clones = insert_clones(&mut tx, &snapshot, clones, now).await?;
@@ -93,8 +100,8 @@ async fn insert_clones(
     let mut fleet = Fleet::read(tx).await?;
     for (place, (mut new, task)) in (0_i64..).zip(clones) {
         new.spec.origin = Origin::Snapshot(snapshot.id);
-        let mut vm = creating(new, now);
-        let mut task = write::pending(&task, vm.id, now);
+        let mut vm = creating(new, snapshot.project_id, now);
+        let mut task = write::pending(&task, &vm, now);
         insert_vm(tx, &mut fleet, &mut vm, &mut task).await?;
         query("insert into forks (snapshot_id, place, vm_id, task_id) values ($1, $2, $3, $4)")
             .bind(snapshot.id.to_string())
@@ -134,12 +141,13 @@ async fn forked(tx: &mut Tx<'_>, accepted: Accepted) -> Result<Forked, StoreErro
 }
 
 /// A VM as it begins.
-pub(super) fn creating(new: NewVm, now: Timestamp) -> Vm {
+pub(super) fn creating(new: NewVm, project_id: ProjectId, now: Timestamp) -> Vm {
     let timeout_ms =
         new.spec.timeout_s.map(|s| i64::try_from(s).unwrap_or(i64::MAX).saturating_mul(1000));
     let tools = new.spec.tools.iter().map(VmTool::asked).collect();
     Vm {
         id: new.id,
+        project_id,
         name: new.name,
         state: VmState::Creating,
         reason: None,
@@ -177,13 +185,13 @@ pub(super) async fn insert_vm(
     };
     let insert = together(&[
         "insert into vms (id, name, state, spec, driver, created_at, updated_at, expires_at, \
-         generation, origin, builder, worker_id, vcpus, memory_mb) \
-         values ($1, $2, 'creating', $3, $4, $5, $5, $6, 1, $7, $8, $14, $15, $16)",
+         generation, origin, builder, project_id, vcpus, memory_mb, worker_id) \
+         values ($1, $2, 'creating', $3, $4, $5, $5, $6, 1, $7, $8, $14, $15, $16, $17)",
         "insert into vm_changes (vm_id, generation, state, at) values ($1, 1, 'creating', $5)",
         "insert into tasks (id, kind, state, priority, vm_id, snapshot_id, attempts, \
-         max_attempts, epoch, cancel_requested, created_at, progress) \
-         values ($9, $10, 'pending', $11, $1, $12, 0, $13, 0, 0, $5, $17)",
-        "insert into outbox (task_id, waits) values ($9, $18)",
+         max_attempts, epoch, cancel_requested, created_at, project_id, progress) \
+         values ($9, $10, 'pending', $11, $1, $12, 0, $13, 0, 0, $5, $14, $18)",
+        "insert into outbox (task_id, waits) values ($9, $19)",
     ])
     .bind(vm.id.to_string())
     .bind(vm.name.clone())
@@ -198,9 +206,10 @@ pub(super) async fn insert_vm(
     .bind(task.priority.as_str())
     .bind(task.snapshot_id.map(|s| s.to_string()))
     .bind(task.max_attempts)
-    .bind(vm.worker_id.map(|worker| worker.to_string()))
+    .bind(vm.project_id.to_string())
     .bind(vm.spec.vcpus)
     .bind(vm.spec.memory_mb)
+    .bind(vm.worker_id.map(|worker| worker.to_string()))
     .bind(progress)
     .bind(place.waits());
     match tx.run(insert).await {
@@ -231,8 +240,8 @@ const ADMIT: &str = "select \
      case when $1 = 1 then (select count(*) from vms where state <> 'deleted') \
      - (select count(*) from vms where builder = 1 and state <> 'deleted') end, \
      case when $2 = 1 then (select count(*) from vms where state in ('creating', 'starting')) end, \
-     (select state from templates where id = $3), \
-     (select state from snapshots where id = $4 and purpose = 'user')";
+     (select state from templates where id = $3 and project_id = $5), \
+     (select state from snapshots where id = $4 and project_id = $5 and purpose = 'user')";
 
 /// Is there room for so many VMs, and can they begin as they are to?
 async fn admit(
@@ -240,6 +249,7 @@ async fn admit(
     capacity: Capacity,
     count: u32,
     origin: Origin,
+    project: ProjectId,
 ) -> Result<(), StoreError> {
     let (template, snapshot) = match origin {
         Origin::Template(id) => (Some(id), None),
@@ -259,6 +269,7 @@ async fn admit(
         .bind(capacity.starting_max.is_some())
         .bind(template.map(|id| id.to_string()))
         .bind(snapshot.map(|id| id.to_string()))
+        .bind(project.to_string())
         .fetch_one(&mut *tx)
         .await
         .context("look whether there is room for a VM")?;

@@ -5,12 +5,16 @@
 //! other; within rows: the VM, then its task, then what the task makes. One that cannot keep to it
 //! is undone by the server as a deadlock, and repeated.
 
-use aether_types::{SnapshotId, TaskId, TemplateId, VmId, WorkerId};
+use aether_types::{ProjectId, SnapshotId, TaskId, TemplateId, VmId, WorkerId};
 
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Lock<'a> {
     /// Of everybody who asks with this idempotency key: the second finds the first's answer.
     Key(&'a str),
+    /// The project, with the number of things that it has.
+    Project(ProjectId),
+    /// That the project stays; many may hold it.
+    ProjectStays(ProjectId),
     /// Of everybody who records VMs or gives them a worker: what is counted stays true.
     Creation,
     /// The worker's registration, and whether it is there.
@@ -27,6 +31,7 @@ pub(crate) enum Lock<'a> {
     Template(TemplateId),
     /// Of everybody who builds a template of this name, or makes one ready.
     TemplateName {
+        project: ProjectId,
         name: &'a str,
         tag: &'a str,
     },

@@ -15,14 +15,17 @@
 //! lone statement happens at its last step, and an error of it must not be lost.
 
 mod attempts;
+mod audit;
 mod create;
 mod executions;
 mod keys;
 mod lock;
 mod orphans;
 mod place;
+mod projects;
 pub(crate) mod query;
 mod queues;
+mod quotas;
 mod requests;
 mod rows;
 mod snapshots;

@@ -56,15 +56,16 @@ impl Place {
     }
 }
 
-/// All workers, each with what it has promised.
+/// All workers, each with what it has promised. What a program of an earlier version recorded without
+/// its size counts as the least.
 pub(super) async fn with_load(on: impl Target) -> Result<Vec<(Worker, WorkerLoad)>, StoreError> {
     let mut query = Builder::new(concat!(
         "select ",
         worker_columns!(),
         ", coalesce(vm_count, 0), coalesce(vcpu_sum, 0), coalesce(memory_sum, 0) \
          from workers left join (select worker_id as of_worker, count(*) as vm_count, \
-         cast(sum(coalesce(vcpus, 1)) as bigint) as vcpu_sum, \
-         cast(sum(coalesce(memory_mb, 256)) as bigint) as memory_sum \
+         cast(sum(coalesce(nullif(vcpus, 0), 1)) as bigint) as vcpu_sum, \
+         cast(sum(coalesce(nullif(memory_mb, 0), 256)) as bigint) as memory_sum \
          from vms where worker_id is not null and state <> 'deleted' and "
     ));
     let holding = VmState::ALL.iter().filter(|state| state.holds_capacity());

@@ -4,7 +4,7 @@
 use super::{
     Lock, Sql, Tx, orphans, place,
     query::{in_turn, query},
-    rows,
+    quotas, rows,
     rows::{execution_columns, task_columns},
     snapshots, write,
 };
@@ -13,8 +13,8 @@ use crate::{
     VmPatch, error::Context,
 };
 use aether_types::{
-    ErrorCode, Execution, ExecutionState, Fault, Task, TaskId, TaskKind, TaskState, Timestamp,
-    ToolRequest, Vm, VmEvent, VmId, VmState, VmTool,
+    ErrorCode, Execution, ExecutionState, Fault, ProjectId, Task, TaskId, TaskKind, TaskState,
+    Timestamp, ToolRequest, Vm, VmEvent, VmId, VmState, VmTool, project::Usage,
 };
 
 /// How long an idempotency key is kept: 24 hours.
@@ -32,11 +32,12 @@ pub(super) async fn request_on_vm(
     if let Some(earlier) = earlier(&mut tx, idempotency.as_ref(), now).await? {
         return Ok(earlier);
     }
+    admit(&mut tx, id, &new).await?;
     if new.kind == TaskKind::VmStart {
         tx.lock(Lock::Creation).await?;
     }
     tx.lock(Lock::Vm(id)).await?;
-    let mut vm = write::vm(&mut tx, id).await?.ok_or(StoreError::VmNotFound)?;
+    let mut vm = write::vm_for(&mut tx, id, &new).await?;
     if new.kind == TaskKind::VmDelete
         && let Some(task) = earlier_deletion(&mut tx, &vm).await?
     {
@@ -89,7 +90,7 @@ pub(super) async fn request_on_vm(
         | TaskKind::ToolBuild
         | TaskKind::VmExecute => Vec::new(),
     };
-    let mut task = write::pending(&new, id, now);
+    let mut task = write::pending(&new, &vm, now);
     write::insert_task(&mut tx, &task).await?;
     if let Some(place) = place {
         place::hold_back(&mut tx, &mut task, &place).await?;
@@ -97,6 +98,29 @@ pub(super) async fn request_on_vm(
     remember(&mut tx, idempotency, task.id, now).await?;
     tx.commit("commit a request on a VM").await?;
     Ok(Accepted { vm, task, repeated: false, cancelled })
+}
+
+/// Is there room in the project for what is asked for? What gives back is never refused.
+pub(super) async fn admit(tx: &mut Tx<'_>, id: VmId, new: &NewTask) -> Result<(), StoreError> {
+    let asked = match new.kind {
+        TaskKind::VmStop | TaskKind::VmSuspend | TaskKind::VmDelete => return Ok(()),
+        TaskKind::VmStart => {
+            let vm = write::vm_for(tx, id, new).await?;
+            // One that cannot be started is refused for that, a moment later.
+            if vm.state.apply(VmEvent::StartRequested).is_none() {
+                return Ok(());
+            }
+            Usage { waiting_tasks: 1, ..quotas::machine(&vm) }
+        }
+        TaskKind::VmPause
+        | TaskKind::VmResume
+        | TaskKind::VmCreate
+        | TaskKind::VmExecute
+        | TaskKind::VmSnapshot
+        | TaskKind::TemplateBuild
+        | TaskKind::ToolBuild => quotas::ONE_TASK,
+    };
+    quotas::admit_on_vm(tx, new, asked).await
 }
 
 /// The task that deletes, or has deleted, this VM already.
@@ -178,14 +202,16 @@ pub(super) async fn request_execution(
         let execution = execution_of(&mut tx, &earlier.task).await?;
         return Ok((earlier, execution));
     }
+    admit(&mut tx, id, &task).await?;
     tx.lock(Lock::VmState(id)).await?;
-    let vm = write::vm(&mut tx, id).await?.ok_or(StoreError::VmNotFound)?;
+    let vm = write::vm_for(&mut tx, id, &task).await?;
     if !vm.state.takes_commands() {
         return Err(StoreError::WrongState { vm: Box::new(vm), action: "run commands" });
     }
-    let task = Task { execution_id: Some(new.id), ..write::pending(&task, id, now) };
+    let task = Task { execution_id: Some(new.id), ..write::pending(&task, &vm, now) };
     let execution = Execution {
         id: new.id,
+        project_id: vm.project_id,
         vm_id: id,
         task_id: task.id,
         spec: new.spec,
@@ -221,8 +247,10 @@ pub(super) async fn build_tools(
         }
         return Ok(AcceptedBuild { task, repeated: true });
     }
+    let project = task.project.unwrap_or(ProjectId::DEFAULT);
+    quotas::admit(&mut tx, project, quotas::ONE_TASK).await?;
     let tools = tools.iter().map(VmTool::asked).collect();
-    let task = Task { tools, ..write::pending(&task, None, now) };
+    let task = Task { tools, ..write::pending_of_no_vm(&task, now) };
     write::insert_task(&mut tx, &task).await?;
     remember(&mut tx, idempotency, task.id, now).await?;
     tx.commit("commit a request to build tools").await?;

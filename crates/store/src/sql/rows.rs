@@ -13,7 +13,7 @@ use aether_types::{
 macro_rules! vm_columns {
     () => {
         "id, name, state, reason_code, reason_message, spec, worker_id, address, created_at, \
-         updated_at, expires_at, generation, start, memory, tools"
+         updated_at, expires_at, generation, start, memory, tools, project_id"
     };
 }
 
@@ -21,28 +21,29 @@ macro_rules! task_columns {
     () => {
         "id, kind, state, priority, vm_id, execution_id, attempts, max_attempts, worker_id, epoch, \
          cancel_requested, created_at, started_at, finished_at, error_code, error_message, \
-         snapshot_id, tools, progress"
+         snapshot_id, tools, progress, project_id"
     };
 }
 
 macro_rules! execution_columns {
     () => {
         "id, vm_id, task_id, spec, state, boot_id, exit_code, exit_signal, error_code, \
-         error_message, created_at, started_at, finished_at, duration_us"
+         error_message, created_at, started_at, finished_at, duration_us, project_id"
     };
 }
 
 macro_rules! snapshot_columns {
     () => {
         "id, name, purpose, state, reason_code, reason_message, vm_id, worker_id, driver, image, \
-         vcpus, memory_mb, disk_mb, size_bytes, digest, paused_us, created_at, updated_at"
+         vcpus, memory_mb, disk_mb, size_bytes, digest, paused_us, created_at, updated_at, \
+         project_id"
     };
 }
 
 macro_rules! template_columns {
     () => {
         "id, name, tag, state, reason_code, reason_message, spec, digest, snapshot_id, builder_id, \
-         task_id, progress, size_bytes, created_at, updated_at, generation"
+         task_id, progress, size_bytes, created_at, updated_at, generation, project_id"
     };
 }
 
@@ -63,6 +64,7 @@ pub(super) fn vm(row: &Row) -> Result<Vm, StoreError> {
     let got: Option<Vec<VmTool>> = r.json_option(14)?;
     Ok(Vm {
         id: r.parsed(0)?,
+        project_id: r.parsed(15)?,
         name: r.get(1)?,
         state: r.parsed(2)?,
         reason: r.fault(3, 4)?,
@@ -83,6 +85,7 @@ pub(super) fn task(row: &Row) -> Result<Task, StoreError> {
     let r = Reader { row, noun: "task" };
     Ok(Task {
         id: r.parsed(0)?,
+        project_id: r.parsed(19)?,
         kind: r.parsed(1)?,
         state: r.parsed(2)?,
         priority: r.parsed::<Priority>(3)?,
@@ -114,6 +117,7 @@ pub(super) fn execution(row: &Row) -> Result<Execution, StoreError> {
     };
     Ok(Execution {
         id: r.parsed(0)?,
+        project_id: r.parsed(14)?,
         vm_id: r.parsed(1)?,
         task_id: r.parsed(2)?,
         spec: r.json(3)?,
@@ -132,6 +136,7 @@ pub(super) fn snapshot(row: &Row) -> Result<Snapshot, StoreError> {
     let r = Reader { row, noun: "snapshot" };
     Ok(Snapshot {
         id: r.parsed(0)?,
+        project_id: r.parsed(18)?,
         name: r.get(1)?,
         purpose: r.parsed(2)?,
         state: r.parsed(3)?,
@@ -155,6 +160,7 @@ pub(super) fn template(row: &Row) -> Result<Template, StoreError> {
     let r = Reader { row, noun: "template" };
     Ok(Template {
         id: r.parsed(0)?,
+        project_id: r.parsed(16)?,
         name: r.get(1)?,
         tag: r.get(2)?,
         state: r.parsed(3)?,

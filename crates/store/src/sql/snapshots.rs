@@ -13,8 +13,8 @@ use crate::{
     error::{Context, is_taken},
 };
 use aether_types::{
-    ErrorCode, Fault, Snapshot, SnapshotId, SnapshotPurpose, SnapshotState, Task, TaskKind,
-    TaskState, Timestamp, Vm, VmEvent, VmId,
+    ErrorCode, Fault, ProjectId, Snapshot, SnapshotId, SnapshotPurpose, SnapshotState, Task,
+    TaskKind, TaskState, Timestamp, Vm, VmEvent, VmId,
 };
 
 const GET: &str = concat!("select ", snapshot_columns!(), " from snapshots where id = $1");
@@ -22,7 +22,8 @@ const GET: &str = concat!("select ", snapshot_columns!(), " from snapshots where
 const BY_NAME: &str = concat!(
     "select ",
     snapshot_columns!(),
-    " from snapshots where name is not null and name = $1 and state <> 'deleted'"
+    " from snapshots where project_id = $1 and name is not null and name = $2 \
+     and state <> 'deleted'"
 );
 
 pub(super) async fn request(
@@ -44,8 +45,9 @@ pub(super) async fn request(
         let snapshot = of_task(&mut tx, &earlier.task).await?;
         return Ok((earlier, snapshot));
     }
+    requests::admit(&mut tx, id, &task).await?;
     tx.lock(if stops { Lock::Vm(id) } else { Lock::VmState(id) }).await?;
-    let mut vm = write::vm(&mut tx, id).await?.ok_or(StoreError::VmNotFound)?;
+    let mut vm = write::vm_for(&mut tx, id, &task).await?;
     let mut cancelled = Vec::new();
     if stops {
         let Some(next) = vm.state.apply(VmEvent::StopRequested) else {
@@ -58,7 +60,7 @@ pub(super) async fn request(
         return Err(StoreError::WrongState { vm: Box::new(vm), action });
     }
     let snapshot = creating(new, &vm, now);
-    let task = Task { snapshot_id: Some(snapshot.id), ..write::pending(&task, id, now) };
+    let task = Task { snapshot_id: Some(snapshot.id), ..write::pending(&task, &vm, now) };
     insert(&mut tx, &snapshot).await?;
     write::insert_task(&mut tx, &task).await?;
     requests::remember(&mut tx, idempotency, task.id, now).await?;
@@ -70,6 +72,7 @@ pub(super) async fn request(
 pub(super) fn creating(new: NewSnapshot, vm: &Vm, now: Timestamp) -> Snapshot {
     Snapshot {
         id: new.id,
+        project_id: vm.project_id,
         name: new.name,
         purpose: new.purpose,
         state: SnapshotState::Creating,
@@ -94,18 +97,20 @@ pub(super) async fn insert(tx: &mut Tx<'_>, snapshot: &Snapshot) -> Result<(), S
         // One that failed is about to be retired, and does not keep its name from another try.
         query(
             "update snapshots set state = 'deleted', updated_at = $2 \
-             where name is not null and name = $1 and state <> 'deleted' and state = 'failed'",
+             where project_id = $3 and name is not null and name = $1 and state <> 'deleted' \
+             and state = 'failed'",
         )
         .bind(name.clone())
         .bind(snapshot.created_at.unix_ms())
+        .bind(snapshot.project_id.to_string())
         .execute(&mut *tx)
         .await
         .context("free the name of a failed snapshot")?;
     }
     let inserted = query(
         "insert into snapshots (id, name, purpose, state, vm_id, driver, image, vcpus, memory_mb, \
-         disk_mb, created_at, updated_at) \
-         values ($1, $2, $3, 'creating', $4, $5, $6, $7, $8, $9, $10, $10)",
+         disk_mb, created_at, updated_at, project_id) \
+         values ($1, $2, $3, 'creating', $4, $5, $6, $7, $8, $9, $10, $10, $11)",
     )
     .bind(snapshot.id.to_string())
     .bind(snapshot.name.clone())
@@ -117,6 +122,7 @@ pub(super) async fn insert(tx: &mut Tx<'_>, snapshot: &Snapshot) -> Result<(), S
     .bind(snapshot.memory_mb)
     .bind(snapshot.disk_mb)
     .bind(snapshot.created_at.unix_ms())
+    .bind(snapshot.project_id.to_string())
     .execute(&mut *tx)
     .await;
     if let (Err(error), Some(name)) = (&inserted, &snapshot.name)
@@ -328,8 +334,13 @@ pub(super) async fn get(store: &Sql, id: SnapshotId) -> Result<Option<Snapshot>,
         .transpose()
 }
 
-pub(super) async fn by_name(store: &Sql, name: &str) -> Result<Option<Snapshot>, StoreError> {
+pub(super) async fn by_name(
+    store: &Sql,
+    project: ProjectId,
+    name: &str,
+) -> Result<Option<Snapshot>, StoreError> {
     query(BY_NAME)
+        .bind(project.to_string())
         .bind(name.to_owned())
         .fetch_optional(store)
         .await
@@ -350,6 +361,9 @@ pub(super) async fn list(
         query.push("state <> 'deleted'");
     } else {
         query.push_in("state", filter.states.iter().map(|s| s.as_str()));
+    }
+    if let Some(project) = filter.project {
+        query.push(" and project_id = ").push_bind(project.to_string());
     }
     if !filter.purposes.is_empty() {
         query.push(" and ").push_in("purpose", filter.purposes.iter().map(|s| s.as_str()));

@@ -5,21 +5,22 @@ use std::time::Duration;
 
 use aether_postgres::Trouble;
 use aether_types::{
-    Execution, ExecutionId, Fault, OutputStream, QueueName, RetainedOutput, Snapshot, SnapshotId,
-    StateChange, Task, TaskId, Template, TemplateId, TemplateProgress, Timestamp, ToolRequest, Vm,
-    VmId, Worker, WorkerId, WorkerLoad,
+    Execution, ExecutionId, Fault, KeyId, OutputStream, Project, ProjectId, QueueName,
+    RetainedOutput, Snapshot, SnapshotId, StateChange, Task, TaskId, Template, TemplateId,
+    TemplateProgress, Timestamp, ToolRequest, Vm, VmId, Worker, WorkerId, WorkerLoad,
+    project::{Quota, Usage},
 };
 use async_trait::async_trait;
 
 use super::{
-    Sql, attempts, create, executions, keys, orphans, place, query::query, queues, requests,
-    snapshots, tasks, templates, vms, workers,
+    Sql, attempts, audit, create, executions, keys, orphans, place, projects, query::query, queues,
+    quotas, requests, snapshots, tasks, templates, vms, workers,
 };
 use crate::{
-    Accepted, AcceptedBuild, ApiKey, AttemptEnd, Begin, CancelOutcome, Capacity, Forked,
-    Idempotency, NewExecution, NewSnapshot, NewTask, NewTemplate, NewVm, NewWorker, Orphan, Page,
-    PageRequest, QueueStatus, Registration, SnapshotFilter, Store, StoreError, TaskFilter,
-    TemplateFilter, VmChange, VmFilter, VmPatch, error::Context,
+    Accepted, AcceptedBuild, ApiKey, AttemptEnd, AuditEntry, AuditFilter, Begin, CancelOutcome,
+    Capacity, Forked, Idempotency, KeyFilter, NewExecution, NewSnapshot, NewTask, NewTemplate,
+    NewVm, NewWorker, Orphan, Page, PageRequest, QueueStatus, Registration, SnapshotFilter, Store,
+    StoreError, TaskFilter, TemplateFilter, VmChange, VmFilter, VmPatch, error::Context,
 };
 
 /// For all tries of one call. The pool and the server end waits before that; this is for a network
@@ -188,9 +189,13 @@ impl<S: OnSql> Store for S {
         repeated(sql, || snapshots::get(sql, id)).await
     }
 
-    async fn snapshot_by_name(&self, name: &str) -> Result<Option<Snapshot>, StoreError> {
+    async fn snapshot_by_name(
+        &self,
+        project: ProjectId,
+        name: &str,
+    ) -> Result<Option<Snapshot>, StoreError> {
         let sql = self.sql();
-        repeated(sql, || snapshots::by_name(sql, name)).await
+        repeated(sql, || snapshots::by_name(sql, project, name)).await
     }
 
     async fn snapshots(
@@ -209,11 +214,12 @@ impl<S: OnSql> Store for S {
 
     async fn template_by_name(
         &self,
+        project: ProjectId,
         name: &str,
         tag: &str,
     ) -> Result<Option<Template>, StoreError> {
         let sql = self.sql();
-        repeated(sql, || templates::by_name(sql, name, tag)).await
+        repeated(sql, || templates::by_name(sql, project, name, tag)).await
     }
 
     async fn templates(
@@ -327,9 +333,9 @@ impl<S: OnSql> Store for S {
         repeated(sql, || vms::get(sql, id)).await
     }
 
-    async fn vm_by_name(&self, name: &str) -> Result<Option<Vm>, StoreError> {
+    async fn vm_by_name(&self, project: ProjectId, name: &str) -> Result<Option<Vm>, StoreError> {
         let sql = self.sql();
-        repeated(sql, || vms::by_name(sql, name)).await
+        repeated(sql, || vms::by_name(sql, project, name)).await
     }
 
     async fn vms(&self, filter: VmFilter, page: PageRequest) -> Result<Page<Vm>, StoreError> {
@@ -469,19 +475,93 @@ impl<S: OnSql> Store for S {
         repeated(sql, || queues::retried(sql, dead, again)).await
     }
 
+    async fn create_project(&self, project: Project) -> Result<(), StoreError> {
+        let sql = self.sql();
+        repeated(sql, || projects::insert(sql, project.clone())).await
+    }
+
+    async fn project(&self, id: ProjectId) -> Result<Option<Project>, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || projects::get(sql, id)).await
+    }
+
+    async fn project_by_name(&self, name: &str) -> Result<Option<Project>, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || projects::by_name(sql, name)).await
+    }
+
+    async fn projects(&self, page: PageRequest) -> Result<Page<Project>, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || projects::list(sql, page)).await
+    }
+
+    async fn set_quota(&self, id: ProjectId, quota: Quota) -> Result<(), StoreError> {
+        let sql = self.sql();
+        repeated(sql, || quotas::set(sql, id, quota)).await
+    }
+
+    async fn project_usage(&self, id: ProjectId) -> Result<Usage, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || quotas::used(sql, id)).await
+    }
+
+    async fn delete_project(&self, id: ProjectId) -> Result<(), StoreError> {
+        let sql = self.sql();
+        repeated(sql, || projects::delete(sql, id)).await
+    }
+
     async fn insert_key(&self, key: ApiKey) -> Result<(), StoreError> {
         let sql = self.sql();
         repeated(sql, || keys::insert(sql, key.clone())).await
     }
 
-    async fn keys(&self) -> Result<Vec<ApiKey>, StoreError> {
+    async fn key(&self, id: KeyId) -> Result<Option<ApiKey>, StoreError> {
         let sql = self.sql();
-        repeated(sql, || keys::list(sql)).await
+        repeated(sql, || keys::get(sql, id)).await
+    }
+
+    async fn key_by_hash(&self, hash: &[u8; 32]) -> Result<Option<ApiKey>, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || keys::by_hash(sql, hash)).await
+    }
+
+    async fn keys(&self, filter: KeyFilter, page: PageRequest) -> Result<Page<ApiKey>, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || keys::list(sql, &filter, page)).await
+    }
+
+    async fn revoke_key(&self, id: KeyId) -> Result<ApiKey, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || keys::revoke(sql, id)).await
+    }
+
+    async fn key_used(&self, id: KeyId, at: Timestamp, stale: Timestamp) -> Result<(), StoreError> {
+        let sql = self.sql();
+        repeated(sql, || keys::used(sql, id, at, stale)).await
     }
 
     async fn shared_secret(&self, name: &str, proposed: &[u8]) -> Result<Vec<u8>, StoreError> {
         let sql = self.sql();
         repeated(sql, || keys::shared_secret(sql, name, proposed)).await
+    }
+
+    async fn append_audit(&self, entry: AuditEntry) -> Result<(), StoreError> {
+        let sql = self.sql();
+        repeated(sql, || audit::insert(sql, entry.clone())).await
+    }
+
+    async fn audit_entries(
+        &self,
+        filter: AuditFilter,
+        page: PageRequest,
+    ) -> Result<Page<AuditEntry>, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || audit::list(sql, &filter, page)).await
+    }
+
+    async fn prune_audit(&self, before: Timestamp) -> Result<u64, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || audit::prune(sql, before)).await
     }
 
     async fn ping(&self) -> Result<(), StoreError> {

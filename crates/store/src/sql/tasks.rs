@@ -69,6 +69,9 @@ pub(super) async fn list(
 ) -> Result<Page<Task>, StoreError> {
     let limit = page.bounded_limit();
     let mut query = Builder::new(concat!("select ", task_columns!(), " from tasks where 1 = 1"));
+    if let Some(project) = filter.project {
+        query.push(" and project_id = ").push_bind(project.to_string());
+    }
     if !filter.states.is_empty() {
         query.push(" and ").push_in("state", filter.states.iter().map(|s| s.as_str()));
     }

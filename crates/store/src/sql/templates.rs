@@ -4,7 +4,7 @@ use super::{
     Lock, Sql, Tx, create,
     place::Fleet,
     query::{Builder, in_turn, query},
-    requests,
+    quotas, requests,
     rows::{self, template_columns},
     snapshots, write,
 };
@@ -13,8 +13,8 @@ use crate::{
     TemplateFilter, error::Context,
 };
 use aether_types::{
-    Origin, SnapshotPurpose, Task, TaskId, TaskKind, Template, TemplateId, TemplateProgress,
-    TemplateState, Timestamp,
+    Origin, ProjectId, SnapshotPurpose, Task, TaskId, TaskKind, Template, TemplateId,
+    TemplateProgress, TemplateState, Timestamp, project::Usage,
 };
 
 const GET: &str = concat!("select ", template_columns!(), " from templates where id = $1");
@@ -24,7 +24,7 @@ const OF_TASK: &str = concat!("select ", template_columns!(), " from templates w
 const BY_NAME: &str = concat!(
     "select ",
     template_columns!(),
-    " from templates where name = $1 and tag = $2 and state <> 'deleted' \
+    " from templates where project_id = $1 and name = $2 and tag = $3 and state <> 'deleted' \
      order by case state when 'ready' then 0 when 'building' then 1 else 2 end, \
      created_at desc, id desc limit 1"
 );
@@ -47,19 +47,25 @@ pub(super) async fn build(
         let template = of_task(&mut tx, earlier.task.id).await?;
         return Ok((earlier, template.ok_or(StoreError::IdempotencyConflict)?));
     }
+    let project = task.project.unwrap_or(ProjectId::DEFAULT);
+    tx.lock(Lock::Project(project)).await?;
     tx.lock(Lock::Creation).await?;
-    tx.lock(Lock::TemplateName { name: &new.name, tag: &new.tag }).await?;
-    if let Some((earlier, template)) = equal_build(&mut tx, &new).await? {
+    tx.lock(Lock::TemplateName { project, name: &new.name, tag: &new.tag }).await?;
+    if let Some((earlier, template)) = equal_build(&mut tx, project, &new).await? {
         requests::remember(&mut tx, idempotency, earlier.task.id, now).await?;
         tx.commit("commit a repeated build of a template").await?;
         return Ok((earlier, template));
     }
     builder.spec.origin = Origin::Builder(new.id);
-    let mut vm = create::creating(builder, now);
+    let mut vm = create::creating(builder, project, now);
+    // The VM in which it is built is none of the project's, but needs a machine.
+    let asked = Usage { waiting_tasks: 1, ..quotas::machine(&vm) };
+    quotas::admit(&mut tx, project, asked).await?;
     let snapshot = snapshots::creating(snapshot, &vm, now);
-    let mut task = Task { snapshot_id: Some(snapshot.id), ..write::pending(&task, vm.id, now) };
+    let mut task = Task { snapshot_id: Some(snapshot.id), ..write::pending(&task, &vm, now) };
     let template = Template {
         id: new.id,
+        project_id: project,
         name: new.name,
         tag: new.tag,
         state: TemplateState::Building,
@@ -88,15 +94,17 @@ pub(super) async fn build(
 /// end.
 async fn equal_build(
     tx: &mut Tx<'_>,
+    project: ProjectId,
     new: &NewTemplate,
 ) -> Result<Option<(Accepted, Template)>, StoreError> {
     const BUILDING: &str = concat!(
         "select ",
         template_columns!(),
-        " from templates where name = $1 and tag = $2 and state <> 'deleted' \
-         and state = 'building' order by created_at desc, id desc"
+        " from templates where project_id = $1 and name = $2 and tag = $3 \
+         and state <> 'deleted' and state = 'building' order by created_at desc, id desc"
     );
     let found = query(BUILDING)
+        .bind(project.to_string())
         .bind(new.name.clone())
         .bind(new.tag.clone())
         .fetch_all(&mut *tx)
@@ -116,8 +124,8 @@ async fn equal_build(
 async fn insert(tx: &mut Tx<'_>, template: &Template) -> Result<(), StoreError> {
     query(
         "insert into templates (id, name, tag, state, spec, snapshot_id, builder_id, task_id, \
-         progress, created_at, updated_at, generation) \
-         values ($1, $2, $3, 'building', $4, $5, $6, $7, $8, $9, $9, 1)",
+         progress, created_at, updated_at, generation, project_id) \
+         values ($1, $2, $3, 'building', $4, $5, $6, $7, $8, $9, $9, 1, $10)",
     )
     .bind(template.id.to_string())
     .bind(template.name.clone())
@@ -128,6 +136,7 @@ async fn insert(tx: &mut Tx<'_>, template: &Template) -> Result<(), StoreError> 
     .bind(template.task_id.to_string())
     .bind(rows::json(&template.progress, "template to record")?)
     .bind(template.created_at.unix_ms())
+    .bind(template.project_id.to_string())
     .execute(&mut *tx)
     .await
     .context("record a template")?;
@@ -182,10 +191,11 @@ pub(super) async fn settle(
         return Ok(());
     };
     let template = of_task(tx, task.id).await?.ok_or(StoreError::Corrupt("template"))?;
-    tx.lock(Lock::TemplateName { name: &template.name, tag: &template.tag }).await?;
+    let project = template.project_id;
+    tx.lock(Lock::TemplateName { project, name: &template.name, tag: &template.tag }).await?;
     let ready = in_turn(&[
         "update templates set state = 'deleted', updated_at = $6, generation = generation + 1 \
-         where name = $2 and tag = $3 and state = 'ready'",
+         where project_id = $7 and name = $2 and tag = $3 and state = 'ready'",
         "update templates set state = 'ready', digest = $4, size_bytes = $5, updated_at = $6, \
          generation = generation + 1 where id = $1 and state = 'building'",
     ])
@@ -194,7 +204,8 @@ pub(super) async fn settle(
     .bind(template.tag)
     .bind(digest)
     .bind(size_bytes.map(rows::size_column))
-    .bind(now.unix_ms());
+    .bind(now.unix_ms())
+    .bind(project.to_string());
     tx.run(ready).await.context("record that a template is ready")
 }
 
@@ -281,10 +292,12 @@ pub(super) async fn get(store: &Sql, id: TemplateId) -> Result<Option<Template>,
 
 pub(super) async fn by_name(
     store: &Sql,
+    project: ProjectId,
     name: &str,
     tag: &str,
 ) -> Result<Option<Template>, StoreError> {
     query(BY_NAME)
+        .bind(project.to_string())
         .bind(name.to_owned())
         .bind(tag.to_owned())
         .fetch_optional(store)
@@ -306,6 +319,9 @@ pub(super) async fn list(
         query.push("state <> 'deleted'");
     } else {
         query.push_in("state", filter.states.iter().map(|s| s.as_str()));
+    }
+    if let Some(project) = filter.project {
+        query.push(" and project_id = ").push_bind(project.to_string());
     }
     if let Some(name) = &filter.name {
         query.push(" and name = ").push_bind(name.clone());

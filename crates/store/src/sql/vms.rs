@@ -10,12 +10,15 @@ use super::{
 use crate::{
     Page, PageRequest, Registration, StoreError, VmChange, VmFilter, VmPatch, error::Context,
 };
-use aether_types::{StateChange, Timestamp, Vm, VmId};
+use aether_types::{ProjectId, StateChange, Timestamp, Vm, VmId};
 
 const GET: &str = concat!("select ", vm_columns!(), " from vms where id = $1");
 
-const BY_NAME: &str =
-    concat!("select ", vm_columns!(), " from vms where name = $1 and state <> 'deleted'");
+const BY_NAME: &str = concat!(
+    "select ",
+    vm_columns!(),
+    " from vms where project_id = $1 and name = $2 and state <> 'deleted'"
+);
 
 pub(super) async fn change(
     store: &Sql,
@@ -73,8 +76,13 @@ pub(super) async fn get(store: &Sql, id: VmId) -> Result<Option<Vm>, StoreError>
         .transpose()
 }
 
-pub(super) async fn by_name(store: &Sql, name: &str) -> Result<Option<Vm>, StoreError> {
+pub(super) async fn by_name(
+    store: &Sql,
+    project: ProjectId,
+    name: &str,
+) -> Result<Option<Vm>, StoreError> {
     query(BY_NAME)
+        .bind(project.to_string())
         .bind(name.to_owned())
         .fetch_optional(store)
         .await
@@ -95,6 +103,9 @@ pub(super) async fn list(
         query.push("state <> 'deleted'");
     } else {
         query.push_in("state", filter.states.iter().map(|s| s.as_str()));
+    }
+    if let Some(project) = filter.project {
+        query.push(" and project_id = ").push_bind(project.to_string());
     }
     if !filter.builders {
         query.push(" and builder = 0");

@@ -9,8 +9,8 @@ use super::{
 };
 use crate::{ExecutionEnd, NewTask, StoreError, VmPatch, error::Context};
 use aether_types::{
-    Execution, ExecutionState, ExitStatus, Fault, RetainedOutput, Task, TaskId, TaskKind,
-    TaskState, Timestamp, Vm, VmEvent, VmId, VmState,
+    Execution, ExecutionState, ExitStatus, Fault, ProjectId, RetainedOutput, Task, TaskId,
+    TaskKind, TaskState, Timestamp, Vm, VmEvent, VmId, VmState,
 };
 
 const VM: &str = concat!("select ", vm_columns!(), " from vms where id = $1");
@@ -25,6 +25,13 @@ pub(super) async fn vm(tx: &mut Tx<'_>, id: VmId) -> Result<Option<Vm>, StoreErr
         .as_ref()
         .map(rows::vm)
         .transpose()
+}
+
+/// The VM that a request is about. Of another project it is one that there is not.
+pub(super) async fn vm_for(tx: &mut Tx<'_>, id: VmId, new: &NewTask) -> Result<Vm, StoreError> {
+    let found = vm(tx, id).await?;
+    let found = found.filter(|vm| new.project.is_none_or(|project| project == vm.project_id));
+    found.ok_or(StoreError::VmNotFound)
 }
 
 /// The VM of a task that is known to have one.
@@ -110,14 +117,19 @@ pub(super) async fn move_vm(
     tx.run(change).await.context("change a VM")
 }
 
-/// A task as it begins; `vm` is `None` of the one kind that is of no VM.
-pub(super) fn pending(new: &NewTask, vm: impl Into<Option<VmId>>, now: Timestamp) -> Task {
+/// A task of a VM as it begins: of its VM's project, whoever asked.
+pub(super) fn pending(new: &NewTask, vm: &Vm, now: Timestamp) -> Task {
+    Task { vm_id: Some(vm.id), project_id: vm.project_id, ..pending_of_no_vm(new, now) }
+}
+
+pub(super) fn pending_of_no_vm(new: &NewTask, now: Timestamp) -> Task {
     Task {
         id: new.id,
+        project_id: new.project.unwrap_or(ProjectId::DEFAULT),
         kind: new.kind,
         state: TaskState::Pending,
         priority: new.priority,
-        vm_id: vm.into(),
+        vm_id: None,
         execution_id: None,
         snapshot_id: None,
         attempts: 0,
@@ -140,8 +152,8 @@ pub(super) async fn insert_task(tx: &mut Tx<'_>, task: &Task) -> Result<(), Stor
     let tools = tools.map(|tools| rows::json(tools, "tools to record")).transpose()?;
     let insert = together(&[
         "insert into tasks (id, kind, state, priority, vm_id, execution_id, attempts, \
-         max_attempts, epoch, cancel_requested, created_at, snapshot_id, tools) \
-         values ($1, $2, 'pending', $3, $4, $5, 0, $6, 0, 0, $7, $8, $9)",
+         max_attempts, epoch, cancel_requested, created_at, snapshot_id, tools, project_id) \
+         values ($1, $2, 'pending', $3, $4, $5, 0, $6, 0, 0, $7, $8, $9, $10)",
         // With a VM that waits for a worker waits all that is asked of it.
         "insert into outbox (task_id, waits) select $1, coalesce((select max(owed.waits) \
          from outbox as owed join tasks as other on other.id = owed.task_id \
@@ -155,7 +167,8 @@ pub(super) async fn insert_task(tx: &mut Tx<'_>, task: &Task) -> Result<(), Stor
     .bind(task.max_attempts)
     .bind(task.created_at.unix_ms())
     .bind(task.snapshot_id.map(|s| s.to_string()))
-    .bind(tools);
+    .bind(tools)
+    .bind(task.project_id.to_string());
     tx.run(insert).await.context("record a task")
 }
 
@@ -165,14 +178,15 @@ pub(super) async fn insert_execution(
 ) -> Result<(), StoreError> {
     let spec = rows::json(&execution.spec, "execution to record")?;
     query(
-        "insert into executions (id, vm_id, task_id, spec, state, created_at) \
-         values ($1, $2, $3, $4, 'pending', $5)",
+        "insert into executions (id, vm_id, task_id, spec, state, created_at, project_id) \
+         values ($1, $2, $3, $4, 'pending', $5, $6)",
     )
     .bind(execution.id.to_string())
     .bind(execution.vm_id.to_string())
     .bind(execution.task_id.to_string())
     .bind(spec)
     .bind(execution.created_at.unix_ms())
+    .bind(execution.project_id.to_string())
     .execute(&mut *tx)
     .await
     .context("record an execution")?;

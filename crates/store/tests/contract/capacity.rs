@@ -1,7 +1,7 @@
 //! How many VMs there may be.
 
 use aether_store::{Capacity, Store, StoreError};
-use aether_types::{ErrorCode, SnapshotPurpose, TaskKind, VmEvent, VmId};
+use aether_types::{ErrorCode, ProjectId, SnapshotPurpose, TaskKind, VmEvent, VmId};
 
 use crate::support::{
     carry_out, clones, create, key, new_snapshot, new_task, new_vm, request, running,
@@ -91,7 +91,7 @@ pub(crate) async fn a_fork_has_room_for_all_of_its_vms_or_is_refused(store: &imp
     for (vms_max, starting_max) in [(Some(3), None), (None, Some(2))] {
         let refused = fork(&names, vms_max, starting_max).await.unwrap_err();
         assert_eq!(refused.code(), ErrorCode::TooManyVms);
-        assert_eq!(store.vm_by_name("c0").await.unwrap(), None);
+        assert_eq!(store.vm_by_name(ProjectId::DEFAULT, "c0").await.unwrap(), None);
         assert_eq!(store.open_tasks().await.unwrap(), []);
     }
     fork(&names, Some(4), Some(3)).await.unwrap();

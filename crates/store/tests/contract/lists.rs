@@ -1,7 +1,7 @@
-//! Lists, pages, the outbox, expiry and keys.
+//! Lists, pages, the outbox, expiry and secrets.
 
-use aether_store::{ApiKey, Capacity, NewVm, PageRequest, Store, StoreError, TaskFilter, VmFilter};
-use aether_types::{DriverKind, KeyId, TaskKind, TaskState, Timestamp, VmEvent, VmState, WorkerId};
+use aether_store::{Capacity, NewVm, PageRequest, Store, StoreError, TaskFilter, VmFilter};
+use aether_types::{DriverKind, TaskKind, TaskState, Timestamp, VmEvent, VmState, WorkerId};
 
 use crate::support::{begin, carry_out, create, execute, new_task, new_vm, request, running, spec};
 
@@ -142,21 +142,6 @@ pub(crate) async fn expired_vms_are_found_until_they_are_deleted(store: &impl St
     request(store, vm.id, TaskKind::VmDelete).await;
     assert_eq!(store.expired_vms(end).await.unwrap(), []);
     assert_eq!(store.next_expiry().await.unwrap(), None);
-}
-
-pub(crate) async fn keys_round_trip(store: &impl Store) {
-    let key = ApiKey {
-        id: KeyId::new(),
-        name: "admin".into(),
-        prefix: "ak_12".into(),
-        hash: [7; 32],
-        created_at: Timestamp::now(),
-    };
-    store.insert_key(key.clone()).await.unwrap();
-    let kept = store.keys().await.unwrap();
-    let [kept] = kept.as_slice() else { panic!("{kept:?}") };
-    assert_eq!((kept.id, &kept.name, kept.hash), (key.id, &key.name, key.hash));
-    assert_eq!((&kept.prefix, kept.created_at), (&key.prefix, key.created_at));
 }
 
 pub(crate) async fn a_secret_is_the_first_that_was_proposed(store: &impl Store) {

@@ -7,10 +7,14 @@ mod engines;
 mod support;
 
 mod attempts;
+mod audit;
 mod capacity;
+mod keys;
 mod lists;
 mod placement;
+mod projects;
 mod queues;
+mod quotas;
 mod requests;
 mod snapshots;
 mod templates;
@@ -75,10 +79,35 @@ macro_rules! contract {
                 the_outbox_holds_what_is_owed_oldest_first,
                 open_tasks_are_those_that_have_not_ended,
                 expired_vms_are_found_until_they_are_deleted,
-                keys_round_trip,
                 a_secret_is_the_first_that_was_proposed,
                 those_who_propose_a_secret_at_once_get_the_same,
                 ping_answers,
+            },
+            keys::{
+                a_key_is_found_by_its_hash_and_by_nothing_like_it,
+                a_revoked_key_has_no_hash_and_is_kept,
+                the_use_of_a_key_is_kept_coarsely,
+                keys_are_listed_by_project_and_in_pages,
+                a_project_has_no_more_keys_than_there_may_be,
+                keys_that_are_long_of_no_use_are_forgotten,
+            },
+            projects::{
+                what_there_was_is_the_default_projects,
+                projects_have_names_and_are_listed,
+                a_project_is_deleted_when_nothing_is_left_of_it,
+                a_vm_of_another_project_is_none_for_every_request,
+                names_are_of_their_project,
+                lists_are_of_a_project,
+                a_vm_begins_only_as_what_its_project_has,
+                nothing_is_made_in_a_project_that_is_gone,
+            },
+            quotas::{
+                every_way_to_a_machine_is_held_to_the_quota,
+                a_fork_has_room_for_all_of_it_or_is_refused_whole,
+                tasks_that_wait_are_bounded_and_what_gives_back_is_not,
+                creations_and_starts_at_once_do_not_exceed_a_quota,
+                a_repetition_needs_no_quota_and_others_have_their_own,
+                a_quota_that_is_lowered_takes_nothing_away,
             },
             snapshots::{
                 a_snapshot_and_its_task_are_recorded_and_owed,
@@ -119,6 +148,11 @@ macro_rules! contract {
                 a_build_of_tools_can_be_cancelled,
                 a_repeated_build_of_tools_is_answered_with_the_first,
                 the_progress_of_a_task_is_kept_counted_and_fenced,
+            },
+            audit::{
+                an_entry_is_read_as_it_was_written_once,
+                the_audit_log_is_filtered_and_paged,
+                only_what_is_old_is_taken_from_the_audit_log,
             },
             capacity::{
                 there_are_no_more_vms_than_there_may_be,

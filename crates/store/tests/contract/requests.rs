@@ -2,7 +2,8 @@
 
 use aether_store::{CancelOutcome, Capacity, Store, StoreError};
 use aether_types::{
-    ErrorCode, ExecutionId, ExecutionState, TaskId, TaskKind, TaskState, VmEvent, VmId, VmState,
+    ErrorCode, ExecutionId, ExecutionState, ProjectId, TaskId, TaskKind, TaskState, VmEvent, VmId,
+    VmState,
 };
 
 use crate::support::{
@@ -13,7 +14,7 @@ pub(crate) async fn a_created_vm_and_its_task_are_recorded_and_owed(store: &impl
     let made = create(store, "a").await;
     assert!(!made.repeated);
     assert_eq!(store.vm(made.vm.id).await.unwrap(), Some(made.vm.clone()));
-    assert_eq!(store.vm_by_name("a").await.unwrap(), Some(made.vm.clone()));
+    assert_eq!(store.vm_by_name(ProjectId::DEFAULT, "a").await.unwrap(), Some(made.vm.clone()));
     assert_eq!(store.task(made.task.id).await.unwrap(), Some(made.task.clone()));
     assert_eq!(made.vm.state, VmState::Creating);
     assert_eq!(made.task.state, TaskState::Pending);
@@ -31,9 +32,9 @@ pub(crate) async fn a_name_is_free_again_only_when_its_vm_is_deleted(store: &imp
     let deletion = request(store, vm, TaskKind::VmDelete).await;
     assert_eq!(again().await.unwrap_err().code(), ErrorCode::NameTaken);
     carry_out(store, &deletion.task, Some(VmEvent::Deleted)).await;
-    assert_eq!(store.vm_by_name("a").await.unwrap(), None);
+    assert_eq!(store.vm_by_name(ProjectId::DEFAULT, "a").await.unwrap(), None);
     let second = again().await.unwrap().vm;
-    assert_eq!(store.vm_by_name("a").await.unwrap(), Some(second));
+    assert_eq!(store.vm_by_name(ProjectId::DEFAULT, "a").await.unwrap(), Some(second));
     assert_eq!(store.vm(vm).await.unwrap().unwrap().state, VmState::Deleted);
 }
 

@@ -5,8 +5,8 @@ use aether_store::{
     StoreError, VmChange, VmPatch,
 };
 use aether_types::{
-    ErrorCode, Origin, Snapshot, SnapshotId, SnapshotPurpose, SnapshotState, StartKind, StartPhase,
-    StartReport, Task, TaskKind, TaskState, VmEvent, VmId, VmState, WorkerId,
+    ErrorCode, Origin, ProjectId, Snapshot, SnapshotId, SnapshotPurpose, SnapshotState, StartKind,
+    StartPhase, StartReport, Task, TaskKind, TaskState, VmEvent, VmId, VmState, WorkerId,
 };
 
 use crate::support::{
@@ -48,6 +48,7 @@ pub(crate) async fn a_snapshot_and_its_task_are_recorded_and_owed(store: &impl S
     let spec = &before.spec;
     let expected = Snapshot {
         id: snapshot.id,
+        project_id: ProjectId::DEFAULT,
         name: None,
         purpose: SnapshotPurpose::User,
         state: SnapshotState::Creating,
@@ -130,7 +131,7 @@ pub(crate) async fn a_snapshots_name_is_free_again_when_it_failed_or_is_deleted(
         store.request_snapshot(vm, new, new_task(TaskKind::VmSnapshot), None).await
     };
     let (first, one) = ask().await.unwrap();
-    assert_eq!(store.snapshot_by_name("s").await.unwrap(), Some(one.clone()));
+    assert_eq!(store.snapshot_by_name(ProjectId::DEFAULT, "s").await.unwrap(), Some(one.clone()));
     assert!(matches!(ask().await, Err(StoreError::NameTaken { name }) if name == "s"));
     begin(store, first.task.id, 1).await;
     store.end_attempt(first.task.id, 1, failed(ErrorCode::Internal, None)).await.unwrap();
@@ -139,7 +140,7 @@ pub(crate) async fn a_snapshots_name_is_free_again_when_it_failed_or_is_deleted(
     make(store, &second.task, None).await;
     assert!(matches!(ask().await, Err(StoreError::NameTaken { .. })));
     assert_eq!(store.delete_snapshot(two.id).await.unwrap().state, SnapshotState::Deleted);
-    assert_eq!(store.snapshot_by_name("s").await.unwrap(), None);
+    assert_eq!(store.snapshot_by_name(ProjectId::DEFAULT, "s").await.unwrap(), None);
     ask().await.unwrap();
 }
 

@@ -6,9 +6,9 @@ use aether_store::{
 };
 use aether_types::{
     DriverKind, ErrorCode, Execution, ExecutionId, ExecutionSpec, ExecutionState, ExitStatus,
-    Fault, NetworkPolicy, Origin, Priority, RetainedOutput, Snapshot, SnapshotId, SnapshotPurpose,
-    Task, TaskId, TaskKind, TaskState, Template, TemplateId, TemplateSpec, TemplateStep, VmEvent,
-    VmId, VmSpec, WorkerId,
+    Fault, NetworkPolicy, Origin, Priority, Project, ProjectId, RetainedOutput, Snapshot,
+    SnapshotId, SnapshotPurpose, Task, TaskId, TaskKind, TaskState, Template, TemplateId,
+    TemplateSpec, TemplateStep, Timestamp, VmEvent, VmId, VmSpec, WorkerId, project::Quota,
 };
 
 pub(crate) fn spec() -> VmSpec {
@@ -33,7 +33,23 @@ pub(crate) fn new_vm(name: &str) -> NewVm {
 }
 
 pub(crate) fn new_task(kind: TaskKind) -> NewTask {
-    NewTask { id: TaskId::new(), kind, priority: Priority::Default, max_attempts: 3 }
+    NewTask { id: TaskId::new(), kind, priority: Priority::Default, max_attempts: 3, project: None }
+}
+
+pub(crate) async fn project(store: &impl Store, name: &str) -> ProjectId {
+    let project = Project {
+        id: ProjectId::new(),
+        name: name.into(),
+        created_at: Timestamp::now(),
+        quota: Quota::default(),
+    };
+    store.create_project(project.clone()).await.unwrap();
+    project.id
+}
+
+/// Asked for by somebody of this project.
+pub(crate) fn task_of(project: ProjectId, kind: TaskKind) -> NewTask {
+    NewTask { project: Some(project), ..new_task(kind) }
 }
 
 pub(crate) fn key(text: &str, digest: u8) -> Idempotency {

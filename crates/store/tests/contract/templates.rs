@@ -5,8 +5,8 @@ use aether_store::{
     TemplateFilter, VmFilter,
 };
 use aether_types::{
-    ErrorCode, Origin, SnapshotId, SnapshotPurpose, SnapshotState, TaskId, TaskKind, TaskState,
-    Template, TemplateId, TemplateProgress, TemplateState, VmEvent, VmState, WorkerId,
+    ErrorCode, Origin, ProjectId, SnapshotId, SnapshotPurpose, SnapshotState, TaskId, TaskKind,
+    TaskState, Template, TemplateId, TemplateProgress, TemplateState, VmEvent, VmState, WorkerId,
 };
 
 use crate::support::{
@@ -69,7 +69,9 @@ pub(crate) async fn a_vm_that_builds_is_not_listed_nor_counted_but_starts(store:
 }
 
 pub(crate) async fn a_template_that_is_ready_takes_the_name_from_an_older_one(store: &impl Store) {
-    let by_name = async || store.template_by_name("t", "latest").await.unwrap().map(|t| t.id);
+    let by_name = async || {
+        store.template_by_name(ProjectId::DEFAULT, "t", "latest").await.unwrap().map(|t| t.id)
+    };
     assert_eq!(by_name().await, None);
     let (asked, first) = build(store, "t").await;
     begin(store, asked.task.id, 1).await;
@@ -100,7 +102,10 @@ pub(crate) async fn a_template_that_is_ready_takes_the_name_from_an_older_one(st
     begin(store, asked.task.id, 1).await;
     store.end_attempt(asked.task.id, 1, template_made("d4")).await.unwrap();
     assert_eq!(by_name().await, Some(third.id));
-    assert_eq!(store.template_by_name("t", "v2").await.unwrap().map(|t| t.id), Some(other.id));
+    assert_eq!(
+        store.template_by_name(ProjectId::DEFAULT, "t", "v2").await.unwrap().map(|t| t.id),
+        Some(other.id)
+    );
 }
 
 pub(crate) async fn an_equal_build_that_is_under_way_is_the_answer(store: &impl Store) {
@@ -234,7 +239,7 @@ pub(crate) async fn a_template_is_deleted_with_its_snapshot(store: &impl Store) 
     assert_eq!(deleted.state, TemplateState::Deleted);
     assert_eq!(snapshot_now(store, template.snapshot_id).await.state, SnapshotState::Deleted);
     assert_eq!(store.delete_template(template.id).await.unwrap(), deleted);
-    assert_eq!(store.template_by_name("t", "latest").await.unwrap(), None);
+    assert_eq!(store.template_by_name(ProjectId::DEFAULT, "t", "latest").await.unwrap(), None);
 }
 
 pub(crate) async fn a_vm_begins_only_as_a_template_that_can_be_ready(store: &impl Store) {

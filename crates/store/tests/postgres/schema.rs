@@ -115,7 +115,8 @@ fn of_postgres(database: &testing::TestDatabase) -> Facts {
 }
 
 fn column(table: &str, name: &str, kind: &str, null: &str, default: Option<&str>) -> String {
-    let default = default.map(|d| format!(" default {}", d.replace("::bigint", "")));
+    let default =
+        default.map(|d| format!(" default {}", d.replace("::bigint", "").replace("::text", "")));
     format!("{table}.{name} {kind} {null}{}", default.unwrap_or_default())
 }
 

@@ -8,7 +8,7 @@ use aether_protocol::{
     AGENT_PORT, Configure, Environment, Forget, Hosts, HostsEntry, Run, Token,
     host::{self, ClientError, RunEvent},
 };
-use aether_types::{DriverKind, ErrorCode, Fault, MachineId, Template, TemplateState};
+use aether_types::{DriverKind, ErrorCode, Fault, MachineId, ProjectId, Template, TemplateState};
 use async_trait::async_trait;
 use tokio::time::{Instant, timeout};
 
@@ -46,7 +46,7 @@ pub(crate) async fn listen(core: Arc<Core>, mut events: Box<dyn Subscription>) {
                 TemplateState::Ready | TemplateState::Deleted => core.pools.templates_changed(),
             },
             Received::Event(_) => {}
-            Received::Missed(_) => core.pools.templates_changed(),
+            Received::Missed => core.pools.templates_changed(),
             Received::Closed => return,
         }
     }
@@ -55,7 +55,7 @@ pub(crate) async fn listen(core: Arc<Core>, mut events: Box<dyn Subscription>) {
 #[async_trait]
 impl Spares for Core {
     async fn template(&self, name: &str, tag: &str) -> Result<Option<Template>, Fault> {
-        let found = self.parts.store.template_by_name(name, tag).await;
+        let found = self.parts.store.template_by_name(ProjectId::DEFAULT, name, tag).await;
         let found = found.map_err(|error| Failure::store(&error).fault)?;
         Ok(found.filter(|template| template.state == TemplateState::Ready))
     }

@@ -23,8 +23,9 @@ use aether_store::{
 };
 use aether_tools::LockedTool;
 use aether_types::{
-    Fault, MachineId, Origin, Placement, Priority, SnapshotId, SnapshotPurpose, TaskId, TaskKind,
-    Template, TemplateId, TemplateSpec, TemplateState, ToolRequest, Vm, VmId, VmSpec, limits,
+    Fault, MachineId, Origin, Placement, Priority, ProjectId, SnapshotId, SnapshotPurpose, TaskId,
+    TaskKind, Template, TemplateId, TemplateSpec, TemplateState, ToolRequest, Vm, VmId, VmSpec,
+    limits,
     template::{DEFAULT_TAG, DEFAULT_TEMPLATE},
 };
 use tokio::time::{sleep, timeout};
@@ -191,7 +192,11 @@ impl Core {
                 .request_build(DEFAULT_TEMPLATE.into(), DEFAULT_TAG.into(), spec)
                 .await?);
         };
-        let known = self.parts.store.template_by_name(DEFAULT_TEMPLATE, DEFAULT_TAG).await?;
+        let known = self
+            .parts
+            .store
+            .template_by_name(ProjectId::DEFAULT, DEFAULT_TEMPLATE, DEFAULT_TAG)
+            .await?;
         let ready = known.filter(|template| {
             template.state == TemplateState::Ready && template.digest.as_ref() == Some(&digest)
         });
@@ -249,6 +254,7 @@ impl Core {
             kind: TaskKind::TemplateBuild,
             priority: Priority::Low,
             max_attempts: limits::TASK_ATTEMPTS_MAX,
+            project: None,
         };
         let snapshot =
             NewSnapshot { id: SnapshotId::new(), name: None, purpose: SnapshotPurpose::Template };

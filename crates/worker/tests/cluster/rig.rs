@@ -86,6 +86,7 @@ fn new_task(kind: TaskKind) -> NewTask {
         kind,
         priority: Priority::Default,
         max_attempts: if kind == TaskKind::VmCreate { 3 } else { limits::TASK_ATTEMPTS_MAX },
+        project: None,
     }
 }
 
@@ -154,6 +155,7 @@ impl Rig {
             store: Arc::new(store.unwrap()),
             queue,
             bus: Arc::new(LocalBus::new()),
+            logs: aether_logs::LogSink::unconnected().0,
             sessions: Sessions::default(),
             drivers: vec![Arc::new(SimDriver::new(Arc::clone(&host))) as Arc<dyn Driver>],
             images: Arc::new(AnyImage),

@@ -5,8 +5,8 @@ use std::fs;
 use aether_drivers::{fault::FaultPoints, sim::SimConfig};
 use aether_store::NewVm;
 use aether_types::{
-    ErrorCode, Origin, StartKind, TaskKind, TaskState, Template, TemplateFile, TemplateReady,
-    TemplateSpec, TemplateState, TemplateStep, Vm, VmId, VmState,
+    ErrorCode, Origin, ProjectId, StartKind, TaskKind, TaskState, Template, TemplateFile,
+    TemplateReady, TemplateSpec, TemplateState, TemplateStep, Vm, VmId, VmState,
 };
 
 use crate::rig::{Rig, command, template_spec, vm_spec};
@@ -214,7 +214,12 @@ async fn without_its_files_a_plain_template_boots_its_image_and_is_built_again()
     assert_eq!(start.kind, StartKind::Boot);
     assert!(start.fallback.is_some());
     let again = loop {
-        let found = rig.store().template_by_name("default", "latest").await.unwrap().unwrap();
+        let found = rig
+            .store()
+            .template_by_name(ProjectId::DEFAULT, "default", "latest")
+            .await
+            .unwrap()
+            .unwrap();
         if found.id != template.id && found.state == TemplateState::Ready {
             break found;
         }

@@ -90,7 +90,7 @@ impl House {
                 Received::Event(Event::Template { .. }) => {
                     template = rig.store().template(template.id).await.unwrap().unwrap();
                 }
-                Received::Event(_) | Received::Missed(_) => {}
+                Received::Event(_) | Received::Missed => {}
                 Received::Closed => panic!("the bus closed"),
             }
         }
@@ -177,7 +177,7 @@ impl House {
         };
         let vm = NewVm { id: VmId::new(), name: name.to_owned(), spec };
         let (id, kind, priority) = (TaskId::new(), TaskKind::VmCreate, Priority::Default);
-        let task = NewTask { id, kind, priority, max_attempts: 3 };
+        let task = NewTask { id, kind, priority, max_attempts: 3, project: None };
         let accepted = self.rig.store().create_vm(vm, task, Capacity::default(), None).await;
         let accepted = accepted.unwrap();
         let entry = Entry { task: id, lane: Lane::Shared, priority, delay: Duration::ZERO };

@@ -1,19 +1,13 @@
 -- ARGV: time, worker, length of the lease, channel (empty: it does not wait), delays to end at
--- most. Task and epoch, or nothing; then the worker is in the line of those who wait.
+-- most, how long a lease that is handed over runs before it is confirmed. Task and epoch, or nothing; then the worker is in the line of those who wait.
 local worker, length, channel = ARGV[2], ARGV[3], ARGV[4]
-local clock = micros()
-local now = tonumber(ARGV[1]) or math.floor(clock / 1000)
+local now = now_ms()
 promote(now, ARGV[5])
 
-local function waiting(lane)
-  return redis.call(
-    'EXISTS', ready_key(lane, 0), ready_key(lane, 1), ready_key(lane, 2), ready_key(lane, 3))
-end
-
-local own, shared = waiting(worker), waiting(SHARED)
+local own, shared = count_ready(worker), count_ready(SHARED)
 if own + shared == 0 then
   if channel ~= '' then
-    redis.call('HSET', key('idle'), worker, channel)
+    redis.call('HSET', key('idle'), worker, length .. ':' .. ARGV[6] .. ':' .. channel)
     redis.call('ZADD', key('line'), 'NX', redis.call('INCR', key('turn')), worker)
   end
   return false
@@ -65,11 +59,7 @@ end
 
 local from = ready_key(lane, best)
 local task = redis.call('ZRANGE', from, 0, 0)[1]
--- No lower than the clock: epochs rise over a server that lost its last second, or everything, and
--- over a change from another queue.
-local epoch = math.max((redis.call('GET', key('epoch')) or 0) + 1, clock)
-redis.call('SET', key('epoch'), whole(epoch))
-redis.call('HSET', key('h'), task, whole(epoch) .. ':' .. length .. ':' .. worker)
-redis.call('ZADD', key('l'), whole(now + length), task)
+local epoch = next_epoch()
+write_lease(task, epoch, length, worker, now + length)
 redis.call('ZREM', from, task)
-return { task, whole(epoch) }
+return { task, epoch }

@@ -17,8 +17,8 @@ use aether_drivers::{
 use aether_protocol::Token;
 use aether_streams::{PoolStatus, Pools as _};
 use aether_types::{
-    DriverKind, ErrorCode, Fault, MachineId, NetworkPolicy, SnapshotId, TaskId, Template,
-    TemplateId, TemplateProgress, TemplateSpec, TemplateState, Timestamp, VmId,
+    DriverKind, ErrorCode, Fault, MachineId, NetworkPolicy, ProjectId, SnapshotId, TaskId,
+    Template, TemplateId, TemplateProgress, TemplateSpec, TemplateState, Timestamp, VmId,
 };
 use async_trait::async_trait;
 use tokio::{
@@ -145,6 +145,7 @@ pub(super) fn template(memory_mb: u32) -> Template {
     let now = Timestamp::now();
     Template {
         id: TemplateId::new(),
+        project_id: ProjectId::DEFAULT,
         name: "web".into(),
         tag: "latest".into(),
         state: TemplateState::Ready,

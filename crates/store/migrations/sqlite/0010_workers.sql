@@ -1,15 +1,15 @@
 -- Workers as they registered, what they promised, VMs that wait for one, and dead letters.
 
 create table workers (
-    id              text   collate "C" primary key not null,
-    host            text   collate "C" not null,
-    zone            text   collate "C",
-    labels          text   collate "C" not null,
-    drivers         text   collate "C" not null,
-    capacity        text   collate "C" not null,
-    template_folder text   collate "C",
-    version         text   collate "C" not null,
-    presence        text   collate "C" not null,
+    id              text   primary key not null,
+    host            text   not null,
+    zone            text,
+    labels          text   not null,
+    drivers         text   not null,
+    capacity        text   not null,
+    template_folder text,
+    version         text   not null,
+    presence        text   not null,
     -- An operator's word; it outlives the worker's process.
     draining        bigint not null,
     -- Counts registrations: the fence against what an earlier one writes.
@@ -19,14 +19,8 @@ create table workers (
     lease_ms        bigint not null
 );
 
--- Of their specifications, so that what a worker has promised is a sum. Programs that do not know
--- of them leave them empty.
-alter table vms add column vcpus bigint;
-alter table vms add column memory_mb bigint;
-update vms set vcpus = (spec::json ->> 'vcpus')::bigint,
-    memory_mb = (spec::json ->> 'memory_mb')::bigint where state <> 'deleted';
-
--- What a worker has promised is read from here alone, at every creation.
+-- What a worker has promised is read from here alone, at every creation. A program that does not
+-- know what of a VM counts leaves nothing there.
 create index vms_of_worker on vms (worker_id, state, vcpus, memory_mb)
     where worker_id is not null and state <> 'deleted';
 
@@ -35,7 +29,7 @@ alter table outbox add column waits bigint not null default 0;
 create index outbox_waiting on outbox (task_id) where waits = 1;
 
 -- The task that does again what this one had used up its attempts at.
-alter table tasks add column retried_as text collate "C";
+alter table tasks add column retried_as text;
 -- Dead letters: few, and looked for among all that ever failed.
 create index tasks_dead on tasks (created_at, id)
     where state = 'failed' and attempts >= max_attempts and retried_as is null;

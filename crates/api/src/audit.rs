@@ -1,0 +1,31 @@
+use std::net::IpAddr;
+
+use aether_types::{AuditId, KeyId, ProjectId, Scope, Timestamp};
+use serde::{Deserialize, Serialize};
+
+/// Who did what. Written once, never changed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AuditView {
+    pub id: AuditId,
+    pub at: Timestamp,
+    /// Of who asked; `null`: nobody that is known.
+    pub project_id: Option<ProjectId>,
+    pub key_id: Option<KeyId>,
+    pub key_prefix: Option<String>,
+    /// What was needed, as `vms:write`.
+    pub action: Option<Scope>,
+    pub method: String,
+    /// As it was asked for, with ids and names.
+    pub path: String,
+    /// Where what was made can be found.
+    pub made: Option<String>,
+    /// `done`, `refused`, `failed`, or `abandoned`: the client left before the answer.
+    pub outcome: String,
+    /// Of the answer; 0 where there was none.
+    pub status: u16,
+    /// Of the problem.
+    pub code: Option<String>,
+    pub request_id: String,
+    /// Of the last hop.
+    pub address: Option<IpAddr>,
+}

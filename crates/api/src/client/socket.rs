@@ -1,0 +1,69 @@
+//! WebSockets to the server.
+
+use reqwest::header::AUTHORIZATION;
+use serde::de::DeserializeOwned;
+use tokio::net::TcpStream;
+use tokio_tungstenite::{
+    MaybeTlsStream, WebSocketStream,
+    tungstenite::{self, client::IntoClientRequest as _},
+};
+
+use super::{
+    Client, ClientError,
+    http::{Query, bearer},
+};
+use crate::{PREFIX, Problem};
+
+pub(super) type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
+
+/// `path` is below the prefix.
+pub(super) async fn connect(
+    client: &Client,
+    path: &str,
+    query: &Query,
+) -> Result<Socket, ClientError> {
+    // `http` becomes `ws`, `https` becomes `wss`.
+    let base = client.base.strip_prefix("http").unwrap_or(&client.base);
+    let wrong = || ClientError::Url { url: client.base.clone() };
+    let mut url = reqwest::Url::parse(&format!("ws{base}{PREFIX}{path}")).map_err(|_| wrong())?;
+    if !query.is_empty() {
+        url.query_pairs_mut().extend_pairs(query.pairs());
+    }
+    let mut request = url.as_str().into_client_request().map_err(|_| wrong())?;
+    if let Some(value) = client.key.as_deref().and_then(bearer) {
+        request.headers_mut().insert(AUTHORIZATION, value);
+    }
+    let nodelay = true;
+    let (socket, _response) = tokio_tungstenite::connect_async_with_config(request, None, nodelay)
+        .await
+        .map_err(|error| refused(client, error))?;
+    Ok(socket)
+}
+
+/// A refusal comes as a problem document, since the answer to the handshake is already out.
+pub(super) fn event<T: DeserializeOwned>(text: &str) -> Result<T, ClientError> {
+    serde_json::from_str(text).map_err(|error| match serde_json::from_str::<Problem>(text) {
+        Ok(problem) => ClientError::Problem(Box::new(problem)),
+        Err(_) => ClientError::unexpected(error.to_string()),
+    })
+}
+
+fn refused(client: &Client, error: tungstenite::Error) -> ClientError {
+    match error {
+        tungstenite::Error::Http(response) => {
+            let body = response.body().as_deref().unwrap_or_default();
+            match serde_json::from_slice::<Problem>(body) {
+                Ok(problem) => ClientError::Problem(Box::new(problem)),
+                Err(_) => ClientError::unexpected(format!("status {}", response.status())),
+            }
+        }
+        tungstenite::Error::Io(source) => {
+            ClientError::Connect { url: client.base.clone(), source: source.into() }
+        }
+        error => ClientError::transport("open a WebSocket")(error.into()),
+    }
+}
+
+pub(super) fn lost(error: tungstenite::Error) -> ClientError {
+    ClientError::transport("use a WebSocket")(error.into())
+}
