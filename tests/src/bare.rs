@@ -60,7 +60,9 @@ impl std::fmt::Debug for Namespace {
 }
 
 impl Namespace {
+    /// Those of processes that are gone are removed first: a benchmark that was killed could not.
     pub fn new(prefix: &str) -> Result<Self> {
+        remove_abandoned()?;
         let name = format!("{prefix}{}", std::process::id());
         run("ip", &["netns", "add", &name])?;
         let jobs = inside(&name)?;
@@ -81,6 +83,21 @@ impl Namespace {
         self.jobs.send(job).map_err(|_| anyhow::anyhow!("the namespace's thread has ended"))?;
         answered.recv()?
     }
+}
+
+/// A name of ours ends with the id of the process that made it.
+fn remove_abandoned() -> Result<()> {
+    let Ok(names) = fs::read_dir("/run/netns") else { return Ok(()) };
+    for name in names {
+        let name = name?.file_name().to_string_lossy().into_owned();
+        let digits = name.trim_start_matches(|c: char| !c.is_ascii_digit());
+        let is_ours = matches!(name.strip_suffix(digits), Some("bare" | "baref"));
+        if is_ours && !digits.is_empty() && !Path::new("/proc").join(digits).exists() {
+            // Another benchmark may be faster.
+            let _ = run("ip", &["netns", "delete", &name]);
+        }
+    }
+    Ok(())
 }
 
 impl Drop for Namespace {
@@ -542,4 +559,23 @@ pub fn run(program: &str, args: &[&str]) -> Result<()> {
         bail!("{program} {args:?}: {}", String::from_utf8_lossy(&output.stderr));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn real_guest_namespaces_of_processes_that_are_gone_are_removed() -> Result<()> {
+        if !crate::platform::can_run_guests() {
+            return Ok(());
+        }
+        // Beyond every id of a process.
+        let left = "baref4194305";
+        run("ip", &["netns", "add", left])?;
+        let ours = Namespace::new("bare")?;
+        ensure!(!Path::new("/run/netns").join(left).exists(), "{left} is there");
+        ensure!(Path::new("/run/netns").join(&ours.name).exists(), "it removed a living one");
+        Ok(())
+    }
 }

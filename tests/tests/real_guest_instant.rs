@@ -68,7 +68,7 @@ async fn three_hundred_restored_vms_come_and_go_without_a_trace() -> Result<()> 
         let name = format!("cycle-{cycle}");
         let vm = platform.create(&small_vm(&name)).await?;
         let kind = vm.start.as_ref().map(|start| start.kind);
-        ensure!(kind == Some(StartKind::Restore), "cycle {cycle}: {vm:?}");
+        ensure!(kind == Some(StartKind::Restore), "cycle {cycle}: {vm:?}\n{}", platform.log());
         let said = platform.execute(&name, &["echo", &name]).await?;
         ensure!(said.stdout.as_deref() == Some(&*format!("{name}\n")), "{said:?}");
         platform.delete(&name).await?;

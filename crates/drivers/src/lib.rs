@@ -385,7 +385,7 @@ pub trait Driver: Send + Sync + 'static {
     async fn exited(&self, id: MachineId) -> Result<ExitReason, DriverError>;
 
     /// What the console of a machine that has ended showed last, or its VMM said where there is
-    /// none; a few lines of what a guest wrote, so anything at all. Empty where nothing is known.
+    /// none; some hundred lines of what a guest wrote, so anything at all. Empty where nothing is known.
     async fn last_words(&self, id: MachineId) -> String {
         let _ = id;
         String::new()

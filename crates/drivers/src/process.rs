@@ -469,13 +469,13 @@ pub(crate) fn log_of(pid: u32) -> Option<File> {
     target.to_str()?.starts_with("/memfd:vmm-log").then(|| File::open(&path).ok()).flatten()
 }
 
-/// The last lines of a text, for an error: at most `lines`, at most 1200 bytes, control
-/// characters replaced.
+/// The last lines of a text: at most `lines`, at most 100 bytes for each (and 1200 where they are
+/// few), control characters replaced.
 pub(crate) fn last_lines(text: &str, lines: usize) -> String {
-    const BYTES_MAX: usize = 1200;
+    let bytes_max = lines.saturating_mul(100).max(1200);
     let kept: Vec<&str> = text.lines().map(str::trim_end).filter(|l| !l.is_empty()).collect();
     let tail = kept[kept.len().saturating_sub(lines)..].join("\n");
-    let mut start = tail.len().saturating_sub(BYTES_MAX);
+    let mut start = tail.len().saturating_sub(bytes_max);
     while !tail.is_char_boundary(start) {
         start += 1;
     }

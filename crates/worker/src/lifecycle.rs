@@ -51,7 +51,6 @@ impl Core {
         if wanted {
             return;
         }
-        self.log_last_words(guest).await;
         self.guests.remove_guest(guest.id);
         let fault = fault::from_exit(reason);
         metrics::ended_by_itself(fault.code);
@@ -63,6 +62,8 @@ impl Core {
             | aether_drivers::ExitReason::VmmDied => VmEvent::Failed,
         };
         self.change_vm(guest.id, event, Some(fault)).await;
+        // Nobody waits for that.
+        self.log_last_words(guest).await;
     }
 
     /// Why a guest ended by itself stands on its console, if anywhere.

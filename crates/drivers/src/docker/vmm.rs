@@ -268,7 +268,8 @@ impl Vmm for Docker {
         }
     }
 
-    fn last_words(&self, control: &Control) -> String {
+    /// The engine was asked for fewer.
+    fn last_words(&self, control: &Control, _lines: usize) -> String {
         control.last_words.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 

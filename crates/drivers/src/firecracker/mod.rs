@@ -494,9 +494,9 @@ impl Vmm for Firecracker {
         exit_reason(ended, &log)
     }
 
-    fn last_words(&self, control: &Control) -> String {
+    fn last_words(&self, control: &Control, lines: usize) -> String {
         let log = control.log.as_ref().map(process::read_log).unwrap_or_default();
-        process::last_lines(&log, LINES_SHOWN)
+        process::last_lines(&log, lines)
     }
 
     async fn pause(&self, control: &Control) -> Result<(), DriverError> {

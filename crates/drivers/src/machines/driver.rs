@@ -12,6 +12,9 @@ use crate::{
     MachineSpec, MachineState, Phase, SnapshotDisk, SnapshotTaken, Start, stream::GuestStream,
 };
 
+/// Of a guest's last words: a kernel's panic stands above the trace that follows it.
+const LINES_LOGGED: usize = 300;
+
 /// What a driver's public type delegates to.
 #[async_trait]
 impl<V: Vmm> Driver for Arc<Machines<V>> {
@@ -118,7 +121,9 @@ impl<V: Vmm> Driver for Arc<Machines<V>> {
         let ended = lock(&slot.live).as_ref().filter(|live| live.has_ended()).cloned();
         let Some(live) = ended else { return String::new() };
         let vmm = Arc::clone(&self.vmm);
-        tokio::task::spawn_blocking(move || vmm.last_words(&live.control)).await.unwrap_or_default()
+        tokio::task::spawn_blocking(move || vmm.last_words(&live.control, LINES_LOGGED))
+            .await
+            .unwrap_or_default()
     }
 
     async fn delete(&self, id: MachineId) -> Result<(), DriverError> {

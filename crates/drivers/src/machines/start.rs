@@ -12,6 +12,9 @@ use crate::{
     journal::Owner,
 };
 
+/// Of the guest's last words, in an error.
+const LINES_SHOWN: usize = 12;
+
 impl<V: Vmm> Machines<V> {
     pub(super) async fn start_one(
         self: &Arc<Self>,
@@ -106,7 +109,7 @@ impl<V: Vmm> Machines<V> {
         tokio::select! {
             ready = until.bound(self.vmm.ready(place, &live.control)) => ready,
             reason = live.ended() => {
-                let words = self.vmm.last_words(&live.control);
+                let words = self.vmm.last_words(&live.control, LINES_SHOWN);
                 let gap = if words.is_empty() { "" } else { ": " };
                 let detail = format!("{}{gap}{words}", describe(reason));
                 Err(DriverError::ExitedDuringStart { detail })

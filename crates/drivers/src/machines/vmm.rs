@@ -195,8 +195,8 @@ pub(crate) trait Vmm: Send + Sync + 'static {
         process.kill()
     }
 
-    /// The last words of guest and VMM, for an error.
-    fn last_words(&self, control: &Self::Control) -> String;
+    /// The last lines of the guest's console, or of the VMM where there is none.
+    fn last_words(&self, control: &Self::Control, lines: usize) -> String;
 
     async fn pause(&self, control: &Self::Control) -> Result<(), DriverError>;
     async fn resume(&self, control: &Self::Control) -> Result<(), DriverError>;

@@ -364,11 +364,11 @@ impl Vmm for Qemu {
         }
     }
 
-    fn last_words(&self, control: &Control) -> String {
-        let console = process::last_lines(&lock(&control.console), CONSOLE_LINES_SHOWN);
+    fn last_words(&self, control: &Control, lines: usize) -> String {
+        let console = process::last_lines(&lock(&control.console), lines);
         if console.is_empty() {
             let log = control.log.as_ref().map(process::read_log).unwrap_or_default();
-            process::last_lines(&log, CONSOLE_LINES_SHOWN)
+            process::last_lines(&log, lines)
         } else {
             console
         }
