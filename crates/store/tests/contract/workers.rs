@@ -145,7 +145,7 @@ pub(crate) async fn a_worker_is_lost_once_and_only_by_its_last_heartbeat(store: 
     let seen = Registration::from(&beaten);
     let watchers = (0..8).map(|_| async {
         let lost = store.lose_worker(seen, beaten.heartbeat_at).await.unwrap();
-        lost.filter(|lost| lost.state() == WorkerState::Lost).is_some()
+        lost.is_some_and(|lost| lost.state() == WorkerState::Lost)
     });
     let lost = all(watchers.map(Box::pin).collect()).await;
     assert_eq!(lost.iter().filter(|lost| **lost).count(), 1, "one is faster than the others");
