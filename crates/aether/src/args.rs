@@ -1,8 +1,10 @@
 //! The command line, and the environment: everything that is configured from outside.
 
+mod audit;
 mod config;
 mod database;
 mod edge;
+mod events;
 mod key;
 mod logs;
 mod project;
@@ -20,9 +22,11 @@ use aether_drivers::network::Ipv4Range;
 use aether_types::{DriverKind, TaskId, limits};
 use clap::{ArgAction, Parser, Subcommand, ValueEnum};
 
+pub(crate) use audit::AuditArgs;
 pub(crate) use config::{ConfigArgs, ConfigCommand, ConfigOption};
 pub(crate) use database::{DatabaseOptions, Migrate, MigrateCommand, refused};
 pub(crate) use edge::Edge;
+pub(crate) use events::Events;
 pub(crate) use key::{Key, KeyCreate, KeyList};
 pub(crate) use logs::{LogPlan, Logging, Logs, Since};
 pub(crate) use project::Project;
@@ -65,8 +69,11 @@ pub(crate) struct Args {
 
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct Global {
-    /// Print JSON for programs; the shapes are the API's
-    #[arg(long, global = true)]
+    /// How results are printed; the shapes for programs are the API's
+    #[arg(long, short, global = true, value_name = "FORM", default_value = "table", value_enum)]
+    pub(crate) output: Form,
+    /// The same as `--output json`
+    #[arg(long, global = true, conflicts_with = "output")]
     pub(crate) json: bool,
     /// URL of the server
     #[arg(long, global = true, env = "AETHER_URL", value_name = "URL")]
@@ -77,6 +84,23 @@ pub(crate) struct Global {
     /// Where the platform keeps everything [default: /var/lib/aetherium as root]
     #[arg(long, global = true, env = "AETHER_DATA_DIR", value_name = "DIR")]
     pub(crate) data_dir: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Form {
+    /// For people
+    Table,
+    /// For programs
+    Json,
+    /// For programs and people; of a stream, one document after another
+    Yaml,
+}
+
+impl Global {
+    /// `json` says from here on that a program reads, in whichever form.
+    pub(crate) fn settle(&mut self) {
+        self.json |= self.output != Form::Table;
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -107,6 +131,8 @@ pub(crate) enum Command {
     Cp(Cp),
     /// See and follow what VMs and the platform say
     Logs(Logs),
+    /// What has happened to VMs, tasks and the rest
+    Events(Events),
     /// See and cancel tasks
     #[command(subcommand)]
     Task(Task),
@@ -119,6 +145,8 @@ pub(crate) enum Command {
     /// Give, see and take API keys
     #[command(subcommand)]
     Key(Key),
+    /// See who did what
+    Audit(AuditArgs),
     /// Make, see and delete projects
     #[command(subcommand)]
     Project(Project),
@@ -132,6 +160,11 @@ pub(crate) enum Command {
     Doctor(Doctor),
     /// Print a script that completes commands in a shell
     Completion { shell: clap_complete::Shell },
+    /// Write the manual pages
+    Man {
+        /// Such as /usr/local/share/man/man1
+        folder: PathBuf,
+    },
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

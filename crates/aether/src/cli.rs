@@ -1,15 +1,18 @@
 //! The client side: each command finds the server, calls it, and prints for people or programs.
 
 mod attach;
+pub(crate) mod audit;
 mod build;
 pub(crate) mod cp;
 mod cp_down;
 mod cp_up;
+pub(crate) mod events;
 pub(crate) mod exec;
 mod fork;
 pub(crate) mod image;
 pub(crate) mod key;
 pub(crate) mod logs;
+pub(crate) mod man;
 mod outcome;
 pub(crate) mod pool;
 mod progress;
@@ -154,6 +157,7 @@ mod tests {
 
     fn global(url: Option<&str>, dir: &std::path::Path) -> Global {
         Global {
+            output: crate::args::Form::Table,
             json: false,
             url: url.map(str::to_owned),
             key: None,

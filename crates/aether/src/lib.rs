@@ -48,7 +48,11 @@ use crate::{
 #[must_use]
 pub fn main() -> ExitCode {
     let args = match config::parse() {
-        Ok(args) => args,
+        Ok(mut args) => {
+            args.global.settle();
+            output::choose(args.global.output);
+            args
+        }
         Err(failure) => {
             output::failure(&failure, false);
             return failure.exit.into();
@@ -83,11 +87,14 @@ fn runtime(command: &Command) -> Result<tokio::runtime::Runtime, Failure> {
         | Command::Shell(_)
         | Command::Cp(_)
         | Command::Logs(_)
+        | Command::Events(_)
         | Command::Task(_)
         | Command::Worker(_)
         | Command::Queue(_)
         | Command::Key(_)
         | Command::Project(_)
+        | Command::Audit(_)
+        | Command::Man { .. }
         | Command::Image(_)
         | Command::Migrate(_)
         | Command::Config(_)
@@ -112,11 +119,14 @@ async fn run(args: Args) -> Result<Exit, Failure> {
         Command::Shell(shell) => cli::shell::run(&global, shell).await,
         Command::Cp(cp) => cli::cp::run(&global, cp).await,
         Command::Logs(logs) => cli::logs::run(&global, logs).await,
+        Command::Events(events) => cli::events::run(&global, events).await,
         Command::Task(task) => cli::task::run(&global, task).await,
         Command::Queue(queue) => cli::queue::run(&global, queue).await,
         Command::Worker(worker) => cli::worker::run(&global, worker).await,
         Command::Key(key) => cli::key::run(&global, key).await,
         Command::Project(project) => cli::project::run(&global, project).await,
+        Command::Audit(audit) => cli::audit::run(&global, audit).await,
+        Command::Man { folder } => cli::man::run(&folder),
         Command::Image(image) => cli::image::run(&global, image),
         Command::Completion { shell } => {
             cli::completion(shell);

@@ -1,11 +1,14 @@
 //! All that goes to standard output and standard error. Nobody is left to be told when these are
 //! closed, so their errors are dropped.
 
-use std::io::{IsTerminal as _, Write as _};
+use std::{
+    io::{IsTerminal as _, Write as _},
+    sync::OnceLock,
+};
 
 use serde::Serialize;
 
-use crate::failure::Failure;
+use crate::{args::Form, failure::Failure};
 
 pub(crate) fn line(text: &str) {
     let mut out = std::io::stdout().lock();
@@ -17,15 +20,34 @@ pub(crate) fn note(text: &str) {
     let _ = writeln!(std::io::stderr().lock(), "{text}");
 }
 
-/// For programs: one document.
-pub(crate) fn json(value: &impl Serialize) {
-    // What the API sent can be written again.
-    line(&serde_json::to_string_pretty(value).unwrap_or_default());
+/// Of documents. One process prints in one form.
+static FORM: OnceLock<Form> = OnceLock::new();
+
+pub(crate) fn choose(form: Form) {
+    let _ = FORM.set(form);
 }
 
-/// For programs: one of many documents, on one line.
+/// The document, where YAML is asked for.
+fn yaml(value: &impl Serialize) -> Option<String> {
+    let wanted = FORM.get() == Some(&Form::Yaml);
+    // What the API sent can be written again.
+    wanted.then(|| serde_saphyr::to_string(value).unwrap_or_default())
+}
+
+/// For programs: one document.
+pub(crate) fn json(value: &impl Serialize) {
+    match yaml(value) {
+        Some(text) => line(text.trim_end()),
+        None => line(&serde_json::to_string_pretty(value).unwrap_or_default()),
+    }
+}
+
+/// For programs: one of many documents; of JSON, on one line.
 pub(crate) fn json_line(value: &impl Serialize) {
-    line(&serde_json::to_string(value).unwrap_or_default());
+    match yaml(value) {
+        Some(text) => line(&format!("---\n{}", text.trim_end())),
+        None => line(&serde_json::to_string(value).unwrap_or_default()),
+    }
 }
 
 pub(crate) fn failure(failure: &Failure, json: bool) {

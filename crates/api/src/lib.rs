@@ -10,6 +10,7 @@
 mod audit;
 #[cfg(feature = "client")]
 pub mod client;
+mod event;
 mod execution;
 mod file;
 mod health;
@@ -30,6 +31,7 @@ mod wait;
 mod worker;
 
 pub use audit::AuditView;
+pub use event::{EVENT_VERSION, EventMessage, EventView};
 pub use execution::{ExecuteRequest, ExecutionView, KeptOutput};
 pub use file::{
     FileEntry, FileKind, FileListing, FileView, FileWritten, MkdirRequest, MoveRequest,

@@ -24,6 +24,7 @@ use crate::{
     audit::Strangers,
     auth::Rule,
     dispatch::{DispatchLoop, Dispatcher},
+    history::History,
     problem::ApiError,
     routes,
     templates::Templates,
@@ -113,6 +114,7 @@ impl Gateway {
             streams: Arc::new(Semaphore::new(parts.config.streams_max)),
             templates: Templates::new(&*parts.bus),
             fleet_changed: watch::Sender::new(()),
+            history: History::default(),
             pools_shown: std::sync::Mutex::default(),
             strangers: Strangers::default(),
             audited: AtomicU64::new(0),
@@ -162,6 +164,7 @@ pub(crate) struct Shared {
     pub(crate) templates: Templates,
     /// A worker has come, gone or was declared lost: what it did last may have been told to nobody.
     pub(crate) fleet_changed: watch::Sender<()>,
+    pub(crate) history: History,
     /// That stand among the metrics.
     pub(crate) pools_shown: std::sync::Mutex<HashSet<String>>,
     pub(crate) strangers: Strangers,

@@ -26,7 +26,7 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::{Gateway, fleet};
+use crate::{Gateway, fleet, history};
 
 /// For the head of a request, and for how long a connection is kept without one.
 const HEAD_LIMIT: Duration = Duration::from_secs(30);
@@ -55,6 +55,7 @@ impl Gateway {
         let stop_dispatch = CancellationToken::new();
         let dispatching = tokio::spawn(dispatch.run(stop_dispatch.clone()));
         let watching = tokio::spawn(fleet::watch(self.app.clone(), stop_dispatch.clone()));
+        let reading = tokio::spawn(history::watch(self.app.clone(), stop_dispatch.clone()));
 
         let connections = TaskTracker::new();
         let cut_off = CancellationToken::new();
@@ -82,6 +83,9 @@ impl Gateway {
         }
         if let Err(error) = watching.await {
             tracing::error!(%error, "the watch over the workers ended badly");
+        }
+        if let Err(error) = reading.await {
+            tracing::error!(%error, "the reader of events ended badly");
         }
         Ok(())
     }

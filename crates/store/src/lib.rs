@@ -11,6 +11,7 @@
 mod attempt;
 mod audit;
 mod error;
+mod event;
 mod fleet;
 mod key;
 mod page;
@@ -33,6 +34,7 @@ pub use attempt::{
 };
 pub use audit::{AuditEntry, AuditFilter, Outcome};
 pub use error::StoreError;
+pub use event::{EventBatch, EventFilter, EventRecord, EventsFrom};
 pub use fleet::{NewWorker, Orphan, QueueStatus, Registration};
 pub use key::{ApiKey, KeyFilter};
 pub use page::{Cursor, Page, PageRequest};
@@ -570,6 +572,22 @@ pub trait Store: Send + Sync + 'static {
     /// Takes away some of the entries from before this time, and some of those past
     /// `AUDIT_ROWS_MAX`. Gives how many went; none: there are no more of them.
     async fn prune_audit(&self, before: Timestamp) -> Result<u64, StoreError>;
+
+    // --- events ---
+
+    /// The number after which a reader goes on.
+    async fn events_begin(&self, from: EventsFrom) -> Result<u64, StoreError>;
+
+    /// What came after this number, `EVENTS_MAX` at most.
+    async fn events_after(
+        &self,
+        after: u64,
+        filter: &EventFilter,
+    ) -> Result<EventBatch, StoreError>;
+
+    /// Takes away some of the events from before this time, and some of those past
+    /// `EVENT_ROWS_MAX`. Gives how many went; none: there are no more of them.
+    async fn prune_events(&self, before: Timestamp) -> Result<u64, StoreError>;
 
     // --- health ---
 

@@ -59,6 +59,8 @@ words!(
         Templates = "templates",
         Tools = "tools",
         Tasks = "tasks",
+        /// What has happened to any of these.
+        Events = "events",
         Keys = "keys",
         /// Who did what.
         Audit = "audit",
@@ -97,7 +99,8 @@ impl Role {
             | Resource::Snapshots
             | Resource::Templates
             | Resource::Tools
-            | Resource::Tasks => self >= Self::Operator || verb == Verb::Read,
+            | Resource::Tasks
+            | Resource::Events => self >= Self::Operator || verb == Verb::Read,
             Resource::Files => self >= Self::Operator,
             Resource::Keys | Resource::Audit | Resource::Projects | Resource::Platform => {
                 self == Self::Admin
@@ -119,6 +122,7 @@ impl Resource {
             | Self::Templates
             | Self::Tools
             | Self::Tasks
+            | Self::Events
             | Self::Keys
             | Self::Audit => false,
         }
@@ -221,13 +225,13 @@ mod tests {
     fn roles_allow_what_is_written_here() {
         assert_eq!(
             allowed(&access(Role::Viewer, &[])),
-            "vms:read executions:read snapshots:read templates:read tools:read tasks:read"
+            "vms:read executions:read snapshots:read templates:read tools:read tasks:read events:read"
         );
         assert_eq!(
             allowed(&access(Role::Operator, &[])),
             "vms:read vms:write executions:read executions:write files:read files:write \
              snapshots:read snapshots:write templates:read templates:write tools:read tools:write \
-             tasks:read tasks:write"
+             tasks:read tasks:write events:read events:write"
         );
         let admin = access(Role::Admin, &[]);
         assert!(Scope::all().all(|scope| admin.allows(scope)));

@@ -5,6 +5,7 @@
 
 pub mod access;
 pub mod error;
+mod event;
 pub mod execution;
 pub mod id;
 pub mod limits;
@@ -24,6 +25,7 @@ pub mod worker;
 
 pub use access::{Access, Resource, Role, Scope, Verb};
 pub use error::{ErrorCode, Fault};
+pub use event::{EventPattern, EventTopic};
 pub use execution::{
     Execution, ExecutionSpec, ExecutionState, ExitStatus, OutputStream, RetainedOutput, TtySize,
 };

@@ -132,5 +132,13 @@ pub const KEYS_MAX: u32 = 1000;
 pub const AUDIT_KEPT_DAYS: u32 = 365;
 /// ... and the oldest, where there are more than this: some gigabytes.
 pub const AUDIT_ROWS_MAX: u32 = 5_000_000;
+/// Events of one batch that a follower reads.
+pub const EVENTS_MAX: u32 = 500;
+/// Of the history of events: older ones go ...
+pub const EVENTS_KEPT_DAYS: u32 = 7;
+/// ... and the oldest, where there are more than this: some hundred megabytes.
+pub const EVENT_ROWS_MAX: u32 = 1_000_000;
+/// Patterns that one follower may name.
+pub const EVENT_PATTERNS_MAX: usize = 32;
 /// A key that is revoked or past its time is shown this long, and then forgotten.
 pub const KEY_KEPT_DAYS: u32 = 90;

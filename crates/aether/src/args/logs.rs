@@ -48,7 +48,7 @@ pub(crate) enum Since {
     Time(PreciseTime),
 }
 
-fn parse_since(text: &str) -> Result<Since, String> {
+pub(super) fn parse_since(text: &str) -> Result<Since, String> {
     match (parse_duration(text), text.parse()) {
         (Ok(ago), _) => Ok(Since::Ago(ago)),
         (Err(_), Ok(time)) => Ok(Since::Time(time)),

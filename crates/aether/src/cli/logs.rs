@@ -76,7 +76,7 @@ async fn follow(
     }
 }
 
-fn point(since: Since) -> PreciseTime {
+pub(super) fn point(since: Since) -> PreciseTime {
     match since {
         Since::Time(time) => time,
         Since::Ago(ago) => {

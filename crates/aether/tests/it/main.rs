@@ -5,6 +5,8 @@ mod client;
 #[cfg(test)]
 mod config;
 #[cfg(test)]
+mod events;
+#[cfg(test)]
 mod exec;
 #[cfg(test)]
 mod fleet;

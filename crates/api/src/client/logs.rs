@@ -1,12 +1,9 @@
 //! Logs: asked for, and followed.
 
-use futures::StreamExt as _;
-use tokio_tungstenite::tungstenite::Message;
-
 use super::{
     Client, ClientError,
     http::Query,
-    socket::{self, Socket, lost},
+    socket::{self, Told},
 };
 use crate::{LogEvent, LogsView, QueryLogs};
 
@@ -22,26 +19,7 @@ pub enum LogsFrom {
 }
 
 /// Lines as they come. Keep it going: it also answers the server's pings.
-#[derive(Debug)]
-pub struct FollowLogs(Socket);
-
-impl FollowLogs {
-    /// `None`: the stream has ended. Cancel-safe.
-    pub async fn next(&mut self) -> Result<Option<LogEvent>, ClientError> {
-        loop {
-            match self.0.next().await {
-                Some(Ok(Message::Text(text))) => return socket::event(&text).map(Some),
-                Some(Ok(Message::Close(_))) | None => return Ok(None),
-                Some(Ok(_)) => {}
-                Some(Err(error)) => return Err(lost(error)),
-            }
-        }
-    }
-
-    pub async fn close(mut self) -> Result<(), ClientError> {
-        self.0.close(None).await.map_err(lost)
-    }
-}
+pub type FollowLogs = Told<LogEvent>;
 
 impl Client {
     pub async fn query_logs(&self, query: &QueryLogs) -> Result<LogsView, ClientError> {
@@ -67,6 +45,6 @@ impl Client {
                 query.add("after", sequence.to_string());
             }
         }
-        socket::connect(self, "/logs/stream", &query).await.map(FollowLogs)
+        socket::connect(self, "/logs/stream", &query).await.map(Told::new)
     }
 }

@@ -16,6 +16,7 @@
 
 mod audit;
 mod error;
+mod events;
 mod files;
 mod follow;
 mod http;
@@ -37,6 +38,7 @@ use bytes::Bytes;
 
 pub use audit::AuditQuery;
 pub use error::ClientError;
+pub use events::{EventQuery, EventsFrom, FollowEvents};
 pub use files::{FileDownload, ReadOptions, WriteOptions};
 pub use follow::Follow;
 pub use keys::KeyQuery;

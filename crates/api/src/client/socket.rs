@@ -1,11 +1,14 @@
 //! WebSockets to the server.
 
+use std::marker::PhantomData;
+
+use futures::StreamExt as _;
 use reqwest::header::AUTHORIZATION;
 use serde::de::DeserializeOwned;
 use tokio::net::TcpStream;
 use tokio_tungstenite::{
     MaybeTlsStream, WebSocketStream,
-    tungstenite::{self, client::IntoClientRequest as _},
+    tungstenite::{self, Message, client::IntoClientRequest as _},
 };
 
 use super::{
@@ -15,6 +18,35 @@ use super::{
 use crate::{PREFIX, Problem};
 
 pub(super) type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
+
+/// What the server tells, one after another.
+#[derive(Debug)]
+pub struct Told<T> {
+    socket: Socket,
+    of: PhantomData<fn() -> T>,
+}
+
+impl<T: DeserializeOwned> Told<T> {
+    pub(super) fn new(socket: Socket) -> Self {
+        Self { socket, of: PhantomData }
+    }
+
+    /// `None`: the stream has ended. Cancel-safe.
+    pub async fn next(&mut self) -> Result<Option<T>, ClientError> {
+        loop {
+            match self.socket.next().await {
+                Some(Ok(Message::Text(text))) => return event(&text).map(Some),
+                Some(Ok(Message::Close(_))) | None => return Ok(None),
+                Some(Ok(_)) => {}
+                Some(Err(error)) => return Err(lost(error)),
+            }
+        }
+    }
+
+    pub async fn close(mut self) -> Result<(), ClientError> {
+        self.socket.close(None).await.map_err(lost)
+    }
+}
 
 /// `path` is below the prefix.
 pub(super) async fn connect(

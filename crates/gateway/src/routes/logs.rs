@@ -4,30 +4,16 @@
 //! others nothing. One that takes nothing for the idle limit is gone; it can go on later after the
 //! number of the last line that it got.
 
-use std::{collections::VecDeque, sync::Arc, time::Duration};
+use std::{collections::VecDeque, sync::Arc};
 
-use aether_api::{EVENT_STREAM_MEDIA_TYPE, LogEntryView, LogEvent, LogsView, QueryLogs};
+use aether_api::{LogEntryView, LogEvent, LogsView, QueryLogs};
 use aether_logs::{FollowFrom, Followed, LogFilter, LogFollower, LogQuery, Logged};
 use aether_types::{
     ErrorCode, LogLevel, PreciseTime, Resource, Scope, TaskId, Verb, VmId,
     limits::LOG_QUERY_LIMIT_DEFAULT,
 };
-use axum::{
-    Json as JsonAnswer,
-    body::Body,
-    extract::{
-        State, WebSocketUpgrade,
-        ws::{self, CloseFrame, Message, WebSocket, close_code},
-    },
-    http::{HeaderMap, header},
-    response::{IntoResponse as _, Response},
-};
-use bytes::{BufMut as _, Bytes, BytesMut};
-use futures::{SinkExt as _, StreamExt as _};
-use tokio::{
-    sync::OwnedSemaphorePermit,
-    time::{Instant, MissedTickBehavior, interval, timeout},
-};
+use axum::{Json as JsonAnswer, extract::State, http::HeaderMap, response::Response};
+use tokio::sync::OwnedSemaphorePermit;
 
 use crate::{
     auth::Caller,
@@ -35,12 +21,8 @@ use crate::{
     parts::App,
     problem::{ApiError, ApiResult},
     routes::vms::{find, resolve},
+    tail::{Follow, Tail, last_event_id},
 };
-
-/// A client has nothing to say but pongs and its end.
-const MESSAGE_BYTES_MAX: usize = 4096;
-/// The client's socket takes an ending message in this time, or is left.
-const GOODBYE_LIMIT: Duration = Duration::from_secs(5);
 
 /// The VM whose lines are asked for. They are those of a VM or a task of the caller's project; who
 /// may look at the whole platform may ask for all, and for those of things that are no more.
@@ -117,36 +99,17 @@ pub(super) async fn stream(
     caller: Caller,
     mut params: Params,
     headers: HeaderMap,
-    upgrade: Result<WebSocketUpgrade, ws::rejection::WebSocketUpgradeRejection>,
+    follow: Follow,
 ) -> ApiResult<Response> {
     let (vm, mut filter) = filter(&mut params)?;
     let from = from(&mut params, &headers)?;
     params.finish()?;
-    let wants_events = headers
-        .get(header::ACCEPT)
-        .and_then(|value| value.to_str().ok())
-        .is_some_and(|accept| accept.contains(EVENT_STREAM_MEDIA_TYPE));
-    let upgrade = match upgrade {
-        Ok(upgrade) => Some(upgrade),
-        Err(_) if wants_events => None,
-        Err(rejection) => {
-            let detail =
-                format!("open a WebSocket, or accept {EVENT_STREAM_MEDIA_TYPE}: {rejection}");
-            return Err(ApiError::new(ErrorCode::InvalidRequest, detail));
-        }
-    };
+    let way = follow.way()?;
     filter.vm_id = owned(&app, &caller, vm.as_deref(), filter.task_id).await?;
     let place = app.stream_place()?;
     let follower = app.parts.logs.follow(filter, from).await?;
-    let tail = Tail { app: app.clone(), follower, is_over: false, _place: place };
-    let Some(upgrade) = upgrade else { return Ok(events(tail)) };
-    let tasks = app.tasks.clone();
-    Ok(upgrade.max_message_size(MESSAGE_BYTES_MAX).max_frame_size(MESSAGE_BYTES_MAX).on_upgrade(
-        async move |socket| {
-            // Tracked, so that the gateway's end waits for it.
-            tasks.track_future(attend(tail, socket)).await;
-        },
-    ))
+    let tail = LogTail { app: app.clone(), follower, is_over: false, _place: place };
+    Ok(way.answer(&app, tail))
 }
 
 /// What is asked for, and of which VM.
@@ -167,8 +130,7 @@ fn from(params: &mut Params, headers: &HeaderMap) -> ApiResult<FollowFrom> {
     if since.is_some() && after.is_some() {
         return Err(ApiError::invalid("after: not together with since".into()));
     }
-    let again = headers.get("last-event-id").and_then(|value| value.to_str().ok()?.parse().ok());
-    Ok(match (again.or(after), since) {
+    Ok(match (last_event_id(headers).or(after), since) {
         (Some(sequence), _) => FollowFrom::After(sequence),
         (None, Some(time)) => FollowFrom::Time(time.unix_ns()),
         (None, None) => FollowFrom::Now,
@@ -176,7 +138,7 @@ fn from(params: &mut Params, headers: &HeaderMap) -> ApiResult<FollowFrom> {
 }
 
 /// What one client is told.
-struct Tail {
+struct LogTail {
     app: App,
     follower: Box<dyn LogFollower>,
     is_over: bool,
@@ -184,8 +146,16 @@ struct Tail {
     _place: OwnedSemaphorePermit,
 }
 
-impl Tail {
-    /// The next events, one at least; `None` after the last. Cancel-safe.
+impl Tail for LogTail {
+    type Item = LogEvent;
+
+    fn id(item: &LogEvent) -> Option<u64> {
+        match item {
+            LogEvent::Entry(entry) => Some(entry.sequence),
+            _ => None,
+        }
+    }
+
     async fn next(&mut self) -> Option<VecDeque<LogEvent>> {
         if self.is_over {
             return None;
@@ -205,93 +175,5 @@ impl Tail {
                 VecDeque::from([LogEvent::Detached])
             }
         })
-    }
-}
-
-fn json(event: &LogEvent) -> String {
-    // An event of texts and numbers always has a JSON form.
-    serde_json::to_string(event).unwrap_or_default()
-}
-
-/// The answer as server-sent events: one a line, with the line's number as id.
-fn events(tail: Tail) -> Response {
-    let pause = tail.app.parts.config.idle_limit / 3;
-    let parts = futures::stream::unfold(tail, move |mut tail| async move {
-        let part = match timeout(pause, tail.next()).await {
-            Ok(events) => written(&events?),
-            // Keeps proxies from taking silence for the end.
-            Err(_) => Bytes::from_static(b":\n\n"),
-        };
-        Some((Ok::<_, std::convert::Infallible>(part), tail))
-    });
-    let headers =
-        [(header::CONTENT_TYPE, EVENT_STREAM_MEDIA_TYPE), (header::CACHE_CONTROL, "no-store")];
-    (headers, Body::from_stream(parts)).into_response()
-}
-
-fn written(events: &VecDeque<LogEvent>) -> Bytes {
-    let mut bytes = BytesMut::new();
-    for event in events {
-        if let LogEvent::Entry(entry) = event {
-            bytes.put_slice(format!("id: {}\n", entry.sequence).as_bytes());
-        }
-        // JSON has no line's end within.
-        bytes.put_slice(b"data: ");
-        bytes.put_slice(json(event).as_bytes());
-        bytes.put_slice(b"\n\n");
-    }
-    bytes.freeze()
-}
-
-/// Until the logs, the gateway or the client end.
-async fn attend(mut tail: Tail, socket: WebSocket) {
-    let idle_limit = tail.app.parts.config.idle_limit;
-    let (mut sink, mut stream) = socket.split();
-    let mut pings = interval(idle_limit / 3);
-    pings.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut heard = Instant::now();
-    let is_over = loop {
-        let messages: Vec<_> = tokio::select! {
-            events = tail.next() => match events {
-                Some(events) => events.iter().map(|event| Message::Text(json(event).into())).collect(),
-                None => break true,
-            },
-            message = stream.next() => match message {
-                Some(Ok(Message::Close(_)) | Err(_)) | None => break false,
-                Some(Ok(_)) => {
-                    heard = Instant::now();
-                    continue;
-                }
-            },
-            _ = pings.tick() => {
-                if heard.elapsed() > idle_limit {
-                    break false;
-                }
-                vec![Message::Ping(Bytes::new())]
-            }
-        };
-        let is_ping = matches!(messages.as_slice(), [Message::Ping(_)]);
-        let send = async {
-            for message in messages {
-                sink.feed(message).await?;
-            }
-            sink.flush().await
-        };
-        if !matches!(timeout(idle_limit, send).await, Ok(Ok(()))) {
-            break false;
-        }
-        if !is_ping {
-            // It takes what it is sent: it is not silent.
-            heard = Instant::now();
-        }
-    };
-    drop(tail);
-    if is_over {
-        let frame = CloseFrame { code: close_code::NORMAL, reason: "".into() };
-        let goodbye = async {
-            sink.send(Message::Close(Some(frame))).await?;
-            sink.close().await
-        };
-        let _ = timeout(GOODBYE_LIMIT, goodbye).await;
     }
 }

@@ -2,6 +2,7 @@
 //! it.
 
 mod audit;
+mod events;
 mod executions;
 mod files;
 mod forks;
@@ -31,7 +32,8 @@ use aether_api::{Accepted, HealthStatus, PREFIX};
 use aether_types::{
     ErrorCode,
     Resource::{
-        Audit, Executions, Files, Keys, Platform, Projects, Snapshots, Tasks, Templates, Tools, Vms,
+        Audit, Events, Executions, Files, Keys, Platform, Projects, Snapshots, Tasks, Templates,
+        Tools, Vms,
     },
     TaskId,
 };
@@ -128,6 +130,7 @@ pub(crate) fn table() -> Vec<Route> {
         post("/vms/{vm}/files/move", write(Files), files::rename),
         post("/logs/query", read(Executions), logs::query),
         get("/logs/stream", read(Executions), logs::stream),
+        get("/events", read(Events), events::follow),
         get("/workers", read(Platform), workers::list),
         get("/workers/{worker}", read(Platform), workers::show),
         get("/workers/{worker}/vms", read(Platform), workers::vms),

@@ -6,6 +6,7 @@
 mod audit;
 mod bounds;
 mod docs;
+mod events;
 mod files;
 mod guest;
 mod keys;

@@ -18,6 +18,7 @@ const DOUBT_PAUSE: Duration = Duration::from_millis(50);
 const LOCKS_KEY: i32 = 0x6165_7401;
 const LOCKS_TEMPLATE: i32 = 0x6165_7402;
 const LOCK_CREATION: i64 = 0x6165_7468_6572_0002;
+const LOCK_EVENTS: i64 = 0x6165_7468_6572_0003;
 
 #[derive(Debug)]
 pub(crate) struct PgTransaction {
@@ -56,13 +57,8 @@ impl PgTransaction {
                 let name = format!("{project}/{name}:{tag}");
                 return self.lock_text(hashed, &name, LOCKS_TEMPLATE).await;
             }
-            Lock::Creation => {
-                sqlx::query("select pg_advisory_xact_lock($1)")
-                    .bind(LOCK_CREATION)
-                    .execute(self.connection())
-                    .await?;
-                return Ok(());
-            }
+            Lock::Creation => return self.lock_number(LOCK_CREATION).await,
+            Lock::Events => return self.lock_number(LOCK_EVENTS).await,
             Lock::Project(id) => {
                 ("select 1 from projects where id = $1 for no key update", id.to_string())
             }
@@ -104,6 +100,11 @@ impl PgTransaction {
         let now = "select (extract(epoch from clock_timestamp()) * 1000)::bigint";
         let row = sqlx::query(now).fetch_one(self.connection()).await?;
         row.try_get(0).map(aether_types::Timestamp::from_unix_ms)
+    }
+
+    async fn lock_number(&mut self, number: i64) -> Result<(), sqlx::Error> {
+        let lock = sqlx::query("select pg_advisory_xact_lock($1)").bind(number);
+        lock.execute(self.connection()).await.map(drop)
     }
 
     async fn lock_text(

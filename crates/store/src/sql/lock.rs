@@ -38,4 +38,6 @@ pub(crate) enum Lock<'a> {
     /// That it stays what a VM may begin as; many may hold it.
     OriginSnapshot(SnapshotId),
     OriginTemplate(TemplateId),
+    /// Of everybody who gives events their numbers.
+    Events,
 }

@@ -17,6 +17,7 @@
 mod attempts;
 mod audit;
 mod create;
+mod events;
 mod executions;
 mod keys;
 mod lock;

@@ -13,14 +13,15 @@ use aether_types::{
 use async_trait::async_trait;
 
 use super::{
-    Sql, attempts, audit, create, executions, keys, orphans, place, projects, query::query, queues,
-    quotas, requests, snapshots, tasks, templates, vms, workers,
+    Sql, attempts, audit, create, events, executions, keys, orphans, place, projects, query::query,
+    queues, quotas, requests, snapshots, tasks, templates, vms, workers,
 };
 use crate::{
     Accepted, AcceptedBuild, ApiKey, AttemptEnd, AuditEntry, AuditFilter, Begin, CancelOutcome,
-    Capacity, Forked, Idempotency, KeyFilter, NewExecution, NewSnapshot, NewTask, NewTemplate,
-    NewVm, NewWorker, Orphan, Page, PageRequest, QueueStatus, Registration, SnapshotFilter, Store,
-    StoreError, TaskFilter, TemplateFilter, VmChange, VmFilter, VmPatch, error::Context,
+    Capacity, EventBatch, EventFilter, EventsFrom, Forked, Idempotency, KeyFilter, NewExecution,
+    NewSnapshot, NewTask, NewTemplate, NewVm, NewWorker, Orphan, Page, PageRequest, QueueStatus,
+    Registration, SnapshotFilter, Store, StoreError, TaskFilter, TemplateFilter, VmChange,
+    VmFilter, VmPatch, error::Context,
 };
 
 /// For all tries of one call. The pool and the server end waits before that; this is for a network
@@ -562,6 +563,25 @@ impl<S: OnSql> Store for S {
     async fn prune_audit(&self, before: Timestamp) -> Result<u64, StoreError> {
         let sql = self.sql();
         repeated(sql, || audit::prune(sql, before)).await
+    }
+
+    async fn events_begin(&self, from: EventsFrom) -> Result<u64, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || events::begin(sql, from)).await
+    }
+
+    async fn events_after(
+        &self,
+        after: u64,
+        filter: &EventFilter,
+    ) -> Result<EventBatch, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || events::after(sql, after, filter)).await
+    }
+
+    async fn prune_events(&self, before: Timestamp) -> Result<u64, StoreError> {
+        let sql = self.sql();
+        repeated(sql, || events::prune(sql, before)).await
     }
 
     async fn ping(&self) -> Result<(), StoreError> {

@@ -9,6 +9,7 @@ mod support;
 mod attempts;
 mod audit;
 mod capacity;
+mod events;
 mod keys;
 mod lists;
 mod placement;
@@ -71,6 +72,15 @@ macro_rules! contract {
                 history_keeps_every_state_and_survives_deletion,
                 a_change_without_a_transition_is_refused,
                 a_patch_keeps_what_it_does_not_name,
+            },
+            events::{
+                every_change_is_an_event,
+                a_failure_and_a_worker_say_what_they_must,
+                what_the_platform_makes_for_itself_is_no_event,
+                events_are_filtered,
+                a_reader_goes_on_after_a_number_or_from_a_time,
+                a_reader_beside_writers_misses_nothing,
+                only_retention_takes_events_away,
             },
             lists::{
                 pages_are_newest_first_and_complete,

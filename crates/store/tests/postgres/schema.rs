@@ -68,6 +68,8 @@ async fn columns_of_sqlite(db: &mut SqliteConnection, table: &str, facts: &mut F
         let default: Option<String> = row.get(3);
         let kind = match kind.to_lowercase().as_str() {
             "blob" => "bytes".to_owned(),
+            // A key that the engine numbers must be called so.
+            "integer" => "bigint".to_owned(),
             other => other.to_owned(),
         };
         facts.insert(column(table, &name, &kind, null, default.as_deref()));
@@ -88,7 +90,9 @@ fn of_postgres(database: &testing::TestDatabase) -> Facts {
         let [table, name, kind, null, default] = line.as_slice() else { panic!("{line:?}") };
         let kind = if kind == "bytea" { "bytes" } else { kind };
         let null = if null == "YES" { "null" } else { "not null" };
-        let default = Some(default.as_str()).filter(|d| !d.is_empty());
+        // A number that the engine gives is no default in the other.
+        let default =
+            Some(default.as_str()).filter(|d| !d.is_empty() && !d.starts_with("nextval("));
         facts.insert(column(table, name, kind, null, default));
     }
     let keys = "select c.conrelid::regclass, string_agg(a.attname, ', ' order by k.place) \
