@@ -169,8 +169,7 @@ impl Platform {
         self.await_ready(&ready)?;
         let key = fs::read_to_string(self.data_dir().join("admin-key"))?;
         self.ready = self.ready_word()?;
-        let url = self.ready["url"].as_str().context("no url in the ready word")?;
-        self.client = Some(Client::new(url, Some(key.trim()))?);
+        self.client = Some(Client::new(self.url()?, Some(key.trim()))?);
         if let Some(instance) = self.ready["network_instance"].as_str() {
             self.namespaces.insert(format!("aether-{instance}"));
         }
@@ -268,6 +267,11 @@ impl Platform {
 
     pub fn log(&self) -> String {
         fs::read_to_string(self.log_path()).unwrap_or_default()
+    }
+
+    /// Where it listens.
+    pub fn url(&self) -> Result<&str> {
+        self.ready["url"].as_str().context("no url in the ready word")
     }
 
     pub fn client(&self) -> &Client {
