@@ -10,6 +10,7 @@ mod logs;
 mod project;
 mod redis;
 mod template;
+mod tls;
 mod tools;
 mod up;
 mod values;
@@ -34,6 +35,7 @@ pub(crate) use redis::{RedisOptions, refused_redis};
 pub(crate) use template::{
     Pool, Snapshot, SnapshotCreate, SnapshotList, Template, TemplateBuild, TemplateList,
 };
+pub(crate) use tls::TlsOptions;
 pub(crate) use tools::{ToolOptions, ToolVersions, Tools, ToolsBuild, ToolsPrune};
 pub(crate) use up::{Capacity, PoolChoice, PoolSpec, Snapshots, Up};
 use values::{parse_duration, parse_env};
@@ -81,6 +83,9 @@ pub(crate) struct Global {
     /// API key
     #[arg(long, global = true, env = "AETHER_KEY", value_name = "KEY", hide_env_values = true)]
     pub(crate) key: Option<String>,
+    /// Trust the authorities in this file (PEM) that the server at --url is who it is, and no others
+    #[arg(long, global = true, env = "AETHER_CA", value_name = "FILE")]
+    pub(crate) ca: Option<PathBuf>,
     /// Where the platform keeps everything [default: /var/lib/aetherium as root]
     #[arg(long, global = true, env = "AETHER_DATA_DIR", value_name = "DIR")]
     pub(crate) data_dir: Option<PathBuf>,

@@ -36,13 +36,16 @@ use std::{
     time::Duration,
 };
 
-use aether_api::{TaskView, client::Client};
+use aether_api::{
+    TaskView,
+    client::{Client, Trust},
+};
 use aether_types::{Fault, TaskId, TaskState};
 use clap::CommandFactory as _;
 
 use crate::{
     args::{Args, Global},
-    datadir::DataDir,
+    datadir::{DataDir, Listen},
     exit::Exit,
     failure::Failure,
 };
@@ -52,25 +55,33 @@ const WAIT: Duration = Duration::from_mins(1);
 
 /// The server that the command line, the environment or a data directory names.
 pub(crate) fn connect(global: &Global) -> Result<Client, Failure> {
-    let local = || -> Result<Option<(DataDir, String)>, Failure> {
+    let local = || -> Result<Option<(DataDir, Listen)>, Failure> {
         for dir in DataDir::candidates(global.data_dir.as_deref()) {
-            if let Some(address) = dir.read_listen()? {
-                return Ok(Some((dir, local_url(address))));
+            if let Some(listen) = dir.read_listen()? {
+                return Ok(Some((dir, listen)));
             }
         }
         Ok(None)
     };
-    let (url, key) = match (&global.url, &global.key) {
-        (Some(url), Some(key)) => (url.clone(), Some(key.clone())),
-        (Some(url), None) => {
-            // A local key goes to the local server alone.
+    let (url, key, trust) = match (&global.url, &global.key) {
+        (Some(url), key) => {
+            // A local key goes to the local server alone, and it alone is known by its certificate.
             let found = local().ok().flatten();
-            let ours = found.filter(|(_, local)| local == url.trim_end_matches('/'));
-            let key = ours.map_or(Ok(None), |(dir, _)| dir.read_admin_key())?;
-            (url.clone(), key)
+            let ours = found.filter(|(_, local)| local_url(*local) == url.trim_end_matches('/'));
+            let key = match (key, &ours) {
+                (Some(key), _) => Some(key.clone()),
+                (None, Some((dir, _))) => dir.read_admin_key()?,
+                (None, None) => None,
+            };
+            let trust = match (&global.ca, &ours) {
+                (Some(file), _) => authorities(file)?,
+                (None, Some((dir, listen))) => dir.trust(*listen)?,
+                (None, None) => Trust::System,
+            };
+            (url.clone(), key, trust)
         }
         (None, key) => {
-            let Some((dir, url)) = local()? else {
+            let Some((dir, listen)) = local()? else {
                 let dir = DataDir::choose(global.data_dir.as_deref());
                 return Err(Failure::new(
                     "no_server",
@@ -83,20 +94,27 @@ pub(crate) fn connect(global: &Global) -> Result<Client, Failure> {
                 Some(key) => Some(key.clone()),
                 None => dir.read_admin_key()?,
             };
-            (url, key)
+            (local_url(listen), key, dir.trust(listen)?)
         }
     };
-    Ok(Client::new(&url, key.as_deref())?)
+    Ok(Client::trusting(&url, key.as_deref(), &trust)?)
 }
 
-/// How to reach, on this machine, a server that listens on `address`.
-pub(crate) fn local_url(address: SocketAddr) -> String {
+fn authorities(file: &std::path::Path) -> Result<Trust, Failure> {
+    let read = std::fs::read(file).map_err(|e| Failure::file("read", file, &e))?;
+    Ok(Trust::Authorities(read))
+}
+
+/// How to reach, on this machine, a server that listens there.
+pub(crate) fn local_url(listen: Listen) -> String {
+    let Listen { address, has_tls } = listen;
+    let scheme = if has_tls { "https" } else { "http" };
     let ip = match address.ip() {
         ip if !ip.is_unspecified() => ip,
         IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
         IpAddr::V6(_) => std::net::Ipv6Addr::LOCALHOST.into(),
     };
-    format!("http://{}", SocketAddr::new(ip, address.port()))
+    format!("{scheme}://{}", SocketAddr::new(ip, address.port()))
 }
 
 /// Waits, without a limit of its own, until the task has ended.
@@ -161,6 +179,7 @@ mod tests {
             json: false,
             url: url.map(str::to_owned),
             key: None,
+            ca: None,
             data_dir: Some(dir.to_owned()),
         }
     }
@@ -172,7 +191,8 @@ mod tests {
         assert_eq!((missing.exit, missing.code.as_str()), (Exit::Unavailable, "no_server"));
 
         let dir = DataDir::choose(Some(root.path())).lock().unwrap();
-        dir.write_listen("0.0.0.0:81".parse().unwrap()).unwrap();
+        let listen = Listen { address: "0.0.0.0:81".parse().unwrap(), has_tls: false };
+        dir.write_listen(listen).unwrap();
         dir.write_admin_key("ae_x").unwrap();
         assert_eq!(connect(&global(None, root.path())).unwrap().base(), "http://127.0.0.1:81");
     }

@@ -1,13 +1,9 @@
 //! The composition root: which implementation stands behind each seam, and in which order the
 //! parts begin and end.
 
-use std::{
-    net::{Ipv4Addr, SocketAddr},
-    path::PathBuf,
-    sync::Arc,
-    time::Duration,
-};
+use std::{net::Ipv4Addr, path::PathBuf, sync::Arc, time::Duration};
 
+use aether_api::client::Trust;
 use aether_drivers::{
     BootSource, Capabilities, CgroupStatus, Driver, DriverError, Host, HostConfig,
     docker::{DockerConfig, DockerDriver},
@@ -27,14 +23,16 @@ use aether_worker::{
     WorkerConfig, WorkerParts,
 };
 use tokio::{net::TcpListener, time::Instant};
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::{
     args::{
         Backend, Capacity, DriverChoice, Edge, FleetOptions, PoolChoice, PoolSpec, Snapshots,
         ToolOptions,
     },
+    authority,
     database::{Opened, Target},
-    datadir::LockedDataDir,
+    datadir::{Listen, LockedDataDir},
     default_template::{self, DefaultTemplate},
     exit::Exit,
     failure::{Failure, chain},
@@ -42,6 +40,7 @@ use crate::{
     images::{SimulatedImages, StoredImages},
     logs::{LogInputs, Logs},
     metrics::Metrics,
+    tls::{Tls, TlsPlan},
     tools::ToolsHere,
 };
 
@@ -58,12 +57,19 @@ pub(crate) struct Plan {
     pub(crate) fleet: FleetConfig,
     pub(crate) logs: LogInputs,
     pub(crate) edge: Edge,
+    pub(crate) tls: TlsPlan,
+    /// Of the platform's own authority, where it is not in the data directory.
+    pub(crate) authority_dir: Option<PathBuf>,
 }
 
 /// Everything, running.
 pub(crate) struct Platform {
     dir: LockedDataDir,
-    address: SocketAddr,
+    listen: Listen,
+    /// How a client here knows that it is this server.
+    trust: Trust,
+    /// Of what is kept up beside the parts.
+    closing: DropGuard,
     gateway: Gateway,
     worker: Worker,
     store: Arc<dyn Store>,
@@ -95,8 +101,20 @@ impl Platform {
     /// Opens the data directory's content and starts the parts, those first that others need.
     /// What fails leaves the rest as a crash would: the next start takes it over.
     pub(crate) async fn start(plan: Plan) -> Result<Self, Failure> {
-        let Plan { dir, listener, target, backend, capacity, snapshots, tools, fleet, logs, edge } =
-            plan;
+        let Plan {
+            dir,
+            listener,
+            target,
+            backend,
+            capacity,
+            snapshots,
+            tools,
+            fleet,
+            logs,
+            edge,
+            tls,
+            authority_dir,
+        } = plan;
         let address = listener.local_addr().map_err(|e| Failure::io("read the address", &e))?;
         let Opened { store, queue, bus, database } = Opened::open(target, &dir).await?;
         let LogInputs { plan, sink, backlog } = logs;
@@ -104,6 +122,15 @@ impl Platform {
         let metrics = Metrics::start(sink.clone())?;
         let sessions = Sessions::default();
         let (keys, key) = gateway::keys(&dir, &*store, database.is_some()).await?;
+        let tls = match tls {
+            TlsPlan::Plain => None,
+            TlsPlan::Files(tls) => Some(*tls),
+            TlsPlan::Auto { names } => {
+                let folder = authority_dir.unwrap_or_else(|| dir.authority());
+                let known = authority::open(&folder, &*store, database.is_some()).await?;
+                Some(Tls::auto(&known, names, address)?)
+            }
+        };
         let tools = ToolsHere::open(tools, dir.tools()).await?;
         let machines = Machines::open(&dir, &backend).await?;
         let kept = open_snapshots(dir.snapshots()).await?;
@@ -133,8 +160,10 @@ impl Platform {
         let template_image = (!snapshots.no_default_template).then(|| backend.image.clone());
         let offer = gateway::Offer::new(machines.names, backend.image, &drivers, dir.path());
         let default_tools = tools.defaults().to_vec();
+        let tls_config = tls.as_ref().map(Tls::server_config).transpose()?;
         let gateway = gateway::start(Inputs {
             listener,
+            tls: tls_config,
             store: Arc::clone(&store),
             queue,
             bus: Arc::clone(&bus),
@@ -154,9 +183,18 @@ impl Platform {
             },
         })?;
         let host = machines.host;
+        let trust = tls.as_ref().map_or(Trust::System, Tls::trust);
+        let (has_tls, closing) = (tls.is_some(), CancellationToken::new());
+        if let Some(tls) = tls {
+            let told = dir.server_certificate();
+            tls.write(&told)?;
+            tokio::spawn(tls.keep(told, closing.clone()));
+        }
         Ok(Self {
             dir,
-            address,
+            listen: Listen { address, has_tls },
+            trust,
+            closing: closing.drop_guard(),
             gateway,
             worker,
             store,
@@ -176,8 +214,12 @@ impl Platform {
         &self.dir
     }
 
-    pub(crate) fn address(&self) -> SocketAddr {
-        self.address
+    pub(crate) fn listen(&self) -> Listen {
+        self.listen
+    }
+
+    pub(crate) fn trust(&self) -> Trust {
+        self.trust.clone()
     }
 
     pub(crate) fn key(&self) -> &AdminKey {
@@ -228,7 +270,9 @@ impl Platform {
     /// Stops taking requests, stops claiming work, ends or hands over the VMs, flushes, closes: in
     /// this order, and within `limit`.
     pub(crate) async fn shutdown(self, mode: ShutdownMode, limit: Duration) -> ShutdownReport {
-        let Self { dir, gateway, worker, host, logs, database, .. } = self;
+        let Self { dir, gateway, worker, host, logs, database, closing, .. } = self;
+        // Nothing writes into the directory from here on but the parts themselves.
+        drop(closing);
         let deadline = Instant::now() + limit;
         // Clients look for the server here; it is as good as gone.
         if let Err(failure) = dir.remove_listen() {

@@ -7,7 +7,9 @@
 //!   worker-id    of the worker here   admin-key   the first API key, mode 0600
 //!   auth-secret  hashes API keys; not where others share the store
 //!   journal      of host resources, the drivers' own
-//!   listen       address of the server, while one runs
+//!   listen       address of the server, while one runs; https:// before it where it has TLS
+//!   server.pem   the certificate that it shows, then
+//!   authority/   of the platform's own certificates
 //!   vms/         what the drivers keep
 //!   snapshots/   of VMs               templates/  what VMs begin as
 //! ```
@@ -20,10 +22,21 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use aether_api::client::Trust;
 use aether_types::WorkerId;
 use rustix::fs::FlockOperation;
 
 use crate::{exit::Exit, failure::Failure};
+
+/// Before the address of a server with TLS.
+const TLS_PREFIX: &str = "https://";
+
+/// Where a server answers, and how.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Listen {
+    pub(crate) address: SocketAddr,
+    pub(crate) has_tls: bool,
+}
 
 const SYSTEM_DIR: &str = "/var/lib/aetherium";
 
@@ -83,18 +96,42 @@ impl DataDir {
         self.0.join("tools")
     }
 
+    pub(crate) fn authority(&self) -> PathBuf {
+        self.0.join("authority")
+    }
+
+    /// The certificate that the server here shows.
+    pub(crate) fn server_certificate(&self) -> PathBuf {
+        self.0.join("server.pem")
+    }
+
     fn listen(&self) -> PathBuf {
         self.0.join("listen")
     }
 
-    /// The address of the server that uses the directory, if one does.
-    pub(crate) fn read_listen(&self) -> Result<Option<SocketAddr>, Failure> {
+    /// Where the server answers that uses the directory, if one does.
+    pub(crate) fn read_listen(&self) -> Result<Option<Listen>, Failure> {
         let path = self.listen();
         let Some(text) = read_if_there(&path)? else { return Ok(None) };
-        let address = text.trim().parse().map_err(|_| {
+        let text = text.trim();
+        let (has_tls, address) = match text.strip_prefix(TLS_PREFIX) {
+            Some(address) => (true, address),
+            None => (false, text),
+        };
+        let address = address.parse().map_err(|_| {
             Failure::new("io", Exit::Failure, format!("{}: not an address", path.display()))
         })?;
-        Ok(Some(address))
+        Ok(Some(Listen { address, has_tls }))
+    }
+
+    /// How a client on this machine knows the server here.
+    pub(crate) fn trust(&self, listen: Listen) -> Result<Trust, Failure> {
+        if !listen.has_tls {
+            return Ok(Trust::System);
+        }
+        let path = self.server_certificate();
+        let pem = fs::read(&path).map_err(|e| Failure::file("read", &path, &e))?;
+        Ok(Trust::Exactly(pem))
     }
 
     pub(crate) fn read_admin_key(&self) -> Result<Option<String>, Failure> {
@@ -216,21 +253,26 @@ impl LockedDataDir {
         replace(&self.admin_key(), format!("{key}\n").as_bytes(), 0o600)
     }
 
-    pub(crate) fn write_listen(&self, address: SocketAddr) -> Result<(), Failure> {
-        replace(&self.listen(), format!("{address}\n").as_bytes(), 0o644)
+    pub(crate) fn write_listen(&self, listen: Listen) -> Result<(), Failure> {
+        let Listen { address, has_tls } = listen;
+        let prefix = if has_tls { TLS_PREFIX } else { "" };
+        replace(&self.listen(), format!("{prefix}{address}\n").as_bytes(), 0o644)
     }
 
     pub(crate) fn remove_listen(&self) -> Result<(), Failure> {
-        match fs::remove_file(self.listen()) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                Err(Failure::file("remove", &self.listen(), &e))
+        for path in [self.listen(), self.server_certificate()] {
+            match fs::remove_file(&path) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                    return Err(Failure::file("remove", &path, &e));
+                }
+                Ok(()) | Err(_) => {}
             }
-            Ok(()) | Err(_) => Ok(()),
         }
+        Ok(())
     }
 }
 
-fn read_if_there(path: &Path) -> Result<Option<String>, Failure> {
+pub(crate) fn read_if_there(path: &Path) -> Result<Option<String>, Failure> {
     match fs::read_to_string(path) {
         Ok(text) => Ok(Some(text)),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -245,7 +287,7 @@ fn read_if_there(path: &Path) -> Result<Option<String>, Failure> {
 }
 
 /// Whole or not at all, also when the machine stops in the middle.
-fn replace(path: &Path, content: &[u8], mode: u32) -> Result<(), Failure> {
+pub(crate) fn replace(path: &Path, content: &[u8], mode: u32) -> Result<(), Failure> {
     let new = path.with_extension("new");
     let write = || -> io::Result<()> {
         // A file that a crash left may have another mode.
@@ -281,9 +323,11 @@ mod tests {
         let mode = fs::metadata(dir.admin_key()).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
 
-        let address = "127.0.0.1:8080".parse().unwrap();
-        locked.write_listen(address).unwrap();
-        assert_eq!(dir.read_listen().unwrap(), Some(address));
+        for has_tls in [false, true] {
+            let listen = Listen { address: "127.0.0.1:8080".parse().unwrap(), has_tls };
+            locked.write_listen(listen).unwrap();
+            assert_eq!(dir.read_listen().unwrap(), Some(listen));
+        }
         locked.remove_listen().unwrap();
         locked.remove_listen().unwrap();
         assert_eq!(dir.read_listen().unwrap(), None);

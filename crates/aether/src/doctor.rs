@@ -31,6 +31,7 @@ use crate::{
     leftovers, logging,
     logs::LogInputs,
     output,
+    tls::TlsPlan,
 };
 
 const WAIT: Duration = Duration::from_mins(4);
@@ -258,8 +259,21 @@ async fn try_here(backend: Backend, findings: &mut Findings) -> Result<(), Failu
     let (sink, backlog) = LogSink::unconnected();
     let logs = LogInputs { plan: LogPlan::Embedded(EmbeddedConfig::default()), sink, backlog };
     let (target, fleet, edge) = (Target::files(), FleetConfig::default(), Edge::open());
-    let plan =
-        Plan { dir, listener, target, backend, capacity, snapshots, tools, fleet, logs, edge };
+    let (tls, authority_dir) = (TlsPlan::Plain, None);
+    let plan = Plan {
+        dir,
+        listener,
+        target,
+        backend,
+        capacity,
+        snapshots,
+        tools,
+        fleet,
+        logs,
+        edge,
+        tls,
+        authority_dir,
+    };
     let platform = match Box::pin(Platform::start(plan)).await {
         Ok(platform) => platform,
         Err(failure) => {
@@ -270,7 +284,7 @@ async fn try_here(backend: Backend, findings: &mut Findings) -> Result<(), Failu
     };
     describe(&platform, findings);
     let instance = platform.network_instance();
-    let url = cli::local_url(platform.address());
+    let url = cli::local_url(platform.listen());
     let client = Client::new(&url, Some(platform.key().text()))?;
     try_server(&client, findings).await;
     let start = Instant::now();

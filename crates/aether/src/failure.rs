@@ -110,6 +110,13 @@ impl From<ClientError> for Failure {
                 Self::new("server_unreachable", Exit::Unavailable, text)
                     .hint("is it running? `aether up` starts one")
             }
+            ClientError::Authority => Self::new("authority_malformed", Exit::Usage, text)
+                .hint("give a file of PEM certificates with --ca or AETHER_CA"),
+            ClientError::Certificate { .. } => {
+                Self::new("certificate_not_trusted", Exit::Unauthorized, text).hint(
+                    "check the address; where the server is right, give its authority with --ca",
+                )
+            }
             ClientError::Transport { .. } => Self::new("connection_lost", Exit::Unavailable, text),
             ClientError::Unexpected { .. } => Self::new("not_aetherium", Exit::Failure, text)
                 .hint("check the URL: something else answers there"),

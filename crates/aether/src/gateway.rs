@@ -98,6 +98,8 @@ async fn secret(
 
 pub(crate) struct Inputs {
     pub(crate) listener: TcpListener,
+    /// `None`: plain HTTP.
+    pub(crate) tls: Option<Arc<rustls::ServerConfig>>,
     pub(crate) store: Arc<dyn Store>,
     pub(crate) queue: Arc<dyn Queue>,
     pub(crate) bus: Arc<dyn EventBus>,
@@ -125,6 +127,7 @@ pub(crate) struct Gateway {
 pub(crate) fn start(inputs: Inputs) -> Result<Gateway, Failure> {
     let Inputs {
         listener,
+        tls,
         store,
         queue,
         bus,
@@ -158,6 +161,7 @@ pub(crate) fn start(inputs: Inputs) -> Result<Gateway, Failure> {
         ],
         metrics,
         hosts: HostCheck::for_listener(address),
+        tls,
         limiter: Arc::new(LocalLimiter::default()),
         config: GatewayConfig { capacity, limits, origins, ..GatewayConfig::default() },
     });

@@ -12,6 +12,7 @@
 //! VMs or tasks; it wires up those who do.
 
 mod args;
+mod authority;
 mod cli;
 mod compose;
 mod config;
@@ -33,6 +34,7 @@ mod notify;
 mod older;
 mod output;
 mod signals;
+mod tls;
 mod tools;
 mod up;
 

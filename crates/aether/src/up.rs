@@ -2,7 +2,10 @@
 
 use std::{net::SocketAddr, time::Duration};
 
-use aether_api::{HealthStatus, client::Client};
+use aether_api::{
+    HealthStatus,
+    client::{Client, Trust},
+};
 use aether_logs::LogSink;
 use aether_worker::ShutdownMode;
 use serde::Serialize;
@@ -62,7 +65,8 @@ pub(crate) async fn run(global: &Global, args: Up) -> Result<Exit, Failure> {
     let (sink, backlog) = LogSink::unconnected();
     logging::start(args.log_format, &args.log_level, Some(sink.clone()))?;
     let logs = LogInputs { plan: args.logging.plan()?, sink, backlog };
-    check_address(args.listen, args.insecure_http)?;
+    let tls = args.tls.plan()?;
+    check_address(args.listen, args.tls.insecure_http || !tls.is_plain())?;
     let mode = if args.keep_vms { ShutdownMode::KeepVms } else { ShutdownMode::StopVms };
     let store = match args.database.config()? {
         Some(config) => StoreTarget::Postgres { config, migrate: args.migrate },
@@ -73,10 +77,23 @@ pub(crate) async fn run(global: &Global, args: Up) -> Result<Exit, Failure> {
     let listener = bind(args.listen).await?;
     let mut signals = Signals::take()?;
 
-    let Up { backend, capacity, snapshots, tools, fleet, edge, .. } = args;
+    let Up { backend, capacity, snapshots, tools, fleet, edge, tls: options, .. } = args;
+    let authority_dir = options.authority_dir;
     let fleet = compose::fleet(fleet, snapshots.template_dir.as_deref())?;
-    let plan =
-        Plan { dir, listener, target, backend, capacity, snapshots, tools, fleet, logs, edge };
+    let plan = Plan {
+        dir,
+        listener,
+        target,
+        backend,
+        capacity,
+        snapshots,
+        tools,
+        fleet,
+        logs,
+        edge,
+        tls,
+        authority_dir,
+    };
     let mut platform = tokio::select! {
         platform = Box::pin(Platform::start(plan)) => platform?,
         signal = next_end(&mut signals) => {
@@ -84,9 +101,9 @@ pub(crate) async fn run(global: &Global, args: Up) -> Result<Exit, Failure> {
             return Ok(Exit::Command(128 + u8::try_from(signal).unwrap_or(0)));
         }
     };
-    let url = local_url(platform.address());
-    await_health(&url).await?;
-    platform.dir().write_listen(platform.address())?;
+    let url = local_url(platform.listen());
+    await_health(&url, &platform.trust()).await?;
+    platform.dir().write_listen(platform.listen())?;
     announce(global, &platform, &url);
     notify::send("READY=1");
 
@@ -132,18 +149,23 @@ async fn next_end(signals: &mut Signals) -> i32 {
         if ends.iter().any(|end| end.as_raw() == signal) {
             return signal;
         }
+        // SIGHUP also has the certificate's files read again.
         tracing::info!(signal, "not ended by this signal");
     }
 }
 
-fn check_address(address: SocketAddr, insecure_http: bool) -> Result<(), Failure> {
-    if address.ip().is_loopback() || insecure_http {
+/// `is_accepted`: there is TLS, or an operator knows what it means that there is none.
+fn check_address(address: SocketAddr, is_accepted: bool) -> Result<(), Failure> {
+    if address.ip().is_loopback() || is_accepted {
         return Ok(());
     }
     Err(Failure::usage(format!(
         "{address} can be reached from other machines, and keys would cross the network in clear"
     ))
-    .hint("put a proxy with TLS before a loopback address, or accept it with --insecure-http"))
+    .hint(
+        "give it a certificate with --tls-cert and --tls-key, let it make one with --tls-auto, or \
+         accept it with --insecure-http",
+    ))
 }
 
 async fn bind(address: SocketAddr) -> Result<TcpListener, Failure> {
@@ -158,8 +180,8 @@ async fn bind(address: SocketAddr) -> Result<TcpListener, Failure> {
 }
 
 /// As a client sees it.
-async fn await_health(url: &str) -> Result<(), Failure> {
-    let client = Client::new(url, None)?;
+async fn await_health(url: &str, trust: &Trust) -> Result<(), Failure> {
+    let client = Client::trusting(url, None, trust)?;
     let deadline = Instant::now() + READY_LIMIT;
     loop {
         match client.health().await {

@@ -34,6 +34,9 @@ const SECURITY: [(HeaderName, &str); 4] = [
     (header::REFERRER_POLICY, "no-referrer"),
 ];
 
+/// A year: a browser that has been here once asks for nothing in clear any more.
+const TRANSPORT_SECURITY: &str = "max-age=31536000";
+
 const REQUEST_ID_BYTES_MAX: usize = 64;
 
 /// As it is answered and logged.
@@ -63,6 +66,10 @@ pub(crate) async fn edge(State(app): State<App>, mut request: Request, next: Nex
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
         for (name, value) in SECURITY {
             headers.insert(name, HeaderValue::from_static(value));
+        }
+        if app.parts.tls.is_some() {
+            let value = HeaderValue::from_static(TRANSPORT_SECURITY);
+            headers.insert(header::STRICT_TRANSPORT_SECURITY, value);
         }
         measured.answered(&response);
         let status = response.status().as_u16();

@@ -47,6 +47,8 @@ pub struct GatewayParts {
     /// Everything that the program has counted, as Prometheus' text.
     pub metrics: Arc<dyn Fn() -> String + Send + Sync>,
     pub hosts: HostCheck,
+    /// `None`: plain HTTP.
+    pub tls: Option<Arc<rustls::ServerConfig>>,
     pub limiter: Arc<dyn RateLimiter>,
     pub config: GatewayConfig,
 }

@@ -1,11 +1,11 @@
-//! The server: connections with bounds, and an end in a fixed order.
+//! The server: connections with bounds, with TLS or without, and an end in a fixed order.
 //!
 //! ```text
 //!   shutdown ─► no more connections ─► whoever waits or follows is told ─► requests in hand end
 //!            ─► at the limit: cut off ─► recordings end ─► the outbox is confirmed
 //! ```
 
-use std::{io, net::IpAddr, time::Duration};
+use std::{io, net::IpAddr, sync::Arc, time::Duration};
 
 use axum::Router;
 use hyper::{
@@ -20,16 +20,32 @@ use hyper_util::{
 };
 use rustix::net::sockopt;
 use tokio::{
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore},
-    time::{Instant, sleep, timeout_at},
+    time::{Instant, sleep, timeout, timeout_at},
 };
+use tokio_rustls::TlsAcceptor;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{Gateway, fleet, history};
 
 /// For the head of a request, and for how long a connection is kept without one.
 const HEAD_LIMIT: Duration = Duration::from_secs(30);
+
+/// For a client to begin, and to come to an agreement on TLS.
+const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
+
+/// What every TLS connection begins with: a record of a handshake. No HTTP does.
+const TLS_BEGINS: u8 = 0x16;
+
+/// To whoever speaks HTTP where TLS is: the one answer that they understand.
+const PLAIN_REFUSAL: &[u8] =
+    b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/problem+json\r\n\
+    connection: close\r\ncontent-length: 178\r\n\r\n\
+    {\"type\":\"urn:aetherium:problem:invalid_request\",\"title\":\"The request is invalid\",\
+    \"status\":400,\"detail\":\"TLS is spoken here; use https://\",\"instance\":\"\",\
+    \"code\":\"invalid_request\"}\n";
 
 /// All headers of a request together; hyper's own bound is 100 headers.
 const HEAD_BYTES_MAX: usize = 64 * 1024;
@@ -98,12 +114,13 @@ impl Gateway {
         cut_off: &CancellationToken,
     ) {
         let router = self.router();
-        let places = std::sync::Arc::new(Semaphore::new(self.app.parts.config.connections_max));
+        let tls = self.app.parts.tls.clone().map(TlsAcceptor::from);
+        let places = Arc::new(Semaphore::new(self.app.parts.config.connections_max));
         loop {
             // The semaphore is never closed.
             let place = tokio::select! {
                 () = shutdown.cancelled() => return,
-                Ok(place) = std::sync::Arc::clone(&places).acquire_owned() => place,
+                Ok(place) = Arc::clone(&places).acquire_owned() => place,
             };
             let accepted = tokio::select! {
                 () = shutdown.cancelled() => return,
@@ -117,7 +134,7 @@ impl Gateway {
                         cut_off: cut_off.clone(),
                         _place: place,
                     };
-                    connections.spawn(connection.serve(stream, peer.ip()));
+                    connections.spawn(connection.begin(stream, peer.ip(), tls.clone()));
                 }
                 Err(error) => {
                     tracing::warn!(%error, "accept a connection");
@@ -140,10 +157,27 @@ struct Connection {
 }
 
 impl Connection {
-    async fn serve(self, stream: TcpStream, peer: IpAddr) {
+    async fn begin(self, stream: TcpStream, peer: IpAddr, tls: Option<TlsAcceptor>) {
         if let Err(error) = tune(&stream) {
             tracing::debug!(%error, "set a connection's options");
         }
+        let Some(tls) = tls else { return self.serve(stream, peer).await };
+        let agreed = tokio::select! {
+            agreed = timeout(HANDSHAKE_LIMIT, agree(stream, &tls)) => agreed,
+            () = self.closing.cancelled() => return,
+        };
+        match agreed {
+            Ok(Ok(Some(stream))) => self.serve(stream, peer).await,
+            Ok(Ok(None)) => {}
+            Ok(Err(error)) => tracing::debug!(%error, %peer, "no agreement on TLS"),
+            Err(_) => tracing::debug!(%peer, "no agreement on TLS in time"),
+        }
+    }
+
+    async fn serve<S>(self, stream: S, peer: IpAddr)
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
         let routes = TowerToHyperService::new(self.router);
         let service = service_fn(move |mut request: Request<Incoming>| {
             request.extensions_mut().insert(Peer(peer));
@@ -173,6 +207,23 @@ impl Connection {
             }
         }
     }
+}
+
+/// `None`: the client spoke plain HTTP, and was told not to.
+async fn agree(
+    mut stream: TcpStream,
+    tls: &TlsAcceptor,
+) -> io::Result<Option<tokio_rustls::server::TlsStream<TcpStream>>> {
+    let mut first = [0; 1];
+    if stream.peek(&mut first).await? > 0 && first[0] != TLS_BEGINS {
+        stream.write_all(PLAIN_REFUSAL).await?;
+        // What it sent is read before the end, so that the answer is not lost to a reset.
+        stream.shutdown().await?;
+        let mut rest = [0; 4096];
+        let _ = tokio::io::AsyncReadExt::read(&mut stream, &mut rest).await;
+        return Ok(None);
+    }
+    tls.accept(stream).await.map(Some)
 }
 
 /// A small answer must not wait for the acknowledgement of the one before, and a client whose host

@@ -49,5 +49,6 @@ pub enum EventsFrom {
     /// Only what is still to come.
     Now,
     After(u64),
+    /// Not before; it may be some that are a little older.
     Time(Timestamp),
 }

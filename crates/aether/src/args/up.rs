@@ -5,8 +5,8 @@ use std::{net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 use clap::ArgAction;
 
 use super::{
-    Backend, ConfigOption, DatabaseOptions, Edge, FleetOptions, Logging, RedisOptions, ToolOptions,
-    values::parse_duration,
+    Backend, ConfigOption, DatabaseOptions, Edge, FleetOptions, Logging, RedisOptions, TlsOptions,
+    ToolOptions, values::parse_duration,
 };
 use crate::logging::LogFormat;
 
@@ -17,6 +17,7 @@ Examples:
   aether up --pool none --max-vms 50 --snapshot-keep 5 --snapshot-max-age 30d
   DATABASE_URL=postgres://aetherium@localhost/aetherium aether up --migrate
   REDIS_ADDR=localhost:6379 aether up
+  aether up --listen 0.0.0.0:8443 --tls-auto --tls-name api.example
   aether up --default-tool nodejs@22 --default-tool go --tools-budget-mb 20000";
 
 #[derive(Debug, Clone, clap::Args)]
@@ -27,9 +28,6 @@ pub(crate) struct Up {
     /// Where to answer requests; port 0 takes a free one
     #[arg(long, env = "AETHER_LISTEN", value_name = "ADDR:PORT", default_value = "127.0.0.1:8080")]
     pub(crate) listen: SocketAddr,
-    /// Listen beyond this machine though nothing is encrypted: keys can be read on the way
-    #[arg(long)]
-    pub(crate) insecure_http: bool,
     /// Leave running VMs running at the end; the next `up` takes them over
     #[arg(long, env = "AETHER_KEEP_VMS")]
     pub(crate) keep_vms: bool,
@@ -54,6 +52,8 @@ pub(crate) struct Up {
     pub(crate) logging: Logging,
     #[command(flatten)]
     pub(crate) edge: Edge,
+    #[command(flatten)]
+    pub(crate) tls: TlsOptions,
     #[arg(long, env = "AETHER_LOG_FORMAT", value_enum, default_value = "text")]
     pub(crate) log_format: LogFormat,
     /// What is logged, such as `info` or `warn,aether_worker=debug`

@@ -181,7 +181,7 @@ fn told(key: &Key, error: &clap::Error, reason: &str) -> String {
 }
 
 fn takes_list(key: &Key) -> bool {
-    matches!(key.option, "pool" | "default_tools" | "cors_origin" | "worker_labels")
+    matches!(key.option, "pool" | "default_tools" | "cors_origin" | "worker_labels" | "tls_name")
 }
 
 fn secret(path: &str) -> Result<String, Failure> {

@@ -33,7 +33,6 @@ const fn secret(path: &'static str, option: &'static str) -> Key {
 
 pub(super) const KEYS: &[Key] = &[
     plain("listen", "listen"),
-    plain("insecure_http", "insecure_http"),
     plain("keep_vms", "keep_vms"),
     plain("data_dir", "data_dir"),
     url("postgres.url", "database_url"),
@@ -92,6 +91,12 @@ pub(super) const KEYS: &[Key] = &[
     plain("worker.vms", "worker_vms"),
     plain("worker.heartbeat", "worker_heartbeat"),
     plain("worker.lease", "worker_lease"),
+    plain("gateway.tls.cert", "tls_cert"),
+    plain("gateway.tls.key", "tls_key"),
+    plain("gateway.tls.auto", "tls_auto"),
+    plain("gateway.tls.names", "tls_name"),
+    plain("gateway.insecure_http", "insecure_http"),
+    plain("authority.dir", "authority_dir"),
     plain("limits.key_rate", "key_rate"),
     plain("limits.address_rate", "address_rate"),
     plain("cors.origins", "cors_origin"),

@@ -39,6 +39,7 @@ pub(crate) fn run(global: &Global, args: &ConfigArgs) -> Result<Exit, Failure> {
             up.database.config()?;
             up.redis.config()?;
             up.logging.plan()?;
+            up.tls.plan()?;
             compose::fleet(up.fleet, up.snapshots.template_dir.as_deref())?;
             told(global, &file);
         }

@@ -181,6 +181,13 @@ pub(crate) fn command(data: &Path) -> Command {
         "REDIS_PASSWORD",
         "REDIS_CA_FILE",
         "REDIS_PREFIX",
+        "AETHER_CA",
+        "AETHER_TLS_CERT",
+        "AETHER_TLS_KEY",
+        "AETHER_TLS_AUTO",
+        "AETHER_TLS_NAMES",
+        "AETHER_INSECURE_HTTP",
+        "AETHER_AUTHORITY_DIR",
         "NOTIFY_SOCKET",
     ] {
         command.env_remove(name);

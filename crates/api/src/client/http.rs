@@ -9,16 +9,16 @@ use reqwest::{
 };
 use serde::{Serialize, de::DeserializeOwned};
 
-use super::{CallOptions, Client, ClientError, PageQuery, Waited};
+use super::{CallOptions, Client, ClientError, PageQuery, Trust, Waited};
 use crate::{Health, IDEMPOTENCY_KEY_HEADER, PREFIX, PROBLEM_MEDIA_TYPE, Problem, format_wait};
 
 /// For the TCP connection alone; answers may be waited for much longer.
-const CONNECT_LIMIT: Duration = Duration::from_secs(10);
+pub(super) const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 
 /// The longest answer that is not a stream. Kept output is at most 2 MiB and grows in JSON.
 const ANSWER_BYTES_MAX: usize = 64 * 1024 * 1024;
 
-pub(super) fn connect(base: &str, key: Option<&str>) -> Result<Client, ClientError> {
+pub(super) fn connect(base: &str, key: Option<&str>, trust: &Trust) -> Result<Client, ClientError> {
     let base = base.trim_end_matches('/');
     let url = || ClientError::Url { url: base.to_owned() };
     let parsed = reqwest::Url::parse(base).map_err(|_| url())?;
@@ -30,13 +30,17 @@ pub(super) fn connect(base: &str, key: Option<&str>) -> Result<Client, ClientErr
     }
     // An error: the program has chosen another one.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    let http = reqwest::Client::builder()
+    let tls = (parsed.scheme() == "https").then(|| trust.config()).transpose()?;
+    let mut http = reqwest::Client::builder()
         .connect_timeout(CONNECT_LIMIT)
         .redirect(reqwest::redirect::Policy::none())
-        .user_agent(concat!("aether/", env!("CARGO_PKG_VERSION")))
-        .build()
-        .map_err(|error| ClientError::transport("prepare the client")(error.into()))?;
-    Ok(Client { http, base: base.to_owned(), key: key.map(str::to_owned) })
+        .user_agent(concat!("aether/", env!("CARGO_PKG_VERSION")));
+    if let Some(config) = &tls {
+        http = http.tls_backend_preconfigured(rustls::ClientConfig::clone(config));
+    }
+    let http =
+        http.build().map_err(|error| ClientError::transport("prepare the client")(error.into()))?;
+    Ok(Client { http, tls, base: base.to_owned(), key: key.map(str::to_owned) })
 }
 
 pub(super) fn bearer(key: &str) -> Option<HeaderValue> {
@@ -127,7 +131,7 @@ impl Client {
     async fn send_any(&self, request: reqwest::RequestBuilder) -> Result<Response, ClientError> {
         request.send().await.map_err(|error| {
             if error.is_connect() {
-                ClientError::Connect { url: self.base.clone(), source: error.into() }
+                ClientError::connect(&self.base, error.into())
             } else {
                 ClientError::transport("send the request")(error.without_url().into())
             }
@@ -269,6 +273,7 @@ mod tests {
 
     #[test]
     fn what_is_no_server_is_refused_at_once() {
+        let connect = |base: &str, key| connect(base, key, &Trust::System);
         for url in ["", "127.0.0.1:8080", "ftp://host", "http://"] {
             assert!(matches!(connect(url, None), Err(ClientError::Url { .. })), "{url}");
         }

@@ -29,9 +29,10 @@ mod socket;
 mod templates;
 mod terminal;
 mod tools;
+mod trust;
 mod workers;
 
-use std::{fmt, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
 
 use aether_types::{ExecutionId, OutputStream, TaskId, VmId};
 use bytes::Bytes;
@@ -46,6 +47,7 @@ pub use logs::{FollowLogs, LogsFrom};
 pub use snapshots::SnapshotQuery;
 pub use templates::{Since, TemplateQuery};
 pub use terminal::{TerminalInput, TerminalOutput};
+pub use trust::Trust;
 
 use crate::{
     Accepted, CreateVm, ExecuteRequest, ExecutionView, Health, Page, TaskView, VmView, format_wait,
@@ -56,6 +58,8 @@ use http::{Query, segment};
 #[derive(Clone)]
 pub struct Client {
     http: reqwest::Client,
+    /// `None`: the server speaks plain HTTP.
+    tls: Option<Arc<rustls::ClientConfig>>,
     /// Without a trailing slash and without [`crate::PREFIX`].
     base: String,
     key: Option<String>,
@@ -148,7 +152,12 @@ pub struct PageQuery {
 impl Client {
     /// `base` is a URL such as `http://127.0.0.1:8080`, with or without a trailing slash.
     pub fn new(base: &str, key: Option<&str>) -> Result<Self, ClientError> {
-        http::connect(base, key)
+        Self::trusting(base, key, &Trust::System)
+    }
+
+    /// As [`Client::new`], for a server that this machine need not trust by itself.
+    pub fn trusting(base: &str, key: Option<&str>, trust: &Trust) -> Result<Self, ClientError> {
+        http::connect(base, key, trust)
     }
 
     /// The server's URL, without a trailing slash.

@@ -1,23 +1,34 @@
 //! WebSockets to the server.
 
-use std::marker::PhantomData;
+use std::{fmt, io, marker::PhantomData, sync::Arc};
 
 use futures::StreamExt as _;
 use reqwest::header::AUTHORIZATION;
+use rustls::pki_types::ServerName;
 use serde::de::DeserializeOwned;
-use tokio::net::TcpStream;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpStream,
+    time::timeout,
+};
+use tokio_rustls::TlsConnector;
 use tokio_tungstenite::{
-    MaybeTlsStream, WebSocketStream,
+    WebSocketStream,
     tungstenite::{self, Message, client::IntoClientRequest as _},
 };
 
 use super::{
     Client, ClientError,
-    http::{Query, bearer},
+    http::{CONNECT_LIMIT, Query, bearer},
 };
 use crate::{PREFIX, Problem};
 
-pub(super) type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
+/// A connection with TLS or without.
+pub(super) trait Wire: AsyncRead + AsyncWrite + fmt::Debug + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + fmt::Debug + Send + Unpin> Wire for T {}
+
+pub(super) type Socket = WebSocketStream<Box<dyn Wire>>;
 
 /// What the server tells, one after another.
 #[derive(Debug)]
@@ -65,11 +76,26 @@ pub(super) async fn connect(
     if let Some(value) = client.key.as_deref().and_then(bearer) {
         request.headers_mut().insert(AUTHORIZATION, value);
     }
-    let nodelay = true;
-    let (socket, _response) = tokio_tungstenite::connect_async_with_config(request, None, nodelay)
-        .await
-        .map_err(|error| refused(client, error))?;
+    let opened = timeout(CONNECT_LIMIT, async {
+        let wire = dial(client, &url).await?;
+        tokio_tungstenite::client_async(request, wire).await
+    });
+    let opened =
+        opened.await.unwrap_or_else(|_| Err(io::Error::from(io::ErrorKind::TimedOut).into()));
+    let (socket, _response) = opened.map_err(|error| refused(client, error))?;
     Ok(socket)
+}
+
+async fn dial(client: &Client, url: &reqwest::Url) -> io::Result<Box<dyn Wire>> {
+    let host = url.host_str().unwrap_or_default().trim_matches(['[', ']']);
+    let port = url.port_or_known_default().unwrap_or(80);
+    let stream = TcpStream::connect((host, port)).await?;
+    // A key that is pressed goes out at once.
+    stream.set_nodelay(true)?;
+    let Some(config) = &client.tls else { return Ok(Box::new(stream)) };
+    let name = ServerName::try_from(host.to_owned()).map_err(io::Error::other)?;
+    let connector = TlsConnector::from(Arc::clone(config));
+    Ok(Box::new(connector.connect(name, stream).await?))
 }
 
 /// A refusal comes as a problem document, since the answer to the handshake is already out.
@@ -89,9 +115,7 @@ fn refused(client: &Client, error: tungstenite::Error) -> ClientError {
                 Err(_) => ClientError::unexpected(format!("status {}", response.status())),
             }
         }
-        tungstenite::Error::Io(source) => {
-            ClientError::Connect { url: client.base.clone(), source: source.into() }
-        }
+        tungstenite::Error::Io(source) => ClientError::connect(&client.base, source.into()),
         error => ClientError::transport("open a WebSocket")(error.into()),
     }
 }

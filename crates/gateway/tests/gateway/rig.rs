@@ -107,6 +107,7 @@ impl Rig {
             probes: options.probes,
             metrics: Arc::new(|| "# counted\n".to_owned()),
             hosts: HostCheck::for_listener(address),
+            tls: None,
             limiter: Arc::new(LocalLimiter::default()),
             config: options.config,
         });

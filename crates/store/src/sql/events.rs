@@ -46,12 +46,14 @@ async fn number(store: &Sql) -> Result<(), StoreError> {
 }
 
 pub(super) async fn begin(store: &Sql, from: EventsFrom) -> Result<u64, StoreError> {
-    const BEFORE: &str = "select coalesce(max(sequence), 0) from events where at < $1";
+    // Times are taken before numbers are given: the first of that time, and not the last before it.
+    const SINCE: &str = "select coalesce(min(sequence) - 1, \
+         (select coalesce(max(sequence), 0) from events)) from events where at >= $1";
     number(store).await?;
     let found = match from {
         EventsFrom::After(sequence) => return Ok(sequence),
         EventsFrom::Now => query("select coalesce(max(sequence), 0) from events"),
-        EventsFrom::Time(at) => query(BEFORE).bind(at.unix_ms()),
+        EventsFrom::Time(at) => query(SINCE).bind(at.unix_ms()),
     };
     let row = found.fetch_one(store).await.context("find where events begin")?;
     unsigned(&rows::Reader { row: &row, noun: "event" }, 0)
