@@ -132,8 +132,7 @@ fn keys_and_options_are_the_same() {
     let mut root = Args::command();
     root.build();
     let up = root.find_subcommand("up").unwrap();
-    let not_in_a_file =
-        [OPTION, "help", "version", "json", "output", "url", "key", "ca", "cache"];
+    let not_in_a_file = [OPTION, "help", "version", "json", "output", "url", "key", "ca", "cache"];
     let options: BTreeSet<_> = up
         .get_arguments()
         .filter(|option| !option.is_hide_set() || option.get_id() == "postgres_password")
