@@ -99,31 +99,47 @@ async fn many_entries_at_once_wake_all_who_wait() {
     assert_eq!(had, entries.iter().map(|entry| entry.task).collect());
 }
 
-/// A process that is gone, and a claim that was dropped, stay in the server's line.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_claim_that_is_dropped_leaves_the_line() {
+    if !testing::available() {
+        return;
+    }
+    let server = Server::forgetful();
+    let (queue, id) = (process(&server.config()).await, WorkerId::new());
+    // Two of one worker are one in the server's line: the first that goes leaves the other in it.
+    let (first, second) = (waiting(&queue, id), waiting(&queue, id));
+    let dropped: Vec<_> = (0..3).map(|_| waiting(&queue, WorkerId::new())).collect();
+    in_line(&server, 4).await;
+    for wait in dropped.into_iter().chain([first]) {
+        wait.abort();
+        assert!(wait.await.unwrap_err().is_cancelled());
+    }
+    in_line(&server, 1).await;
+    let entry = entry(Lane::Shared);
+    queue.enqueue(&[entry]).await.unwrap();
+    assert_eq!(in_time(second).await.unwrap(), entry.task);
+}
+
+/// As a process leaves it that was killed: in line, with a channel that nobody listens to.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_is_gone_keeps_no_entry_from_who_waits() {
     if !testing::available() {
         return;
     }
     let server = Server::forgetful();
-    let (gone, here, gateway) = (
-        process(&server.config()).await,
-        process(&server.config()).await,
-        process(&server.config()).await,
-    );
-    let waits: Vec<_> = (0..3).map(|_| waiting(&gone, WorkerId::new())).collect();
-    let dropped: Vec<_> = (0..3).map(|_| waiting(&here, WorkerId::new())).collect();
-    in_line(&server, 6).await;
-    for wait in waits.into_iter().chain(dropped) {
-        wait.abort();
-        assert!(wait.await.unwrap_err().is_cancelled());
+    let (here, gateway) = (process(&server.config()).await, process(&server.config()).await);
+    for turn in 0..3 {
+        let gone = WorkerId::new().to_string();
+        let root = "{aetherium}:queue:";
+        server.ask(&["HSET", &format!("{root}idle"), &gone, "30000:2000:nobody"]);
+        server.ask(&["ZADD", &format!("{root}line"), &format!("-{turn}"), &gone]);
     }
-    drop(gone);
     let waits = waiting(&here, WorkerId::new());
-    in_line(&server, 7).await;
+    in_line(&server, 4).await;
     let entry = entry(Lane::Shared);
     gateway.enqueue(&[entry]).await.unwrap();
     assert_eq!(in_time(waits).await.unwrap(), entry.task);
+    in_line(&server, 0).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

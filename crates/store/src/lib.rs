@@ -283,7 +283,8 @@ pub trait Store: Send + Sync + 'static {
 
     // --- outbox ---
 
-    /// Pending tasks whose dispatch was recorded and not confirmed, oldest first.
+    /// Pending tasks whose dispatch was recorded and not confirmed, oldest first. Forgets those of
+    /// tasks that have ended: whoever dispatched them died before it could say so.
     async fn undispatched(&self, limit: u32) -> Result<Vec<Task>, StoreError>;
 
     async fn confirm_dispatched(&self, ids: &[TaskId]) -> Result<(), StoreError>;
@@ -315,7 +316,8 @@ pub trait Store: Send + Sync + 'static {
         boot_id: &str,
     ) -> Result<(), StoreError>;
 
-    /// Ends the attempt and the task. `Fenced` where a later attempt has begun or it has ended.
+    /// Ends the attempt and the task. `Fenced` where a later attempt has begun, it has ended, or the
+    /// worker that began the attempt was declared lost or has registered anew since.
     /// An execution ends with its task: without `end.execution` it is failed or cancelled with the
     /// task's error. So does what it was to make. A suspended VM that is stopped then has its
     /// memory; the end of a start uses it up.

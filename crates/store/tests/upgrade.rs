@@ -78,6 +78,9 @@ async fn a_store_of_the_first_version_is_brought_up_to_date() {
     let built = store.build_tools(Vec::new(), support::new_task(TaskKind::ToolBuild), None);
     let built = built.await.unwrap().task;
     assert_eq!(store.task(built.id).await.unwrap().unwrap().vm_id, None);
+    // What was dispatched and never confirmed has ended by now.
+    let owed = store.undispatched(10).await.unwrap();
+    assert_eq!(owed.iter().map(|task| task.id).collect::<Vec<_>>(), [built.id]);
     store.close().await.unwrap();
     references_hold(&path).await;
     SqliteStore::open(&path, Durability::Process).await.unwrap();
@@ -97,6 +100,8 @@ async fn references_hold(path: &Path) {
     let mut connection = SqliteConnection::connect_with(&options).await.unwrap();
     let broken = sqlx::query("pragma foreign_key_check").fetch_all(&mut connection).await.unwrap();
     assert!(broken.is_empty());
+    let ended = sqlx::query("select 1 from outbox where task_id = $1").bind(TASK);
+    assert!(ended.fetch_all(&mut connection).await.unwrap().is_empty());
     let nobody = sqlx::query("insert into outbox (task_id) values ('nobody')");
     assert!(nobody.execute(&mut connection).await.is_err());
     connection.close().await.unwrap();

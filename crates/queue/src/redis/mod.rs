@@ -272,20 +272,48 @@ fn lane(lane: Lane) -> String {
 struct Given {
     shared: Arc<Shared>,
     lease: Option<Lease>,
+    /// Who is in the server's line where there is no lease.
+    waits: Option<WorkerId>,
 }
 
 impl Drop for Given {
     fn drop(&mut self) {
-        let Some(lease) = self.lease.take() else { return };
         // Without a runtime everything ends, and the lease runs out.
         let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
         let shared = Arc::clone(&self.shared);
+        let Some(lease) = self.lease.take() else {
+            if let Some(worker) = self.waits {
+                runtime.spawn(async move { shared.leave(worker, 0).await });
+            }
+            return;
+        };
         runtime.spawn(async move {
             let given = shared.held("give back", &scripts::RELEASE, &lease, Some(0)).await;
             if let Err(error) = given {
                 tracing::warn!(%error, "give back what nobody is there to take; it runs out");
             }
         });
+    }
+}
+
+/// A claim that may have put its worker into the server's line. Dropped with the claim, it takes it
+/// out again, unless others of its claims wait here.
+struct InLine<'q> {
+    shared: &'q Arc<Shared>,
+    worker: WorkerId,
+    /// The claim is over, and has put this in order itself.
+    is_left: bool,
+}
+
+impl Drop for InLine<'_> {
+    fn drop(&mut self) {
+        // Without a runtime everything ends, and who is told of work finds nobody there.
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        if self.is_left {
+            return;
+        }
+        let (shared, worker) = (Arc::clone(self.shared), self.worker);
+        runtime.spawn(async move { shared.leave(worker, 0).await });
     }
 }
 
@@ -314,10 +342,13 @@ async fn claim_or_give_back(
     // ends.
     let claim = tokio::spawn(async move {
         let lease = shared.try_claim(worker, length, waits).await?;
-        Ok(Given { shared, lease })
+        Ok(Given { shared, lease, waits: waits.then_some(worker) })
     });
     match claim.await {
-        Ok(given) => given.map(|mut given| given.lease.take()),
+        Ok(given) => given.map(|mut given| {
+            given.waits = None;
+            given.lease.take()
+        }),
         Err(_) => Err(QueueError::Unreachable { context: "claim an entry", source: None }),
     }
 }
@@ -359,6 +390,7 @@ impl Queue for RedisQueue {
     ) -> Result<Option<Lease>, QueueError> {
         let shared = &*self.shared;
         let deadline = shared.clock.now().saturating_add(wait);
+        let mut line = InLine { shared: &self.shared, worker, is_left: wait.is_zero() };
         let mut woken: Option<Waiter<'_>> = None;
         loop {
             // In line here before it is in line there: no word comes unheard.
@@ -368,6 +400,7 @@ impl Queue for RedisQueue {
             let is_away = match claimed {
                 Ok(Some(lease)) => {
                     drop(waiter);
+                    line.is_left = true;
                     // There is one word for a worker, however many of its claims wait.
                     if was_woken {
                         shared.wake.waiters.wake(Lane::Worker(worker));
@@ -380,6 +413,7 @@ impl Queue for RedisQueue {
                     if waiter.has_lease() {
                         shared.leave(worker, 0).await;
                         if let Some(lease) = waiter.take() {
+                            line.is_left = true;
                             return Ok(Some(self.handed(waiter, lease)));
                         }
                     }
@@ -391,7 +425,10 @@ impl Queue for RedisQueue {
             tokio::select! {
                 biased;
                 () = waiter.woken() => match waiter.take() {
-                    Some(lease) => return Ok(Some(self.handed(waiter, lease))),
+                    Some(lease) => {
+                        line.is_left = true;
+                        return Ok(Some(self.handed(waiter, lease)));
+                    }
                     None => woken = Some(waiter),
                 },
                 // It may be there and not serve yet, of which no word comes.
@@ -399,6 +436,7 @@ impl Queue for RedisQueue {
                 () = shared.clock.sleep_until(deadline) => {
                     // What was handed before the server knew has come when it answers.
                     shared.leave(worker, 1).await;
+                    line.is_left = true;
                     return Ok(waiter.take().map(|lease| self.handed(waiter, lease)));
                 }
             }

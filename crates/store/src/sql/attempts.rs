@@ -16,9 +16,23 @@ use aether_types::{
     TaskKind, TaskState, Timestamp, VmEvent, VmState, VmTool, WorkerId,
 };
 
+/// Whether what is said of a task's attempt counts: the worker that began it is in no registry, or
+/// there still as it was then. One that was declared lost, or has registered anew, has no say from
+/// that moment on, whether or not its VMs are settled yet.
+macro_rules! counts {
+    () => {
+        "not exists (select 1 from workers where workers.id = tasks.worker_id \
+         and (workers.presence <> 'present' or workers.epoch <> tasks.registration))"
+    };
+}
+
+pub(super) use counts;
+
+const COUNTS: &str = concat!("select 1 from tasks where id = $1 and ", counts!());
+
 const BEGIN: &str = concat!(
-    "update tasks set state = 'running', worker_id = $2, epoch = $3, attempts = attempts + 1, \
-     started_at = coalesce(started_at, $4), error_code = null, error_message = null \
+    "update tasks set state = 'running', worker_id = $2, registration = $5, epoch = $3, \
+     attempts = attempts + 1, started_at = coalesce(started_at, $4), error_code = null, error_message = null \
      where id = $1 and state in ('pending', 'running') and epoch < $3 \
      and attempts < max_attempts \
      and not exists (select 1 from workers where workers.id = $2 \
@@ -30,7 +44,9 @@ const BEGIN: &str = concat!(
 
 const END: &str = concat!(
     "update tasks set state = $3, error_code = $4, error_message = $5, finished_at = $6 \
-     where id = $1 and epoch = $2 and state = 'running' returning ",
+     where id = $1 and epoch = $2 and state = 'running' and ",
+    counts!(),
+    " returning ",
     task_columns!()
 );
 
@@ -192,20 +208,23 @@ pub(super) async fn execution_started(
     let mut writer = store.writer().await;
     // Said again for the same boot it changes nothing: an attempt that takes over asks the guest
     // whether it knows the run.
-    let started = query(
+    const STARTED: &str = concat!(
         "update executions set state = 'running', boot_id = $4, \
          started_at = coalesce(started_at, $5) \
          where id = $3 and task_id = $1 and (state = 'pending' or (state = 'running' and boot_id = $4)) \
-         and exists (select 1 from tasks where id = $1 and epoch = $2 and state = 'running')",
-    )
-    .bind(task.to_string())
-    .bind(epoch)
-    .bind(execution.to_string())
-    .bind(boot_id.to_owned())
-    .bind(Timestamp::now().unix_ms())
-    .execute(&mut writer)
-    .await
-    .context("mark an execution as started")?;
+         and exists (select 1 from tasks where id = $1 and epoch = $2 and state = 'running' and ",
+        counts!(),
+        ")"
+    );
+    let started = query(STARTED)
+        .bind(task.to_string())
+        .bind(epoch)
+        .bind(execution.to_string())
+        .bind(boot_id.to_owned())
+        .bind(Timestamp::now().unix_ms())
+        .execute(&mut writer)
+        .await
+        .context("mark an execution as started")?;
     drop(writer);
     if started > 0 {
         return Ok(());
@@ -215,7 +234,13 @@ pub(super) async fn execution_started(
     else {
         return Err(StoreError::ExecutionNotFound);
     };
-    let other_boot = task.epoch == epoch
+    let counts = query(COUNTS)
+        .bind(task.id.to_string())
+        .fetch_optional(store)
+        .await
+        .context("look whether an attempt counts")?;
+    let other_boot = counts.is_some()
+        && task.epoch == epoch
         && task.state == TaskState::Running
         && task.execution_id == Some(execution.id)
         && execution.state == ExecutionState::Running;
@@ -271,10 +296,7 @@ pub(super) async fn retry(
     let mut writer = store.writer().await;
     let mut tx = writer.begin(&[Lock::Task(id)]).await?;
     let now = Timestamp::now();
-    let mut task = write::task(&mut tx, id).await?.ok_or(StoreError::TaskNotFound)?;
-    if task.epoch != epoch || task.state != TaskState::Running {
-        return Err(StoreError::Fenced);
-    }
+    let mut task = spoken_of(&mut tx, id, epoch).await?;
     if task.cancel_requested {
         task = finish(&mut tx, task, &cancelled(otherwise.clone()), now).await?;
     } else if task.attempts >= task.max_attempts {
@@ -294,6 +316,20 @@ pub(super) async fn retry(
         task.error = Some(fault);
     }
     tx.commit("commit a task given back").await?;
+    Ok(task)
+}
+
+/// The task, where the attempt with this epoch still speaks for it.
+pub(super) async fn spoken_of(tx: &mut Tx<'_>, id: TaskId, epoch: i64) -> Result<Task, StoreError> {
+    let task = write::task(tx, id).await?.ok_or(StoreError::TaskNotFound)?;
+    let counts = query(COUNTS)
+        .bind(id.to_string())
+        .fetch_optional(&mut *tx)
+        .await
+        .context("look whether an attempt counts")?;
+    if task.epoch != epoch || task.state != TaskState::Running || counts.is_none() {
+        return Err(StoreError::Fenced);
+    }
     Ok(task)
 }
 

@@ -1,14 +1,13 @@
 //! Tasks as they are read, and the outbox.
 
 use super::{
-    Lock, Sql,
+    Lock, Sql, attempts,
     query::{Builder, query},
     rows,
     rows::task_columns,
-    write,
 };
 use crate::{Page, PageRequest, StoreError, TaskFilter, error::Context};
-use aether_types::{Task, TaskId, TaskProgress, TaskState};
+use aether_types::{Task, TaskId, TaskProgress};
 
 const GET: &str = concat!("select ", task_columns!(), " from tasks where id = $1");
 
@@ -45,10 +44,7 @@ pub(super) async fn progress(
 ) -> Result<Task, StoreError> {
     let mut writer = store.writer().await;
     let mut tx = writer.begin(&[Lock::Task(id)]).await?;
-    let mut task = write::task(&mut tx, id).await?.ok_or(StoreError::TaskNotFound)?;
-    if task.epoch != epoch || task.state != TaskState::Running {
-        return Err(StoreError::Fenced);
-    }
+    let mut task = attempts::spoken_of(&mut tx, id, epoch).await?;
     let generation = task.progress.map_or(0, |earlier| earlier.generation) + 1;
     let progress = TaskProgress { now, log, generation };
     query("update tasks set progress = $2 where id = $1")
@@ -98,7 +94,23 @@ pub(super) async fn open(store: &Sql) -> Result<Vec<Task>, StoreError> {
     rows::all(&found, rows::task)
 }
 
+/// Written by who dispatched a task and died before it confirmed that.
+async fn forget_ended(store: &Sql) -> Result<(), StoreError> {
+    const ENDED: &str = "select outbox.task_id from outbox join tasks on tasks.id = outbox.task_id \
+         where tasks.state in ('completed', 'failed', 'cancelled') limit 1";
+    const FORGET: &str = "delete from outbox where exists (select 1 from tasks \
+         where tasks.id = outbox.task_id and tasks.state in ('completed', 'failed', 'cancelled'))";
+    let ended = query(ENDED).fetch_all(store).await.context("look for dispatches to forget")?;
+    if ended.is_empty() {
+        return Ok(());
+    }
+    let mut writer = store.writer().await;
+    query(FORGET).execute(&mut writer).await.context("forget dispatches of ended tasks")?;
+    Ok(())
+}
+
 pub(super) async fn undispatched(store: &Sql, limit: u32) -> Result<Vec<Task>, StoreError> {
+    forget_ended(store).await?;
     let found =
         query(UNDISPATCHED).bind(limit).fetch_all(store).await.context("read the outbox")?;
     rows::all(&found, rows::task)

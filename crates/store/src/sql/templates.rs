@@ -1,7 +1,9 @@
 //! Templates: how they are built, deleted and read.
 
 use super::{
-    Lock, Sql, Tx, create,
+    Lock, Sql, Tx,
+    attempts::counts,
+    create,
     place::Fleet,
     query::{Builder, in_turn, query},
     quotas, requests,
@@ -218,7 +220,9 @@ pub(super) async fn progress(
     const PROGRESS: &str = concat!(
         "update templates set progress = $3, updated_at = $4, generation = generation + 1 \
          where task_id = $1 and state = 'building' and exists (select 1 from tasks \
-         where id = $1 and epoch = $2 and state = 'running') returning ",
+         where id = $1 and epoch = $2 and state = 'running' and ",
+        counts!(),
+        ") returning ",
         template_columns!()
     );
     let progress = rows::json(&progress, "progress to record")?;

@@ -176,6 +176,7 @@ macro_rules! contract {
                 a_worker_that_drains_does_so_until_it_is_told_otherwise,
                 a_worker_is_lost_once_and_only_by_its_last_heartbeat,
                 what_a_lost_worker_writes_changes_nothing,
+                what_a_worker_said_before_it_registered_anew_does_not_count,
                 the_vms_of_a_lost_worker_fail_and_its_tasks_end_once,
                 a_lost_workers_creations_go_to_another,
                 a_creation_with_used_up_attempts_is_not_tried_elsewhere,

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use aether_store::{Begin, NewWorker, Registration, Store, StoreError, VmChange, VmPatch};
 use aether_types::{
-    DriverKind, ErrorCode, ExecutionState, Presence, Task, TaskKind, TaskState, VmEvent, VmId,
-    VmState, Worker, WorkerCapacity, WorkerDriver, WorkerId, WorkerState,
+    DriverKind, ErrorCode, ExecutionState, Fault, Presence, Task, TaskKind, TaskState, VmEvent,
+    VmId, VmState, Worker, WorkerCapacity, WorkerDriver, WorkerId, WorkerState,
 };
 
 use crate::capacity::all;
@@ -169,10 +169,11 @@ pub(crate) async fn what_a_lost_worker_writes_changes_nothing(store: &impl Store
     let panic = || VmChange { event: VmEvent::Failed, reason: None, patch: VmPatch::default() };
     let refused = store.change_vm(vm, Some((&one).into()), panic()).await;
     assert!(matches!(refused, Err(StoreError::Fenced)));
+    // From the moment that it is lost, whether or not its VMs are settled by then.
+    nothing_counts(store, &run, 1).await;
     settle(store).await;
     assert_eq!(state(store, vm).await, VmState::Failed);
-    let late = store.end_attempt(run.id, 1, exited(0)).await;
-    assert!(matches!(late, Err(StoreError::Fenced)));
+    nothing_counts(store, &run, 1).await;
     let ended = store.execution(execution.id).await.unwrap().unwrap();
     assert_eq!(ended.state, ExecutionState::Failed);
     assert_eq!(ended.error.unwrap().code, ErrorCode::ExecutionLost);
@@ -186,6 +187,40 @@ pub(crate) async fn what_a_lost_worker_writes_changes_nothing(store: &impl Store
     let refused = store.change_vm(made.vm.id, Some((&one).into()), panic()).await;
     assert!(matches!(refused, Err(StoreError::Fenced)));
     store.change_vm(made.vm.id, Some((&back).into()), panic()).await.unwrap();
+}
+
+/// Whatever the attempt says.
+async fn nothing_counts(store: &impl Store, task: &Task, epoch: i64) {
+    let before = store.task(task.id).await.unwrap();
+    let execution = task.execution_id.unwrap();
+    let fault = || Fault::new(ErrorCode::Internal, "a try");
+    for said in [
+        store.end_attempt(task.id, epoch, exited(0)).await.map(drop),
+        store.retry_attempt(task.id, epoch, fault(), exited(1)).await.map(drop),
+        store.task_progress(task.id, epoch, "now".into(), String::new()).await.map(drop),
+        store.execution_started(task.id, epoch, execution, "boot").await,
+    ] {
+        assert!(matches!(said, Err(StoreError::Fenced)), "{said:?}");
+    }
+    assert_eq!(store.task(task.id).await.unwrap(), before);
+}
+
+pub(crate) async fn what_a_worker_said_before_it_registered_anew_does_not_count(
+    store: &impl Store,
+) {
+    let new = new_worker("one");
+    let one = store.register_worker(new.clone()).await.unwrap();
+    let vm = running_on(store, &one, "a").await;
+    let (run, execution) = execute(store, vm).await;
+    begin_as(store, &one, &run, 1).await;
+    store.execution_started(run.id, 1, execution.id, "boot").await.unwrap();
+    let anew = store.register_worker(new).await.unwrap();
+    nothing_counts(store, &run, 1).await;
+    begin_as(store, &anew, &run, 2).await;
+    store.execution_started(run.id, 2, execution.id, "boot").await.unwrap();
+    nothing_counts(store, &run, 1).await;
+    store.end_attempt(run.id, 2, exited(0)).await.unwrap();
+    assert_eq!(task(store, &run).await.state, TaskState::Completed);
 }
 
 pub(crate) async fn the_vms_of_a_lost_worker_fail_and_its_tasks_end_once(store: &impl Store) {
