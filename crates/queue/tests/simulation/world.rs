@@ -33,8 +33,8 @@ enum Condition {
 struct Held {
     lease: Lease,
     begun: bool,
-    /// The queue does not know it any more, by no fault of the worker.
-    is_forgotten: bool,
+    /// The queue forgot it, or has said that it is over.
+    is_lost: bool,
 }
 
 #[derive(Debug)]
@@ -189,7 +189,7 @@ impl<'e> World<'e> {
         tell!(self, "worker {at} claims {} by {}", lease.task, lease.epoch);
         let last = self.truth.row(lease.task).epoch;
         assert!(lease.epoch > last, "{} is claimed by an epoch that is not higher", lease.task);
-        self.workers[at].held.push(Held { lease, begun: false, is_forgotten: false });
+        self.workers[at].held.push(Held { lease, begun: false, is_lost: false });
         true
     }
 
@@ -280,14 +280,16 @@ impl<'e> World<'e> {
     async fn renew(&mut self, at: usize) {
         let in_time = self.workers[at].unrenewed < LEASE;
         self.workers[at].unrenewed = Duration::ZERO;
-        for held in self.workers[at].held.clone() {
+        for place in 0..self.workers[at].held.len() {
+            let held = self.workers[at].held[place].clone();
             match self.queue().renew(&held.lease).await {
                 Ok(()) => {}
                 Err(QueueError::Lost) => {
                     let task = held.lease.task;
-                    let was_kept = in_time && !held.is_forgotten;
+                    let was_kept = in_time && !held.is_lost;
                     assert!(!was_kept, "worker {at} renewed {task} in time, and lost it");
                     tell!(self, "worker {at} has lost {task}");
+                    self.workers[at].held[place].is_lost = true;
                 }
                 Err(error) => panic!("{error}"),
             }
@@ -399,7 +401,7 @@ impl<'e> World<'e> {
             self.enqueue(id, delay).await;
         }
         for held in self.workers.iter_mut().flat_map(|worker| &mut worker.held) {
-            held.is_forgotten = true;
+            held.is_lost = true;
         }
     }
 }
