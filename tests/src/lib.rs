@@ -2,6 +2,7 @@
 
 pub mod bare;
 pub mod bare_firecracker;
+pub mod chaos;
 pub mod engine;
 pub mod floor;
 pub mod measure;

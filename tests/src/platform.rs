@@ -40,26 +40,36 @@ pub const BARE_PATH: &str = "/usr/local/bin/bare-agent";
 pub struct Setup {
     pub driver: &'static str,
     pub args: Vec<String>,
+    pub env: Vec<(String, String)>,
+    /// Address and port; the port is chosen anew at each start where it is 0.
+    pub listen: String,
 }
 
 impl Setup {
+    /// With this driver, and nothing else said.
+    #[must_use]
+    pub fn of(driver: &'static str) -> Self {
+        let listen = "127.0.0.1:0".to_owned();
+        Self { driver, args: Vec::new(), env: Vec::new(), listen }
+    }
+
     #[must_use]
     pub fn sim() -> Self {
-        Self { driver: "sim", args: Vec::new() }
+        Self::of("sim")
     }
 
     /// VMs that ask for nothing special are restored from the default template, which all tests
     /// share where `AETHER_TEMPLATE_DIR` is set. No pool.
     #[must_use]
     pub fn qemu() -> Self {
-        Self { driver: "qemu", args: Vec::new() }.with(&["--pool", "none"])
+        Self::of("qemu").with(&["--pool", "none"])
     }
 
     /// With the kernel that runs where KVM is emulated, and whatever version there is.
     #[must_use]
     pub fn firecracker() -> Self {
         let args = ["--image", "debian-fctest", "--allow-vulnerable-firecracker", "--pool", "none"];
-        Self { driver: "firecracker", args: Vec::new() }.with(&args)
+        Self::of("firecracker").with(&args)
     }
 
     /// `TEMPLATE=MIN[..MAX]` in place of no pool.
@@ -156,9 +166,10 @@ impl Platform {
         let child = Command::new(program()?)
             .args(["--json", "up", "--data-dir"])
             .arg(self.data_dir())
-            .args(["--listen", "127.0.0.1:0", "--driver", self.setup.driver])
+            .args(["--listen", &self.setup.listen, "--driver", self.setup.driver])
             .args(&self.setup.args)
             .args(self.setup.without_tools())
+            .envs(self.setup.env.iter().map(|(name, value)| (name, value)))
             .env("NOTIFY_SOCKET", &notify)
             .stdin(Stdio::null())
             .stdout(words)

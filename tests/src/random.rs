@@ -14,6 +14,11 @@ impl Random {
         {
             println!("AETHER_SEED={seed}");
         }
+        Self::with_seed(seed)
+    }
+
+    #[must_use]
+    pub fn with_seed(seed: u64) -> Self {
         Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
     }
 

@@ -27,7 +27,7 @@ async fn a_container_lives_as_a_vm_does() -> Result<()> {
     };
     let socket = engine.socket();
     let text = socket.to_str().context("a path that is no text")?;
-    let setup = Setup { driver: "docker", args: Vec::new() }.with(&["--docker-socket", text]);
+    let setup = Setup::of("docker").with(&["--docker-socket", text]);
     let mut platform = Platform::start(setup)?;
     ensure!(platform.log().contains("weak isolation"), "{}", platform.log());
 

@@ -18,7 +18,7 @@ async fn a_vm_lives_and_runs_commands_under_firecracker() -> Result<()> {
         return Ok(());
     };
     let text = |path: std::path::PathBuf| path.to_str().map(ToOwned::to_owned);
-    let setup = Setup { driver: "firecracker", args: Vec::new() }.with(&[
+    let setup = Setup::of("firecracker").with(&[
         "--firecracker",
         &text(program).context("a path that is no text")?,
         "--jailer",

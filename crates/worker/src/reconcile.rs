@@ -149,7 +149,22 @@ async fn dispatch_open(core: &Core) -> Result<(), WorkerError> {
             task.state == TaskState::Running && task.worker_id != Some(core.parts.id)
         });
     dispatch(core, waiting).await?;
-    dispatch_after(core, running, core.parts.config.lease).await
+    let others: Vec<TaskId> = running.iter().map(|task| task.id).collect();
+    dispatch_after(core, running, core.parts.config.lease).await?;
+    withdraw_ended(core, &others).await
+}
+
+/// What ended while it was dispatched once more has an entry that nobody waits for.
+async fn withdraw_ended(core: &Core, tasks: &[TaskId]) -> Result<(), WorkerError> {
+    if tasks.is_empty() {
+        return Ok(());
+    }
+    let open = core.parts.store.open_tasks().await?;
+    let open: HashSet<TaskId> = open.into_iter().map(|task| task.id).collect();
+    for task in tasks.iter().filter(|task| !open.contains(task)) {
+        core.parts.queue.remove(*task).await?;
+    }
+    Ok(())
 }
 
 /// A machine that the driver knows: adopt it, leave it to the task that is on its way, or remove

@@ -1,6 +1,9 @@
 //! Workers, dispatchers and what befalls them.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use aether_queue::{Depth, Entry, Lane, Lease, ManualClock, Queue, QueueError};
 use aether_types::{Priority, TaskId, WorkerId};
@@ -387,6 +390,7 @@ impl<'e> World<'e> {
         self.restarts += 1;
         self.queue = None;
         self.engine.clear();
+        self.await_wall_clock();
         self.queue = Some(self.engine.open(self.clock.clone()).await);
         let open: Vec<(TaskId, State)> = self
             .truth
@@ -402,6 +406,19 @@ impl<'e> World<'e> {
         }
         for held in self.workers.iter_mut().flat_map(|worker| &mut worker.held) {
             held.is_lost = true;
+        }
+    }
+
+    /// A queue that knows nothing begins its epochs with the wall clock in microseconds. One that was
+    /// opened again and again within a millisecond, as only here, is ahead of it by as many as it
+    /// had set aside.
+    fn await_wall_clock(&self) {
+        let claimed = self.workers.iter().flat_map(|worker| &worker.held);
+        let last = claimed.map(|held| held.lease.epoch);
+        let last = last.chain(self.truth.rows().iter().map(|row| row.epoch)).max().unwrap_or(0);
+        let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_micros();
+        while now() <= u128::try_from(last).unwrap() {
+            std::hint::spin_loop();
         }
     }
 }
