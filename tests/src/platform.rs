@@ -2,7 +2,9 @@
 
 use std::{
     collections::BTreeSet,
+    ffi::CString,
     fs,
+    io::Write as _,
     net::IpAddr,
     os::{fd::AsFd as _, unix::net::UnixDatagram},
     path::{Path, PathBuf},
@@ -18,6 +20,7 @@ use anyhow::{Context, Result, bail, ensure};
 use bytes::Bytes;
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
+    mount::{MountFlags, UnmountFlags, mount, unmount},
     process::{Pid, PidfdFlags, Signal, pidfd_open},
 };
 use serde_json::Value;
@@ -43,6 +46,8 @@ pub struct Setup {
     pub env: Vec<(String, String)>,
     /// Address and port; the port is chosen anew at each start where it is 0.
     pub listen: String,
+    /// Its folder is a disk of its own of so many MB, in memory. Needs root.
+    pub disk_mb: Option<u32>,
 }
 
 impl Setup {
@@ -50,7 +55,7 @@ impl Setup {
     #[must_use]
     pub fn of(driver: &'static str) -> Self {
         let listen = "127.0.0.1:0".to_owned();
-        Self { driver, args: Vec::new(), env: Vec::new(), listen }
+        Self { driver, args: Vec::new(), env: Vec::new(), listen, disk_mb: None }
     }
 
     #[must_use]
@@ -142,6 +147,10 @@ pub fn program() -> Result<PathBuf> {
 impl Platform {
     pub fn start(setup: Setup) -> Result<Self> {
         let dir = TempDir::with_prefix("aether-test-")?;
+        if let Some(mb) = setup.disk_mb {
+            let size = CString::new(format!("size={mb}m"))?;
+            mount("aether-test", dir.path(), "tmpfs", MountFlags::empty(), Some(size.as_c_str()))?;
+        }
         let mut platform = Self {
             dir,
             setup,
@@ -270,6 +279,15 @@ impl Platform {
 
     pub fn data_dir(&self) -> PathBuf {
         self.dir.path().join("data")
+    }
+
+    /// Leaves no room on its disk until the guard goes.
+    pub fn fill_disk(&self) -> Result<Full> {
+        let path = self.dir.path().join("full");
+        let mut file = fs::File::create(&path)?;
+        let piece = vec![1; 1 << 20];
+        while file.write_all(&piece).is_ok() {}
+        Ok(Full(path))
     }
 
     pub fn log_path(&self) -> PathBuf {
@@ -445,11 +463,24 @@ pub fn small_vm(name: &str) -> CreateVm {
     CreateVm { name: Some(name.to_owned()), memory_mb: Some(256), ..CreateVm::default() }
 }
 
+/// What fills a disk.
+#[derive(Debug)]
+pub struct Full(PathBuf);
+
+impl Drop for Full {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
 impl Drop for Platform {
     fn drop(&mut self) {
         // A failed test must not leave machines: a clean end removes them, a crash would not.
         if self.child.is_some() {
             let _ = self.terminate();
+        }
+        if self.setup.disk_mb.is_some() {
+            let _ = unmount(self.dir.path(), UnmountFlags::DETACH);
         }
     }
 }

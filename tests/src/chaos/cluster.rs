@@ -12,6 +12,7 @@ use aether_types::WorkerId;
 use anyhow::{Context as _, Result, ensure};
 use rustix::process::{Signal, kill_process};
 use sqlx::{PgPool, postgres::PgPoolOptions};
+use tempfile::NamedTempFile;
 use tokio::task::block_in_place;
 
 use super::proxy::{Proxy, Way};
@@ -19,6 +20,28 @@ use crate::{Platform, Setup};
 
 /// A worker that is silent for so long is lost.
 pub(crate) const LEASE: Duration = Duration::from_secs(3);
+
+/// Of a member, so that it can be filled soon.
+const DISK_MB: u32 = 256;
+
+/// What a wall clock is moved with: preloaded, it reads the shift from a file each time.
+const FAKETIME: &str = "/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1";
+
+/// Whether disks can be filled and clocks moved; where not, it is said.
+pub fn can_reach_hosts() -> bool {
+    let reason = if !rustix::process::geteuid().is_root() {
+        "a disk of its own needs root"
+    } else if !std::path::Path::new(FAKETIME).exists() {
+        "a clock that jumps needs faketime; ./dev test installs it"
+    } else {
+        return true;
+    };
+    #[expect(clippy::print_stdout, reason = "how a test says that it skipped")]
+    {
+        println!("skipped: {reason}");
+    }
+    false
+}
 
 /// Whether the servers can be had; where not, it is said.
 pub fn available() -> bool {
@@ -32,6 +55,8 @@ pub(crate) struct Member {
     pub(crate) url: String,
     pub(crate) postgres: Proxy,
     pub(crate) redis: Proxy,
+    /// By how much its wall clock is wrong.
+    shift: NamedTempFile,
 }
 
 #[derive(Debug)]
@@ -52,14 +77,14 @@ fn key(name: &str) -> String {
 }
 
 impl Cluster {
-    pub(crate) async fn start(count: usize) -> Result<Self> {
+    pub(crate) async fn start(count: usize, hosts: bool) -> Result<Self> {
         let options = ServerOptions { connections_max: Some(200), ..ServerOptions::default() };
         let postgres = block_in_place(|| Postgres::start(&options));
         let redis =
             block_in_place(|| Redis::start(&["--appendonly", "yes", "--appendfsync", "everysec"]));
         let mut members = Vec::new();
         for number in 0..count {
-            members.push(Member::start(number, &postgres, &redis).await?);
+            members.push(Member::start(number, hosts, &postgres, &redis).await?);
         }
         let url = format!("postgres://postgres@127.0.0.1:{}/postgres", postgres.port());
         let database = PgPoolOptions::new().max_connections(2).connect_lazy(&url)?;
@@ -103,8 +128,20 @@ impl Cluster {
     }
 }
 
+/// The clock that counts on never jumps; only the one on the wall does.
+fn shifted_by(file: &std::path::Path) -> Vec<(String, String)> {
+    let env = [
+        ("LD_PRELOAD", FAKETIME.to_owned()),
+        ("FAKETIME_TIMESTAMP_FILE", file.display().to_string()),
+        ("FAKETIME_NO_CACHE", "1".to_owned()),
+        ("FAKETIME_DONT_FAKE_MONOTONIC", "1".to_owned()),
+        ("DONT_FAKE_MONOTONIC", "1".to_owned()),
+    ];
+    env.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+}
+
 impl Member {
-    async fn start(number: usize, postgres: &Postgres, redis: &Redis) -> Result<Self> {
+    async fn start(number: usize, hosts: bool, postgres: &Postgres, redis: &Redis) -> Result<Self> {
         let to_postgres = Proxy::to(local(postgres.port())).await?;
         let to_redis = Proxy::to(local(redis.port())).await?;
         let port = TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port();
@@ -121,9 +158,19 @@ impl Member {
             ("AETHER_WORKER_LEASE", format!("{}s", LEASE.as_secs())),
         ];
         setup.env = env.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
+        let shift = NamedTempFile::new()?;
+        if hosts {
+            setup.disk_mb = Some(DISK_MB);
+            setup.env.extend(shifted_by(shift.path()));
+        }
         let url = format!("http://{}", setup.listen);
         let platform = block_in_place(|| Platform::start(setup))?;
-        Ok(Self { platform, url, postgres: to_postgres, redis: to_redis })
+        let member = Self { platform, url, postgres: to_postgres, redis: to_redis, shift };
+        Ok(member)
+    }
+
+    pub(crate) fn shift_clock(&self, seconds: i32) -> Result<()> {
+        Ok(std::fs::write(self.shift.path(), format!("{seconds:+}s"))?)
     }
 
     pub(crate) fn worker(&self) -> Result<WorkerId> {

@@ -34,6 +34,10 @@ pub enum Fault {
     RedisFlushed,
     RedisFull,
     PostgresKilled,
+    /// Nothing can be written in the data directory.
+    DiskFull,
+    /// The wall clock of a member jumps by so many seconds, and back a moment later.
+    Clock(i32),
 }
 
 /// A kill, and what was in hand then may be started once more.
@@ -112,6 +116,16 @@ impl Faults {
                 cluster.redis.ask(&["CONFIG", "SET", "maxmemory", "1mb"]);
                 sleep(SPELL).await;
                 cluster.redis.ask(&["CONFIG", "SET", "maxmemory", "0"]);
+            }
+            Fault::DiskFull => {
+                let full = block_in_place(|| member.platform.fill_disk())?;
+                sleep(SPELL).await;
+                drop(full);
+            }
+            Fault::Clock(seconds) => {
+                member.shift_clock(seconds)?;
+                sleep(SPELL).await;
+                member.shift_clock(0)?;
             }
             Fault::PostgresKilled => block_in_place(|| {
                 cluster.postgres.stop();

@@ -69,7 +69,8 @@ impl Load {
     }
 
     async fn one_vm(&self, name: &str, random: &mut Random) {
-        let create = CreateVm { name: Some(name.to_owned()), ..CreateVm::default() };
+        let disk_mb = Some(aether_types::limits::DISK_MB_MIN);
+        let create = CreateVm { name: Some(name.to_owned()), disk_mb, ..CreateVm::default() };
         let key = format!("{name}/create");
         let created = self.ask(&key, random, &Request::Create(create)).await;
         let Some(created) = created else { return };

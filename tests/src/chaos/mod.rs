@@ -12,7 +12,7 @@ use std::{sync::Arc, time::Duration};
 
 use anyhow::{Result, ensure};
 use cluster::Cluster;
-pub use cluster::available;
+pub use cluster::{available, can_reach_hosts};
 pub use faults::Fault;
 use faults::Faults;
 use journal::Journal;
@@ -29,6 +29,8 @@ const CLIENTS: u64 = 6;
 pub struct Plan {
     pub seed: u64,
     pub members: usize,
+    /// Disks can be filled and clocks moved.
+    pub hosts: bool,
     /// One after another, each at a random moment.
     pub faults: Vec<Fault>,
     /// The longest time between two of them.
@@ -37,7 +39,7 @@ pub struct Plan {
 
 /// Carries the plan out and says what came of it. What was done is printed, by its seed.
 pub async fn run(plan: Plan) -> Result<Verdict> {
-    let mut cluster = Cluster::start(plan.members).await?;
+    let mut cluster = Cluster::start(plan.members, plan.hosts).await?;
     let journal = Arc::new(Journal::default());
     let stop = watch::Sender::new(false);
     let clients: Vec<_> = (0..CLIENTS)
