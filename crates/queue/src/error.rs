@@ -1,5 +1,7 @@
 //! What goes wrong in the queue.
 
+use std::sync::Arc;
+
 use aether_postgres::Trouble;
 use aether_types::ErrorCode;
 use sqlx::{error::DatabaseError, sqlite::SqliteError};
@@ -33,13 +35,13 @@ pub enum QueueError {
     Full {
         context: &'static str,
         #[source]
-        source: Box<aether_redis::CallError>,
+        source: Arc<aether_redis::CallError>,
     },
     #[error("{context}")]
     Redis {
         context: &'static str,
         #[source]
-        source: Box<aether_redis::CallError>,
+        source: Arc<aether_redis::CallError>,
     },
     /// Others changed the same at the same time, again and again; this was undone.
     #[error("{context}: others changed the same at the same time")]

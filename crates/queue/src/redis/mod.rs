@@ -19,11 +19,11 @@
 //!
 //! Time is the server's. Epochs begin no lower than its clock in microseconds.
 //!
-//! Cancellation: whoever is dropped while it claims may have claimed already, as far as the server
-//! is concerned. The claim is therefore a task of its own, and a lease that nobody is there to take
-//! is given back at once.
+//! Claims that come while one is under way share the next script, and so do completions.
 
+mod claim;
 mod scripts;
+mod together;
 mod wake;
 
 use std::{sync::Arc, time::Duration};
@@ -36,7 +36,12 @@ use aether_types::{TaskId, WorkerId};
 use async_trait::async_trait;
 use tokio::{task::JoinHandle, time::sleep};
 
-use self::{scripts::millis, wake::Wake};
+use self::{
+    claim::{Claim, Given, InLine, confirm},
+    scripts::millis,
+    together::Together,
+    wake::Wake,
+};
 use crate::{
     Clock, Depth, Entry, Lane, Lease, Queue, QueueError, SystemClock, schedule::index,
     waiters::Waiter,
@@ -69,6 +74,9 @@ struct Shared {
     clock: Arc<dyn Clock>,
     time: Time,
     confirmed_within: Duration,
+    claims: Arc<Together<Claim, Given>>,
+    /// Of leases whose tasks have ended: whether each was held.
+    completions: Arc<Together<Lease, bool>>,
 }
 
 /// Whose time counts.
@@ -110,7 +118,16 @@ impl RedisQueue {
             // Between a hand-over and its confirmation a test would let any time pass.
             Time::Clock => Duration::MAX,
         };
-        let shared = Arc::new(Shared { link, wake, root, clock, time, confirmed_within });
+        let shared = Arc::new(Shared {
+            link,
+            wake,
+            root,
+            clock,
+            time,
+            confirmed_within,
+            claims: Arc::default(),
+            completions: Arc::default(),
+        });
         shared.take_possession(owner).await?;
         let tasks = [
             tokio::spawn(wake::end_delays(Arc::clone(&shared))),
@@ -135,6 +152,14 @@ impl Shared {
         script: &Script,
         values: &[String],
     ) -> Result<T, QueueError> {
+        self.call(script, values).await.map_err(|error| failed(context, error))
+    }
+
+    async fn call<T: FromRedisValue>(
+        &self,
+        script: &Script,
+        values: &[String],
+    ) -> Result<T, CallError> {
         let now = match self.time {
             Time::Server => String::new(),
             Time::Clock => millis(self.clock.now()).to_string(),
@@ -142,7 +167,12 @@ impl Shared {
         self.link
             .call(|connection| scripts::run(script, connection, &self.root, &now, values))
             .await
-            .map_err(|error| failed(context, error))
+    }
+
+    async fn complete_all(&self, leases: Vec<Lease>) -> Result<Vec<bool>, CallError> {
+        let values =
+            leases.iter().flat_map(|lease| [lease.task.to_string(), lease.epoch.to_string()]);
+        self.call(&scripts::COMPLETE, &values.collect::<Vec<_>>()).await
     }
 
     /// The first that comes owns it.
@@ -223,28 +253,6 @@ impl Shared {
         self.run("wake another", &scripts::PASS, &[]).await
     }
 
-    /// Claims what is ready for this worker; where nothing is and it `waits` it is in line then.
-    async fn try_claim(
-        &self,
-        worker: WorkerId,
-        length: Duration,
-        waits: bool,
-    ) -> Result<Option<Lease>, QueueError> {
-        let channel = if waits { self.link.channel() } else { "" };
-        let values = [
-            worker.to_string(),
-            millis(length).to_string(),
-            channel.to_owned(),
-            DELAYS_OF_A_CLAIM.to_string(),
-            millis(length.min(self.confirmed_within)).to_string(),
-        ];
-        let found: Option<(String, i64)> =
-            self.run("claim an entry", &scripts::CLAIM, &values).await?;
-        let Some((task, epoch)) = found else { return Ok(None) };
-        let task = task.parse().map_err(|_| QueueError::Corrupt("entry"))?;
-        Ok(Some(Lease { task, worker, epoch, duration: length }))
-    }
-
     async fn look(&self) -> Result<(Depth, Option<Duration>), QueueError> {
         let (ready, delayed, leased, left): (u64, u64, u64, i64) =
             self.run("look at the queue", &scripts::LOOK, &[]).await?;
@@ -253,11 +261,12 @@ impl Shared {
     }
 }
 
-fn failed(context: &'static str, error: CallError) -> QueueError {
-    match error.trouble {
-        Trouble::Away => QueueError::Unreachable { context, source: Some(Box::new(error)) },
-        Trouble::Full => QueueError::Full { context, source: Box::new(error) },
-        Trouble::Refused | Trouble::Other => QueueError::Redis { context, source: Box::new(error) },
+fn failed(context: &'static str, error: impl Into<Arc<CallError>>) -> QueueError {
+    let source = error.into();
+    match source.trouble {
+        Trouble::Away => QueueError::Unreachable { context, source: Some(Box::new(source)) },
+        Trouble::Full => QueueError::Full { context, source },
+        Trouble::Refused | Trouble::Other => QueueError::Redis { context, source },
     }
 }
 
@@ -265,91 +274,6 @@ fn lane(lane: Lane) -> String {
     match lane {
         Lane::Shared => "s".to_owned(),
         Lane::Worker(worker) => worker.to_string(),
-    }
-}
-
-/// A lease on its way to who claimed it.
-struct Given {
-    shared: Arc<Shared>,
-    lease: Option<Lease>,
-    /// Who is in the server's line where there is no lease.
-    waits: Option<WorkerId>,
-}
-
-impl Drop for Given {
-    fn drop(&mut self) {
-        // Without a runtime everything ends, and the lease runs out.
-        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
-        let shared = Arc::clone(&self.shared);
-        let Some(lease) = self.lease.take() else {
-            if let Some(worker) = self.waits {
-                runtime.spawn(async move { shared.leave(worker, 0).await });
-            }
-            return;
-        };
-        runtime.spawn(async move {
-            let given = shared.held("give back", &scripts::RELEASE, &lease, Some(0)).await;
-            if let Err(error) = given {
-                tracing::warn!(%error, "give back what nobody is there to take; it runs out");
-            }
-        });
-    }
-}
-
-/// A claim that may have put its worker into the server's line. Dropped with the claim, it takes it
-/// out again, unless others of its claims wait here.
-struct InLine<'q> {
-    shared: &'q Arc<Shared>,
-    worker: WorkerId,
-    /// The claim is over, and has put this in order itself.
-    is_left: bool,
-}
-
-impl Drop for InLine<'_> {
-    fn drop(&mut self) {
-        // Without a runtime everything ends, and who is told of work finds nobody there.
-        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
-        if self.is_left {
-            return;
-        }
-        let (shared, worker) = (Arc::clone(self.shared), self.worker);
-        runtime.spawn(async move { shared.leave(worker, 0).await });
-    }
-}
-
-/// The lease runs for its whole length from now. Nobody waits for that: it has begun already.
-fn confirm(shared: &Arc<Shared>, lease: &Lease) {
-    if lease.duration <= shared.confirmed_within {
-        return;
-    }
-    let (shared, lease) = (Arc::clone(shared), lease.clone());
-    tokio::spawn(async move {
-        // Where it was taken back meanwhile, whoever works on it is fenced, and finds out as usual.
-        if let Err(error) = shared.held("confirm a lease", &scripts::RENEW, &lease, None).await {
-            tracing::debug!(%error, "confirm a lease");
-        }
-    });
-}
-
-async fn claim_or_give_back(
-    shared: &Arc<Shared>,
-    worker: WorkerId,
-    length: Duration,
-    waits: bool,
-) -> Result<Option<Lease>, QueueError> {
-    let shared = Arc::clone(shared);
-    // Ends by itself soon. Where nobody waits for it any more, what it comes to is dropped as it
-    // ends.
-    let claim = tokio::spawn(async move {
-        let lease = shared.try_claim(worker, length, waits).await?;
-        Ok(Given { shared, lease, waits: waits.then_some(worker) })
-    });
-    match claim.await {
-        Ok(given) => given.map(|mut given| {
-            given.waits = None;
-            given.lease.take()
-        }),
-        Err(_) => Err(QueueError::Unreachable { context: "claim an entry", source: None }),
     }
 }
 
@@ -395,7 +319,8 @@ impl Queue for RedisQueue {
         loop {
             // In line here before it is in line there: no word comes unheard.
             let waiter = shared.wake.waiters.join(worker);
-            let claimed = claim_or_give_back(&self.shared, worker, lease, !wait.is_zero()).await;
+            let claim = Claim { worker, length: lease, waits: !wait.is_zero() };
+            let claimed = claim::claim(&self.shared, claim).await;
             let was_woken = woken.take().map(Waiter::looked).is_some();
             let is_away = match claimed {
                 Ok(Some(lease)) => {
@@ -448,7 +373,18 @@ impl Queue for RedisQueue {
     }
 
     async fn complete(&self, lease: &Lease) -> Result<(), QueueError> {
-        self.shared.held("remove an entry", &scripts::COMPLETE, lease, None).await
+        const CONTEXT: &str = "remove an entry";
+        let shared = Arc::clone(&self.shared);
+        let complete = move |leases| {
+            let shared = Arc::clone(&shared);
+            async move { shared.complete_all(leases).await }
+        };
+        match self.shared.completions.ask(lease.clone(), complete).await {
+            Some(Ok(true)) => Ok(()),
+            Some(Ok(false)) => Err(QueueError::Lost),
+            Some(Err(error)) => Err(failed(CONTEXT, error)),
+            None => Err(QueueError::Unreachable { context: CONTEXT, source: None }),
+        }
     }
 
     async fn release(&self, lease: &Lease, delay: Duration) -> Result<(), QueueError> {

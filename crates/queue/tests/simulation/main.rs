@@ -72,11 +72,11 @@ impl Told {
 
 #[tokio::test]
 async fn nothing_is_lost_and_nothing_ends_twice_on_sqlite() {
-    run(&mut Engine::sqlite(), seeds(300)).await;
+    run(&mut Engine::sqlite(), seeds(150)).await;
 }
 
 #[tokio::test]
 async fn nothing_is_lost_and_nothing_ends_twice_on_redis() {
     let Some(mut engine) = Engine::redis() else { return };
-    run(&mut engine, seeds(300)).await;
+    run(&mut engine, seeds(150)).await;
 }

@@ -1,5 +1,11 @@
--- ARGV: time, task, epoch. Whether it was held.
-if lease(ARGV[2]) ~= ARGV[3] then return 0 end
-redis.call('HDEL', key('e'), ARGV[2])
-forget_lease(ARGV[2])
-return 1
+-- ARGV: time, then of each lease: task, epoch. Of each whether it was held.
+local answers = {}
+for i = 2, #ARGV, 2 do
+  local held = lease(ARGV[i]) == ARGV[i + 1]
+  if held then
+    redis.call('HDEL', key('e'), ARGV[i])
+    forget_lease(ARGV[i])
+  end
+  answers[#answers + 1] = held and 1 or 0
+end
+return answers

@@ -60,8 +60,14 @@ end
 
 -- No lower than the clock: epochs rise over a server that lost its last second, or everything, and
 -- over a change from another queue.
+local last_epoch
 local function next_epoch()
-  return whole(math.max((redis.call('GET', key('epoch')) or 0) + 1, micros()))
+  if last_epoch then
+    last_epoch = last_epoch + 1
+  else
+    last_epoch = math.max((redis.call('GET', key('epoch')) or 0) + 1, micros())
+  end
+  return whole(last_epoch)
 end
 
 local function write_lease(task, epoch, length, worker, ends)
