@@ -116,7 +116,7 @@ impl Platform {
             authority_dir,
         } = plan;
         let address = listener.local_addr().map_err(|e| Failure::io("read the address", &e))?;
-        let Opened { store, queue, bus, database } = Opened::open(target, &dir).await?;
+        let Opened { store, queue, bus, limiter, database } = Opened::open(target, &dir).await?;
         let LogInputs { plan, sink, backlog } = logs;
         let logs = Logs::open(&dir.logs(), plan, backlog).await?;
         let metrics = Metrics::start(sink.clone())?;
@@ -176,6 +176,7 @@ impl Platform {
             metrics: Arc::clone(&metrics.read),
             tools,
             limits: edge.limits(),
+            limiter,
             origins: edge.origins()?,
             capacity: aether_store::Capacity {
                 vms_max: Some(capacity.max_vms),

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use aether_events::{EventBus, LocalBus, PostgresBus, RedisBus};
+use aether_gateway::{LocalLimiter, RateLimiter};
 use aether_postgres::{Config, Database, Extent, MigrateError, OpenError, Schema};
 use aether_queue::{PostgresQueue, Queue, QueueError, RedisQueue, SqliteQueue};
 use aether_store::{Durability, PostgresStore, SqliteStore, Store, StoreError};
@@ -13,6 +14,7 @@ use crate::{
     datadir::LockedDataDir,
     exit::Exit,
     failure::{Failure, chain},
+    rate_limiter::RedisLimiter,
 };
 
 /// Everything that is kept in PostgreSQL.
@@ -43,6 +45,8 @@ pub(crate) struct Opened {
     pub(crate) queue: Arc<dyn Queue>,
     /// Over the server that the queue is on.
     pub(crate) bus: Arc<dyn EventBus>,
+    /// Counts requests with all others that are on the same Redis, or for itself.
+    pub(crate) limiter: Arc<dyn RateLimiter>,
     /// To be closed when they have come to rest.
     pub(crate) database: Option<Database>,
 }
@@ -67,6 +71,7 @@ impl Opened {
                 (Arc::new(opened.map_err(|e| store_failure(&e))?), Some(database))
             }
         };
+        let limiter = limiter(redis.as_ref()).await?;
         let (queue, bus): (Arc<dyn Queue>, Arc<dyn EventBus>) = match (redis, &database) {
             (Some(config), _) => {
                 let owner = installation(&*store).await?;
@@ -87,8 +92,14 @@ impl Opened {
                 (Arc::new(queue), Arc::new(LocalBus::new()))
             }
         };
-        Ok(Self { store, queue, bus, database })
+        Ok(Self { store, queue, bus, limiter, database })
     }
+}
+
+async fn limiter(redis: Option<&aether_redis::Config>) -> Result<Arc<dyn RateLimiter>, Failure> {
+    let Some(config) = redis else { return Ok(Arc::new(LocalLimiter::default())) };
+    let limiter = RedisLimiter::open(config.clone()).await;
+    Ok(Arc::new(limiter.map_err(|e| redis_unreachable(&e))?))
 }
 
 async fn postgres(config: Config, migrate: bool) -> Result<Database, Failure> {

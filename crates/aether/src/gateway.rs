@@ -12,7 +12,7 @@ use aether_drivers::Capabilities;
 use aether_events::EventBus;
 use aether_gateway::{
     AuthSecret, Catalogue, DriverInfo, GatewayConfig, GatewayParts, HostCheck, HostLimits, KeyRing,
-    LocalLimiter, NewKey, Origins, Probe, RateLimits,
+    NewKey, Origins, Probe, RateLimiter, RateLimits,
 };
 use aether_logs::LogStore;
 use aether_queue::Queue;
@@ -115,6 +115,7 @@ pub(crate) struct Inputs {
     pub(crate) tools: ToolsHere,
     pub(crate) capacity: Capacity,
     pub(crate) limits: RateLimits,
+    pub(crate) limiter: Arc<dyn RateLimiter>,
     pub(crate) origins: Origins,
 }
 
@@ -141,6 +142,7 @@ pub(crate) fn start(inputs: Inputs) -> Result<Gateway, Failure> {
         tools,
         capacity,
         limits,
+        limiter,
         origins,
     } = inputs;
     let address = listener.local_addr().map_err(|e| Failure::io("read the address", &e))?;
@@ -162,7 +164,7 @@ pub(crate) fn start(inputs: Inputs) -> Result<Gateway, Failure> {
         metrics,
         hosts: HostCheck::for_listener(address),
         tls,
-        limiter: Arc::new(LocalLimiter::default()),
+        limiter,
         config: GatewayConfig { capacity, limits, origins, ..GatewayConfig::default() },
     });
     let closing = CancellationToken::new();

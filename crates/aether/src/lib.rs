@@ -33,6 +33,7 @@ mod migrate;
 mod notify;
 mod older;
 mod output;
+mod rate_limiter;
 mod signals;
 mod tls;
 mod tools;

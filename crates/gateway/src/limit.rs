@@ -4,7 +4,7 @@
 //! time between two; one that would move it further than a burst away is refused, and moves
 //! nothing (the generic cell rate algorithm).
 //!
-//! Who counts is a seam: the processes of one store each count for themselves here.
+//! Who counts is a seam: this process for itself here, or all that share a server.
 
 use std::{
     collections::HashMap,
@@ -48,9 +48,28 @@ impl Rate {
         Self::every(Duration::from_secs(1).checked_div(requests)?, burst)
     }
 
+    #[must_use]
+    pub fn interval(self) -> Duration {
+        self.interval
+    }
+
     /// From empty to full.
-    fn window(self) -> Duration {
+    #[must_use]
+    pub fn window(self) -> Duration {
         self.interval.saturating_mul(self.burst)
+    }
+
+    /// What is said to one request more, that is taken or not, where the bucket is full after this
+    /// time then.
+    #[must_use]
+    pub fn verdict(self, taken: bool, full_after: Duration) -> Verdict {
+        if !taken {
+            let wait = (full_after + self.interval).saturating_sub(self.window());
+            return Verdict { retry_after: Some(wait), left: 0, full_after };
+        }
+        let room = self.window().saturating_sub(full_after);
+        let left = room.as_nanos() / self.interval.as_nanos().max(1);
+        Verdict { retry_after: None, left: u32::try_from(left).unwrap_or(u32::MAX), full_after }
     }
 }
 
@@ -133,14 +152,11 @@ impl RateLimiter for LocalLimiter {
 fn take(full_at: &mut Instant, now: Instant, rate: Rate) -> Verdict {
     let missing = full_at.saturating_duration_since(now);
     let after = missing + rate.interval;
-    let Some(room) = rate.window().checked_sub(after) else {
-        let retry_after = Some(after.saturating_sub(rate.window()));
-        return Verdict { retry_after, left: 0, full_after: missing };
-    };
+    if after > rate.window() {
+        return rate.verdict(false, missing);
+    }
     *full_at = now + after;
-    let left = room.as_nanos() / rate.interval.as_nanos().max(1);
-    let left = u32::try_from(left).unwrap_or(u32::MAX);
-    Verdict { retry_after: None, left, full_after: after }
+    rate.verdict(true, after)
 }
 
 /// What an answer says of the limits that were looked at.

@@ -162,7 +162,8 @@ impl Authority {
         let key = asked.map_err(|_| TlsError::Request)?.public_key;
         let mut params = CertificateParams::default();
         params.distinguished_name = named("Aetherium worker");
-        params.subject_alt_names = peer.uris().into_iter().map(uri).collect::<Result<_, _>>()?;
+        params.subject_alt_names =
+            peer.uris().iter().map(|text| uri(text)).collect::<Result<_, _>>()?;
         params.subject_alt_names.push(alternative(&server_name(peer.worker))?);
         params.extended_key_usages =
             vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
@@ -252,9 +253,8 @@ fn alternative(name: &str) -> Result<SanType, TlsError> {
     Ok(SanType::DnsName(name.try_into().map_err(|_| wrong())?))
 }
 
-fn uri(text: String) -> Result<SanType, TlsError> {
-    let wrong = || TlsError::Name(text.clone());
-    Ok(SanType::URI(text.as_str().try_into().map_err(|_| wrong())?))
+fn uri(text: &str) -> Result<SanType, TlsError> {
+    Ok(SanType::URI(text.try_into().map_err(|_| TlsError::Name(text.to_owned()))?))
 }
 
 fn limit(params: &mut CertificateParams, lifetime: Duration) -> Result<(), TlsError> {
@@ -275,7 +275,12 @@ fn random<const N: usize>() -> Result<[u8; N], TlsError> {
 }
 
 fn hexadecimal(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    use std::fmt::Write as _;
+    let mut text = String::with_capacity(bytes.len() * 2);
+    for byte in bytes {
+        let _ = write!(text, "{byte:02x}");
+    }
+    text
 }
 
 impl Credentials {
