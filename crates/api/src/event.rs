@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 pub const EVENT_VERSION: u32 = 1;
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct EventView {
     pub version: u32,
     /// Rises from event to event; go on after it. Numbers may be left out.
@@ -45,6 +46,7 @@ pub struct EventView {
 
 /// What a client that follows events is told.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum EventMessage {
     Event(Box<EventView>),

@@ -7,6 +7,7 @@ pub const PROBLEM_MEDIA_TYPE: &str = "application/problem+json";
 
 /// An error, as RFC 9457 has it. Programs branch on `code`; texts may change.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Problem {
     /// `urn:aetherium:problem:` and the code.
     #[serde(rename = "type")]

@@ -30,7 +30,7 @@ const BODY_LIMIT: Duration = Duration::from_secs(30);
 const DRAIN_BYTES_MAX: usize = 8 * 1024 * 1024;
 const DRAIN_LIMIT: Duration = Duration::from_secs(2);
 
-const IDEMPOTENCY_KEY_BYTES_MAX: usize = 255;
+pub(crate) const IDEMPOTENCY_KEY_BYTES_MAX: usize = 255;
 
 /// A JSON body, and the bytes that it came as.
 pub(crate) struct Json<T> {

@@ -34,6 +34,7 @@ mod history;
 mod hosts;
 mod limit;
 pub mod metrics;
+mod openapi;
 mod parts;
 mod problem;
 mod routes;

@@ -97,6 +97,7 @@ fn is_tool_version(version: &str) -> bool {
 
 /// A tool of a VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct VmTool {
     pub name: String,
     /// As it was asked for, by the request or the configured defaults.
