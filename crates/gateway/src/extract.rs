@@ -20,6 +20,7 @@ use crate::{
     auth::Caller,
     parts::App,
     problem::{ApiError, ApiResult},
+    strict::Strict,
 };
 
 /// All of a JSON body has to come in this time.
@@ -130,7 +131,7 @@ pub(crate) async fn drain_stream(stream: &mut BodyDataStream, bytes_max: usize, 
 /// Reads JSON and, where that fails, names place and field and repeats no value.
 pub(crate) fn from_json<T: DeserializeOwned>(bytes: &[u8]) -> ApiResult<T> {
     let mut reader = serde_json::Deserializer::from_slice(bytes);
-    let value = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
+    let value = serde_path_to_error::deserialize(Strict(&mut reader)).map_err(|error| {
         let path = error.path().to_string();
         malformed(&path, error.inner())
     })?;

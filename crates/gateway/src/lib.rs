@@ -39,6 +39,7 @@ mod parts;
 mod problem;
 mod routes;
 mod serve;
+mod strict;
 mod submit;
 mod tail;
 mod templates;

@@ -116,7 +116,7 @@ rules! {
     ToolText = {
         "type": "string", "minLength": 1,
         "maxLength": limits::TOOL_NAME_BYTES_MAX + 1 + limits::TOOL_VERSION_BYTES_MAX,
-        "pattern": r"^[a-z][a-z0-9-]*([@=][A-Za-z0-9.+_~^<>=*|,-]([A-Za-z0-9.+_~^<>=*|, -]*[A-Za-z0-9.+_~^<>=*|,-])?)?$",
+        "pattern": format!("^{}([@=]{})?$", tool_name(), tool_version()),
         "examples": ["go", "go@1.23.1"],
     },
     ToolTexts = {
@@ -126,12 +126,8 @@ rules! {
     /// Versions by the name of the tool.
     ToolVersions = {
         "type": "object", "maxProperties": limits::TOOLS_MAX,
-        "propertyNames": {
-            "maxLength": limits::TOOL_NAME_BYTES_MAX, "pattern": "^[a-z][a-z0-9-]*$",
-        },
-        "additionalProperties": {
-            "type": "string", "minLength": 1, "maxLength": limits::TOOL_VERSION_BYTES_MAX,
-        },
+        "propertyNames": { "pattern": format!("^{}$", tool_name()) },
+        "additionalProperties": { "type": "string", "pattern": format!("^{}$", tool_version()) },
     },
     /// In a guest.
     AbsolutePath = {
@@ -157,6 +153,16 @@ rules! {
         "type": "array", "maxItems": limits::ARGS_MAX,
         "items": { "type": "string", "maxLength": limits::ARG_BYTES_MAX, "pattern": WITHOUT_NUL },
     },
+}
+
+fn tool_name() -> String {
+    format!("[a-z][a-z0-9-]{{0,{}}}", limits::TOOL_NAME_BYTES_MAX - 1)
+}
+
+/// With no space at its ends.
+fn tool_version() -> String {
+    let (plain, inner) = ("A-Za-z0-9.+_~^<>=*|,-", limits::TOOL_VERSION_BYTES_MAX - 2);
+    format!("[{plain}]([ {plain}]{{0,{inner}}}[{plain}])?")
 }
 
 /// Every topic, all of a noun, and all.

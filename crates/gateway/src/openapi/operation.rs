@@ -265,9 +265,13 @@ pub(crate) fn page_limit(_: &mut SchemaGenerator) -> Schema {
     })
 }
 
+/// As much as [`limits::WAIT_S_MAX`], in each of its spellings.
+const WAIT: &str = "^0*(([12]?[0-9]{1,2}|300)s?|[0-5]m|([12]?[0-9]{1,5}|300000)ms)$";
+const _: () = assert!(limits::WAIT_S_MAX == 300);
+
 pub(crate) fn wait(_: &mut SchemaGenerator) -> Schema {
     json_schema!({
-        "type": "string", "pattern": "^[0-9]+(ms|s|m)?$",
+        "type": "string", "pattern": WAIT,
         "description": format!(
             "Whole seconds, or a whole number with `ms`, `s` or `m`; {} s at most.",
             limits::WAIT_S_MAX

@@ -66,8 +66,10 @@ pub(super) async fn query(
     params.finish()?;
     let QueryLogs { vm_id, task_id, level, text, start, end, limit } = body.value;
     let owned = owned(&app, &caller, vm_id.as_deref(), task_id).await;
-    let named = if task_id.is_some() { "task_id" } else { "vm_id" };
-    let vm_id = owned.map_err(|error| error.in_body(named))?;
+    let vm_id = owned.map_err(|error| match error.problem().code.as_str() {
+        code if code == ErrorCode::TaskNotFound.as_str() => error.in_body("task_id"),
+        _ => error.in_body("vm_id"),
+    })?;
     let query = LogQuery {
         filter: LogFilter { vm_id, task_id, level, text },
         start_ns: start.map(PreciseTime::unix_ns),

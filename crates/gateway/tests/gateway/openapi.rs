@@ -1,6 +1,6 @@
 //! The document is served, is the one that is checked in, and has every route in it.
 
-use std::{collections::BTreeSet, env, fs, path::PathBuf};
+use std::{collections::BTreeSet, env, fs, path::PathBuf, process::Command};
 
 use aether_gateway::Gateway;
 use reqwest::{Method, StatusCode, header};
@@ -34,6 +34,27 @@ fn the_document_that_is_checked_in_is_the_one_that_is_served() {
         "docs/openapi.json is not what is served; refresh it with\n    \
          AETHER_UPDATE=1 cargo nextest run -p aether-gateway the_document_that_is_checked_in"
     );
+}
+
+/// A folder whose `node_modules` has `@redocly/cli`.
+const LINTER: &str = "AETHER_TEST_REDOCLY";
+
+#[test]
+fn the_linter_has_nothing_to_say_of_the_document() {
+    let Some(folder) = env::var_os(LINTER).map(PathBuf::from) else {
+        println!("skipped: {LINTER} names no folder with Redocly's linter");
+        return;
+    };
+    let said = Command::new("node")
+        .arg(folder.join("node_modules/@redocly/cli/bin/cli.js"))
+        .args(["lint", "docs/openapi.json"])
+        .current_dir(checked_in().ancestors().nth(2).unwrap())
+        .env("REDOCLY_TELEMETRY", "off")
+        .env("REDOCLY_SUPPRESS_UPDATE_NOTICE", "true")
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&said.stdout) + String::from_utf8_lossy(&said.stderr);
+    assert!(said.status.success(), "{text}");
 }
 
 #[test]
