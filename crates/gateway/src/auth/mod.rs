@@ -103,7 +103,7 @@ impl<S: Sync> FromRequestParts<S> for Caller {
     }
 }
 
-/// Lets nothing through without a key but health; paths that do not exist included.
+/// Lets nothing through without a key but health and the document of the API; paths that do not exist included.
 pub(crate) async fn authenticate(
     State(app): State<App>,
     mut request: Request,

@@ -276,7 +276,7 @@ pub(crate) fn wait(_: &mut SchemaGenerator) -> Schema {
             "Whole seconds, or a whole number with `ms`, `s` or `m`; {} s at most.",
             limits::WAIT_S_MAX
         ),
-        "examples": ["30s"],
+        "examples": ["5s"],
     })
 }
 
