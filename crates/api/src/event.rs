@@ -19,7 +19,7 @@ pub struct EventView {
     /// Such as `vm.running`.
     pub topic: EventTopic,
     pub at: Timestamp,
-    /// `None`: of the platform.
+    /// `null`: of the platform.
     pub project_id: Option<ProjectId>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vm_id: Option<VmId>,

@@ -21,7 +21,7 @@ pub struct Problem {
     /// The id of the request.
     #[serde(default)]
     pub instance: String,
-    /// One of `aether_types::ErrorCode`. Text, since a server may be newer than its client.
+    /// It never changes its meaning. Text, since a server may be newer than its client.
     pub code: String,
     /// The field or parameter that is at fault.
     #[serde(default, skip_serializing_if = "Option::is_none")]

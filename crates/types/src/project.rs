@@ -17,7 +17,7 @@ pub struct Project {
     pub quota: Quota,
 }
 
-/// What a project may have at most; `None` is no bound.
+/// What a project may have at most; `null` is no bound.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]

@@ -133,6 +133,11 @@ rules! {
     AbsolutePath = {
         "type": "string", "maxLength": limits::PATH_BYTES_MAX, "pattern": r"^/[^\u0000]*$",
     },
+    /// In a guest, of a file: it stays where it says.
+    FilePath = {
+        "type": "string", "maxLength": limits::PATH_BYTES_MAX,
+        "pattern": r"^(?![^\u0000]*/\.\.(/|$))/([^\u0000]*/)?(?!\.?$)[^/\u0000]+$",
+    },
     Folder = {
         "type": "string", "minLength": 1, "maxLength": limits::PATH_BYTES_MAX,
         "pattern": WITHOUT_NUL,

@@ -271,7 +271,7 @@ pub fn validate_tag(tag: &str) -> Result<(), String> {
 #[serde(deny_unknown_fields)]
 pub struct TemplateFile {
     /// Absolute, in the guest.
-    #[cfg_attr(feature = "schema", schemars(with = "crate::schema::AbsolutePath"))]
+    #[cfg_attr(feature = "schema", schemars(with = "crate::schema::FilePath"))]
     pub path: String,
     /// UTF-8 text; other content is fetched or made by a step.
     #[cfg_attr(feature = "schema", schemars(length(max = limits::TEMPLATE_FILES_BYTES_MAX)))]

@@ -102,7 +102,7 @@ pub struct VmTool {
     pub name: String,
     /// As it was asked for, by the request or the configured defaults.
     pub asked: String,
-    /// The version that is there; `None` until the VM has it.
+    /// The version that is there; `null` until the VM has it.
     pub got: Option<String>,
     /// When its layer was built and the tool itself was run to see that it works.
     pub verified_at: Option<Timestamp>,

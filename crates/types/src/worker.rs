@@ -172,7 +172,7 @@ pub struct WorkerCapacity {
     /// Of the host.
     pub processors: u32,
     pub host_memory_mb: u64,
-    /// Of all VMs there together; `None`: not bounded.
+    /// Of all VMs there together; `null`: not bounded.
     #[serde(default)]
     pub vcpus_max: Option<u32>,
     #[serde(default)]
