@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 /// Who did what. Written once, never changed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct AuditView {
     pub id: AuditId,
     pub at: Timestamp,

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 pub const EVENT_VERSION: u32 = 1;
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct EventView {
     pub version: u32,
     /// Rises from event to event; go on after it. Numbers may be left out.
@@ -18,7 +19,7 @@ pub struct EventView {
     /// Such as `vm.running`.
     pub topic: EventTopic,
     pub at: Timestamp,
-    /// `None`: of the platform.
+    /// `null`: of the platform.
     pub project_id: Option<ProjectId>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vm_id: Option<VmId>,
@@ -45,6 +46,7 @@ pub struct EventView {
 
 /// What a client that follows events is told.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum EventMessage {
     Event(Box<EventView>),

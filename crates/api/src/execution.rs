@@ -11,24 +11,32 @@ use serde::{Deserialize, Serialize};
 
 /// `POST /vms/{vm}/execute`. No shell reads the command.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct ExecuteRequest {
     /// A program, by path or found on the PATH.
+    #[cfg_attr(feature = "schema", schemars(with = "aether_types::schema::Command"))]
     pub command: String,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[cfg_attr(feature = "schema", schemars(with = "aether_types::schema::Args"))]
     pub args: Vec<String>,
     /// Laid over the VM's. Values are never shown again.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[cfg_attr(feature = "schema", schemars(with = "aether_types::schema::Env"))]
     pub env: BTreeMap<String, String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(with = "Option<aether_types::schema::Folder>"))]
     pub cwd: Option<String>,
     /// A name or `UID[:GID]`; root where it is not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(with = "Option<aether_types::schema::User>"))]
     pub user: Option<String>,
     /// All of the standard input.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(length(max = aether_types::limits::STDIN_BYTES_MAX)))]
     pub stdin: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(range(min = 1, max = aether_types::limits::EXECUTION_TIMEOUT_S_MAX)))]
     pub timeout_s: Option<u64>,
 }
 
@@ -47,6 +55,7 @@ impl From<ExecuteRequest> for ExecutionSpec {
 /// kept bytes, without that line. The kept bytes also come raw from `.../output?stream=stdout`.
 /// All of these are absent from lists and, since output is kept at the end, while it runs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct ExecutionView {
     pub id: ExecutionId,
     pub vm_id: VmId,

@@ -4,6 +4,7 @@ use aether_types::Timestamp;
 use serde::{Deserialize, Serialize};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum FileKind {
     File,
@@ -15,6 +16,7 @@ pub enum FileKind {
 
 /// `GET /vms/{vm}/files/stat`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct FileView {
     pub kind: FileKind,
     pub size: u64,
@@ -28,6 +30,7 @@ pub struct FileView {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct FileEntry {
     /// What is not UTF-8 in it is replaced by U+FFFD.
     pub name: String,
@@ -43,33 +46,42 @@ pub type FileListing = crate::Page<FileEntry>;
 
 /// `PUT /vms/{vm}/files`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct FileWritten {
     pub bytes: u64,
 }
 
 /// `POST /vms/{vm}/files/mkdir`.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct MkdirRequest {
+    #[cfg_attr(feature = "schema", schemars(with = "aether_types::schema::AbsolutePath"))]
     pub path: String,
     /// Make missing parents, and take a directory that exists for done.
     #[serde(default)]
     pub parents: bool,
     /// Octal; `0755` where it is not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(with = "Option<aether_types::schema::Mode>"))]
     pub mode: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(with = "Option<aether_types::schema::User>"))]
     pub user: Option<String>,
 }
 
 /// `POST /vms/{vm}/files/move`. Atomic within one file system of the VM, refused across two.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct MoveRequest {
+    #[cfg_attr(feature = "schema", schemars(with = "aether_types::schema::AbsolutePath"))]
     pub from: String,
+    #[cfg_attr(feature = "schema", schemars(with = "aether_types::schema::AbsolutePath"))]
     pub to: String,
     #[serde(default)]
     pub overwrite: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(with = "Option<aether_types::schema::User>"))]
     pub user: Option<String>,
 }

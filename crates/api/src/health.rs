@@ -3,6 +3,7 @@ use std::{collections::BTreeMap, fmt};
 use serde::{Deserialize, Serialize};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum HealthStatus {
     Ok,
@@ -24,6 +25,7 @@ impl fmt::Display for HealthStatus {
 /// `GET /health`, answered with 200, or with 503 where the status is `unavailable`. Needs no key
 /// and says nothing that needs one.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Health {
     /// The worst of the components'.
     pub status: HealthStatus,
@@ -33,6 +35,7 @@ pub struct Health {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct ComponentHealth {
     pub status: HealthStatus,
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -7,6 +7,7 @@ pub const EVENT_STREAM_MEDIA_TYPE: &str = "text/event-stream";
 
 /// Everything that is given must fit. Empty: the latest lines of all.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct QueryLogs {
     /// An id or a name.
@@ -19,6 +20,7 @@ pub struct QueryLogs {
     pub level: Option<LogLevel>,
     /// In the line, as it is written.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(length(max = aether_types::limits::LOG_TEXT_BYTES_MAX)))]
     pub text: Option<String>,
     /// Not before.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -28,11 +30,13 @@ pub struct QueryLogs {
     pub end: Option<PreciseTime>,
     /// At most this many, the latest.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(range(min = 1, max = aether_types::limits::LOG_QUERY_LIMIT_MAX)))]
     pub limit: Option<u32>,
 }
 
 /// What a query found.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct LogsView {
     /// Oldest first.
     pub items: Vec<LogEntryView>,
@@ -41,6 +45,7 @@ pub struct LogsView {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct LogEntryView {
     /// Rises by one from each line that the server takes to the next.
     pub sequence: u64,
@@ -59,6 +64,7 @@ pub struct LogEntryView {
 
 /// What a client that follows logs is told.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum LogEvent {
     Entry(LogEntryView),

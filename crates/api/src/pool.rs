@@ -3,6 +3,7 @@ use serde::{Deserialize, Serialize};
 
 /// Machines of a template that wait, restored and paused, to become VMs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct PoolView {
     pub template_id: TemplateId,
     /// `name:tag`.

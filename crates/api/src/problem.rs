@@ -7,6 +7,7 @@ pub const PROBLEM_MEDIA_TYPE: &str = "application/problem+json";
 
 /// An error, as RFC 9457 has it. Programs branch on `code`; texts may change.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Problem {
     /// `urn:aetherium:problem:` and the code.
     #[serde(rename = "type")]
@@ -20,7 +21,7 @@ pub struct Problem {
     /// The id of the request.
     #[serde(default)]
     pub instance: String,
-    /// One of `aether_types::ErrorCode`. Text, since a server may be newer than its client.
+    /// It never changes its meaning. Text, since a server may be newer than its client.
     pub code: String,
     /// The field or parameter that is at fault.
     #[serde(default, skip_serializing_if = "Option::is_none")]

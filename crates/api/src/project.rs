@@ -6,15 +6,18 @@ use serde::{Deserialize, Serialize};
 
 /// `POST /projects`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct CreateProject {
     /// Unique among projects that are not deleted.
+    #[cfg_attr(feature = "schema", schemars(with = "aether_types::schema::PlainName"))]
     pub name: String,
     #[serde(default)]
     pub quota: Quota,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct ProjectView {
     pub id: ProjectId,
     pub name: String,
@@ -28,6 +31,7 @@ pub struct ProjectView {
 
 /// `GET /quota`: of the project that the key is of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct QuotaView {
     pub quota: Quota,
     pub used: Usage,

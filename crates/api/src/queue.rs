@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 /// A queue: `shared`, or a worker's own. As the store knows it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct QueueView {
     /// `shared`, or a worker's id.
     pub name: String,
@@ -24,6 +25,7 @@ pub struct QueueView {
 
 /// The answer to a retry: what was asked for is asked for again, as another task.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Retried {
     pub task_id: TaskId,
     /// `null` for `tool:build` alone.

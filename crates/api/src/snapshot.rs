@@ -10,15 +10,18 @@ use crate::{VmView, vm::ms};
 
 /// `POST /vms/{vm}/snapshots`. The body may be left out.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct CreateSnapshot {
     /// Unique among snapshots that are not deleted.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(with = "Option<aether_types::schema::PlainName>"))]
     pub name: Option<String>,
 }
 
 /// A snapshot as it is now.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct SnapshotView {
     pub id: SnapshotId,
     pub name: Option<String>,
@@ -91,22 +94,28 @@ impl From<Snapshot> for SnapshotView {
 
 /// `POST /vms/{vm}/fork`. The body may be left out.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct ForkVm {
     /// 1 where it is not given.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(range(min = 1, max = aether_types::limits::FORK_COUNT_MAX)))]
     pub count: Option<u32>,
     /// The clones are called so, with `-1`, `-2`, ... after it; made from ids where it is not given.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(with = "Option<aether_types::schema::VmName>"))]
     pub name_prefix: Option<String>,
     /// Instead of the source's. Values are never shown again.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(with = "Option<aether_types::schema::Env>"))]
     pub env: Option<BTreeMap<String, String>>,
     /// Instead of the source's.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(with = "Option<aether_types::schema::Labels>"))]
     pub labels: Option<BTreeMap<String, String>>,
     /// Time to live of the clones, from their creation; the source's where it is not given.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(range(min = 1, max = aether_types::limits::VM_TIMEOUT_S_MAX)))]
     pub timeout_s: Option<u64>,
     /// Instead of the source's.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -115,6 +124,7 @@ pub struct ForkVm {
 
 /// The answer 202 to a fork: all of it is recorded and will be carried out.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct ForkAccepted {
     /// Of the snapshot.
     pub task_id: TaskId,
@@ -127,6 +137,7 @@ pub struct ForkAccepted {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct CloneAccepted {
     pub vm_id: VmId,
     pub name: String,
@@ -136,6 +147,7 @@ pub struct CloneAccepted {
 
 /// The answer 201 to a fork that was waited for: all clones run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Forked {
     /// How long the source stood still.
     pub paused_ms: Option<f64>,

@@ -31,6 +31,7 @@ pub const STDIN_WINDOW_BYTES: u32 = 256 * 1024;
 /// What a client that follows an execution is told, in this order: `accepted`, `started`, output
 /// in any mixture, and one of `end` and `detached`. A stream that ends without either was cut off.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum StreamEvent {
     /// Recorded.
@@ -44,10 +45,12 @@ pub enum StreamEvent {
     /// `data` is base64 in JSON.
     Stdout {
         #[serde(with = "base64_bytes")]
+        #[cfg_attr(feature = "schema", schemars(with = "String", extend("contentEncoding" = "base64")))]
         data: Bytes,
     },
     Stderr {
         #[serde(with = "base64_bytes")]
+        #[cfg_attr(feature = "schema", schemars(with = "String", extend("contentEncoding" = "base64")))]
         data: Bytes,
     },
     /// Bytes of the output that this stream cannot show.
@@ -67,6 +70,7 @@ pub enum StreamEvent {
 
 /// How an execution ended.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct StreamEnd {
     pub status: ExecutionState,
     pub exit_code: Option<i32>,
@@ -90,17 +94,23 @@ impl StreamEnd {
 
 /// What an interactive execution runs. It ends when the client goes.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct TerminalStart {
     /// Empty: a login shell.
     pub command: String,
+    #[cfg_attr(feature = "schema", schemars(with = "aether_types::schema::Args"))]
     pub args: Vec<String>,
+    #[cfg_attr(feature = "schema", schemars(with = "aether_types::schema::Env"))]
     pub env: BTreeMap<String, String>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(with = "Option<aether_types::schema::Folder>"))]
     pub cwd: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(with = "Option<aether_types::schema::User>"))]
     pub user: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(range(min = 1, max = aether_types::limits::EXECUTION_TIMEOUT_S_MAX)))]
     pub timeout_s: Option<u64>,
     /// Run on a terminal of this size; separate streams without.
     pub tty: Option<TtySize>,
@@ -123,6 +133,7 @@ impl From<TerminalStart> for ExecutionSpec {
 
 /// From the client, in text messages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
 pub enum TerminalControl {
     StdinEof,

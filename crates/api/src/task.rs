@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 /// The answer 202: the request is recorded and will be carried out. Also what a request with
 /// `?wait=` answers when the time is over first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Accepted {
     pub task_id: TaskId,
     pub vm_id: VmId,
@@ -39,6 +40,7 @@ impl Accepted {
 
 /// A task as it is now.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct TaskView {
     pub id: TaskId,
     pub kind: TaskKind,

@@ -10,28 +10,37 @@ use crate::PoolView;
 
 /// `POST /templates`. Also the form of a template file. Everything but the name has a default.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct BuildTemplate {
+    #[cfg_attr(feature = "schema", schemars(with = "aether_types::schema::PlainName"))]
     pub name: String,
     /// `latest` where it is not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(with = "Option<aether_types::schema::PlainName>"))]
     pub tag: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(with = "Option<aether_types::schema::Image>"))]
     pub image: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub driver: Option<DriverKind>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(range(min = aether_types::limits::VCPUS_MIN, max = aether_types::limits::VCPUS_MAX)))]
     pub vcpus: Option<u32>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(range(min = aether_types::limits::MEMORY_MB_MIN, max = aether_types::limits::MEMORY_MB_MAX)))]
     pub memory_mb: Option<u32>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(range(min = aether_types::limits::DISK_MB_MIN, max = aether_types::limits::DISK_MB_MAX)))]
     pub disk_mb: Option<u32>,
     /// Run last and left running: a server that is up in every VM from its first moment.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(with = "Option<aether_types::schema::Command>"))]
     pub start: Option<String>,
     /// Of the build, and of every command in VMs made from it, unless they have their own. Values
     /// are never shown again.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[cfg_attr(feature = "schema", schemars(with = "aether_types::schema::Env"))]
     pub env: BTreeMap<String, String>,
     /// The snapshot is taken when this is so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -41,13 +50,16 @@ pub struct BuildTemplate {
     pub network: Option<NetworkPolicy>,
     /// Written before the first step.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[cfg_attr(feature = "schema", schemars(length(max = aether_types::limits::TEMPLATE_FILES_MAX)))]
     pub files: Vec<TemplateFile>,
     /// One after the other, as root; one that fails ends the build.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[cfg_attr(feature = "schema", schemars(length(max = aether_types::limits::TEMPLATE_STEPS_MAX)))]
     pub steps: Vec<TemplateStep>,
     /// Tools of the catalogue, beside the defaults: `go`, `go@1.23.1`. There for the steps, and in
     /// every VM made from it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[cfg_attr(feature = "schema", schemars(with = "aether_types::schema::ToolTexts"))]
     pub tools: Vec<String>,
     /// `false`: only the tools that are asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -56,6 +68,7 @@ pub struct BuildTemplate {
 
 /// A template as it is now.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct TemplateView {
     pub id: TemplateId,
     pub name: String,
@@ -84,6 +97,7 @@ pub struct TemplateView {
 
 /// What a template is made from, without what may be secret.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct TemplateSpecView {
     pub image: String,
     pub driver: DriverKind,
@@ -109,6 +123,7 @@ pub struct TemplateSpecView {
 
 /// A file without its content.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct TemplateFileView {
     pub path: String,
     pub size_bytes: u64,

@@ -3,6 +3,7 @@ use serde::{Deserialize, Serialize};
 
 /// A tool of the catalogue.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct ToolView {
     pub name: String,
     /// Other names that requests may use.
@@ -20,6 +21,7 @@ pub struct ToolView {
 
 /// A layer of a tool.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct CachedToolView {
     pub version: String,
     pub size_bytes: u64,
@@ -29,6 +31,7 @@ pub struct CachedToolView {
 
 /// What a source offers of a tool: a page of it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct ToolVersionsView {
     /// Also where an alias was asked for.
     pub name: String,
@@ -43,6 +46,7 @@ pub struct ToolVersionsView {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct ToolVersionView {
     pub version: String,
     /// Given only to who asks for exactly this version.
@@ -56,6 +60,7 @@ pub struct ToolVersionView {
 
 /// A record of the lock: what a request came to, and from what.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct LockedToolView {
     pub name: String,
     pub asked: String,
@@ -74,14 +79,20 @@ pub struct LockedToolView {
 
 /// `POST /tools/builds`: layers for VMs to come.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct BuildTools {
     /// `go`, `go@1.23.1`, `go=1.23`.
+    #[cfg_attr(
+        feature = "schema",
+        schemars(with = "aether_types::schema::ToolTexts", length(min = 1))
+    )]
     pub tools: Vec<String>,
 }
 
 /// The answer 202 to it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct ToolBuildAccepted {
     pub task_id: TaskId,
     /// Of the task.
@@ -90,6 +101,7 @@ pub struct ToolBuildAccepted {
 
 /// `POST /tools/prune`: the layers that were used longest ago go, until the rest fits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct PruneTools {
     /// What the rest may take; the configured budget where it is not given. 0 removes every layer.
@@ -100,6 +112,7 @@ pub struct PruneTools {
 
 /// What a pruning came to.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct ToolsPruned {
     /// `blake3:hex` of the layers that went.
     pub layers: Vec<String>,
@@ -112,4 +125,5 @@ pub struct ToolsPruned {
 
 /// What is known of versions was forgotten.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct ToolsRefreshed {}

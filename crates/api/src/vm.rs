@@ -8,10 +8,12 @@ use serde::{Deserialize, Serialize};
 
 /// `POST /vms`. Everything has a default.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct CreateVm {
     /// Unique among VMs that are not deleted; made from the id where it is not given.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(with = "Option<aether_types::schema::VmName>"))]
     pub name: Option<String>,
     /// A template to begin as: `name`, `name:tag` or an id. Not together with `image`.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -20,34 +22,44 @@ pub struct CreateVm {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub snapshot: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(range(min = aether_types::limits::VCPUS_MIN, max = aether_types::limits::VCPUS_MAX)))]
     pub vcpus: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(range(min = aether_types::limits::MEMORY_MB_MIN, max = aether_types::limits::MEMORY_MB_MAX)))]
     pub memory_mb: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(range(min = aether_types::limits::DISK_MB_MIN, max = aether_types::limits::DISK_MB_MAX)))]
     pub disk_mb: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(with = "Option<aether_types::schema::Image>"))]
     pub image: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub driver: Option<DriverKind>,
     /// Given to every command in the VM. Values are never shown again.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    #[cfg_attr(feature = "schema", schemars(with = "aether_types::schema::Env"))]
     pub env: BTreeMap<String, String>,
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    #[cfg_attr(feature = "schema", schemars(with = "aether_types::schema::Labels"))]
     pub labels: BTreeMap<String, String>,
     /// Time to live from creation; the VM is deleted when it is over.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(range(min = 1, max = aether_types::limits::VM_TIMEOUT_S_MAX)))]
     pub timeout_s: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub network: Option<NetworkPolicy>,
     /// Tools of the catalogue, beside the defaults: `go`, `go@1.23.1`, `go=1.23`. One that is a
     /// default too, or that the template has, takes its place.
     #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[cfg_attr(feature = "schema", schemars(with = "aether_types::schema::ToolTexts"))]
     pub tools: Vec<String>,
     /// As `tools`; for clients that give names here and versions below.
     #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[cfg_attr(feature = "schema", schemars(with = "aether_types::schema::ToolTexts"))]
     pub additional_tools: Vec<String>,
     /// Versions of tools that are asked for above or are there by default.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    #[cfg_attr(feature = "schema", schemars(with = "aether_types::schema::ToolVersions"))]
     pub tool_versions: BTreeMap<String, String>,
     /// `false`: only the tools that are asked for. A template or a snapshot has the tools that it
     /// has, so not together with one.
@@ -59,6 +71,7 @@ pub struct CreateVm {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum OriginKind {
     Image,
@@ -70,6 +83,7 @@ pub enum OriginKind {
 
 /// What a VM's memory and disk began as.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct OriginView {
     pub kind: OriginKind,
     /// `name:tag`, as it was then: the name may belong to a newer template by now.
@@ -98,6 +112,7 @@ impl OriginView {
 /// How a VM came to run, and where the time went: from the moment at which the request was
 /// recorded to the guest's readiness for commands.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct StartView {
     pub kind: StartKind,
     /// The sum of the phases.
@@ -110,6 +125,7 @@ pub struct StartView {
 
 /// One step of a start. The next begins where it ends.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct PhaseView {
     pub name: String,
     pub ms: f64,
@@ -129,6 +145,7 @@ impl From<StartReport> for StartView {
 
 /// A VM as it is now.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct VmView {
     pub id: VmId,
     pub name: String,

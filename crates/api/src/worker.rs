@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 /// A worker as it is now.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct WorkerView {
     pub id: WorkerId,
     /// The name of its host.
@@ -70,6 +71,7 @@ impl From<(Worker, WorkerLoad)> for WorkerView {
 
 /// `GET /cluster/stats`.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct ClusterStats {
     /// By state; a state that none has is not there.
     pub workers: BTreeMap<WorkerState, u64>,
@@ -84,6 +86,7 @@ pub struct ClusterStats {
 
 /// One place of `GET /cluster/distribution`: how much is where.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct WorkerShare {
     pub worker_id: WorkerId,
     pub host: String,

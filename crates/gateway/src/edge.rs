@@ -63,7 +63,8 @@ pub(crate) async fn edge(State(app): State<App>, mut request: Request, next: Nex
             response.headers_mut().insert(REQUEST_ID_HEADER, value);
         }
         let headers = response.headers_mut();
-        headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        // What says nothing else is for this client and this moment alone.
+        headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
         for (name, value) in SECURITY {
             headers.insert(name, HeaderValue::from_static(value));
         }

@@ -20,6 +20,7 @@ use crate::{
     auth::Caller,
     parts::App,
     problem::{ApiError, ApiResult},
+    strict::Strict,
 };
 
 /// All of a JSON body has to come in this time.
@@ -30,7 +31,7 @@ const BODY_LIMIT: Duration = Duration::from_secs(30);
 const DRAIN_BYTES_MAX: usize = 8 * 1024 * 1024;
 const DRAIN_LIMIT: Duration = Duration::from_secs(2);
 
-const IDEMPOTENCY_KEY_BYTES_MAX: usize = 255;
+pub(crate) const IDEMPOTENCY_KEY_BYTES_MAX: usize = 255;
 
 /// A JSON body, and the bytes that it came as.
 pub(crate) struct Json<T> {
@@ -130,7 +131,7 @@ pub(crate) async fn drain_stream(stream: &mut BodyDataStream, bytes_max: usize, 
 /// Reads JSON and, where that fails, names place and field and repeats no value.
 pub(crate) fn from_json<T: DeserializeOwned>(bytes: &[u8]) -> ApiResult<T> {
     let mut reader = serde_json::Deserializer::from_slice(bytes);
-    let value = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
+    let value = serde_path_to_error::deserialize(Strict(&mut reader)).map_err(|error| {
         let path = error.path().to_string();
         malformed(&path, error.inner())
     })?;

@@ -11,7 +11,7 @@
 //! Invariants
 //! - What was answered with 202 is in the store, with its dispatch owed. No step after that can
 //!   lose it, and none is cut short because the client went away.
-//! - Nothing but health is answered without a key, unknown paths included; and no route without the
+//! - Nothing but health and the document of the API is answered without a key, unknown paths included; and no route without the
 //!   right that the table of routes names.
 //! - Every error is a problem document, made in `problem.rs` alone.
 //! - Nothing waits by polling, and everything that waits has a bound.
@@ -34,10 +34,12 @@ mod history;
 mod hosts;
 mod limit;
 pub mod metrics;
+mod openapi;
 mod parts;
 mod problem;
 mod routes;
 mod serve;
+mod strict;
 mod submit;
 mod tail;
 mod templates;

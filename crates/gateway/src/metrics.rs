@@ -11,14 +11,17 @@ use std::{
 
 use axum::{
     extract::{MatchedPath, Request, State},
-    http::{Method, header},
+    http::{Method, StatusCode, header},
     response::{IntoResponse as _, Response},
 };
 use metrics::{
     Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram,
 };
 
-use crate::parts::App;
+use crate::{
+    openapi::{Operation, operation, text},
+    parts::App,
+};
 
 pub(crate) const PATH: &str = "/metrics";
 
@@ -55,6 +58,16 @@ pub fn describe() {
         "Entries of the queue: ready to be claimed, delayed, or leased by a worker."
     );
     describe_gauge!(POOL_SPARES, "Machines that wait to become a VM, by template.");
+}
+
+pub(crate) fn show_op() -> Operation {
+    operation("getMetrics", "Show metrics, in Prometheus' text form").answers(
+        StatusCode::OK,
+        "The metrics.",
+        Some(MEDIA_TYPE),
+        text,
+        &[],
+    )
 }
 
 /// One request, from its head to the head of its answer.

@@ -135,6 +135,11 @@ impl Gateway {
         root.chain(below).collect()
     }
 
+    /// The OpenAPI document of all that is served, as it is checked in.
+    pub fn openapi() -> String {
+        crate::openapi::written()
+    }
+
     /// What each route needs of the caller's key; `None`: it needs no key.
     pub fn rules() -> Vec<(Method, String, Option<Scope>)> {
         let rule = |route: routes::Route| {

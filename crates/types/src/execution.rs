@@ -35,9 +35,12 @@ pub struct ExecutionSpec {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct TtySize {
+    #[cfg_attr(feature = "schema", schemars(range(min = 1)))]
     pub rows: u16,
+    #[cfg_attr(feature = "schema", schemars(range(min = 1)))]
     pub cols: u16,
 }
 
@@ -94,6 +97,7 @@ fn validate_text(field: &str, text: Option<&str>, bytes_max: usize) -> Result<()
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum ExecutionState {
     Pending,
@@ -131,6 +135,7 @@ impl ExecutionState {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum OutputStream {
     Stdout,

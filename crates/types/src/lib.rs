@@ -14,6 +14,8 @@ pub mod network;
 mod password;
 pub mod placement;
 pub mod project;
+#[cfg(feature = "schema")]
+pub mod schema;
 pub mod snapshot;
 pub mod start;
 pub mod task;

@@ -8,6 +8,7 @@ use crate::limits;
 
 /// What a VM may reach by default; `allow` opens more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum Egress {
     /// The public internet; other VMs, the host, private ranges, link-local addresses and cloud
@@ -19,10 +20,12 @@ pub enum Egress {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct NetworkPolicy {
     pub egress: Egress,
     /// Opened in addition, also inside ranges that are closed otherwise.
+    #[cfg_attr(feature = "schema", schemars(length(max = limits::ALLOW_RULES_MAX)))]
     pub allow: Vec<AllowRule>,
 }
 

@@ -12,13 +12,16 @@ use crate::{DriverKind, Worker, WorkerId, WorkerLoad, WorkerState, limits, vm::v
 
 /// Where a VM is to be.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct Placement {
     /// Only on workers of this zone.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(with = "Option<crate::schema::Zone>"))]
     pub zone: Option<String>,
     /// Only on workers with all of these labels.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    #[cfg_attr(feature = "schema", schemars(with = "crate::schema::Labels"))]
     pub labels: BTreeMap<String, String>,
 }
 

@@ -17,8 +17,9 @@ pub struct Project {
     pub quota: Quota,
 }
 
-/// What a project may have at most; `None` is no bound.
+/// What a project may have at most; `null` is no bound.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct Quota {
     /// VMs that are not deleted.
@@ -33,6 +34,7 @@ pub struct Quota {
 
 /// What a project has, or what a request asks for beside that.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Usage {
     pub vms: u64,
     pub vcpus: u64,
@@ -42,6 +44,7 @@ pub struct Usage {
 
 /// What there is too little of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum QuotaResource {
     Vms,
@@ -64,6 +67,7 @@ impl QuotaResource {
 
 /// A request asks for more than the project may have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[error(
     "the project's quota of {} is {limit}; {used} are used, and {asked} more are asked for",
     resource.as_str()

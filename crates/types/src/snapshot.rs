@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::{DriverKind, Fault, ProjectId, SnapshotId, Timestamp, VmId, WorkerId, limits};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum SnapshotState {
     Creating,
@@ -54,6 +55,7 @@ impl FromStr for SnapshotState {
 
 /// Why a snapshot exists, which decides who removes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum SnapshotPurpose {
     /// A client asked for it, and deletes it; retention rules apply.

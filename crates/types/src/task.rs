@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::{ExecutionId, Fault, ProjectId, SnapshotId, TaskId, Timestamp, VmId, VmTool, WorkerId};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum TaskKind {
     #[serde(rename = "vm:create")]
     VmCreate,
@@ -92,6 +93,7 @@ impl FromStr for TaskKind {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum TaskState {
     /// Recorded; waits for a worker.
@@ -146,6 +148,7 @@ impl FromStr for TaskState {
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Deserialize,
 )]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum Priority {
     Critical,
@@ -260,6 +263,7 @@ pub struct Task {
 
 /// How far a task has come: the layers of tools that it waits for or builds.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct TaskProgress {
     /// What is done now, in words.
     pub now: String,

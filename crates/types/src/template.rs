@@ -24,6 +24,7 @@ pub const DEFAULT_TAG: &str = "latest";
 pub const NO_TEMPLATE: &str = "none";
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum TemplateState {
     Building,
@@ -266,14 +267,18 @@ pub fn validate_tag(tag: &str) -> Result<(), String> {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct TemplateFile {
     /// Absolute, in the guest.
+    #[cfg_attr(feature = "schema", schemars(with = "crate::schema::FilePath"))]
     pub path: String,
     /// UTF-8 text; other content is fetched or made by a step.
+    #[cfg_attr(feature = "schema", schemars(length(max = limits::TEMPLATE_FILES_BYTES_MAX)))]
     pub content: String,
     /// Permission bits.
     #[serde(default = "default_file_mode")]
+    #[cfg_attr(feature = "schema", schemars(range(max = FILE_MODE_MAX)))]
     pub mode: u32,
 }
 
@@ -282,26 +287,33 @@ fn default_file_mode() -> u32 {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct TemplateStep {
     /// For `sh -e -c`.
+    #[cfg_attr(feature = "schema", schemars(with = "crate::schema::Command"))]
     pub run: String,
     #[serde(default)]
+    #[cfg_attr(feature = "schema", schemars(range(min = 1, max = limits::TEMPLATE_STEP_TIMEOUT_S_MAX)))]
     pub timeout_s: Option<u64>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct TemplateReady {
     /// For `sh -c`; run again until it succeeds.
+    #[cfg_attr(feature = "schema", schemars(with = "crate::schema::Command"))]
     pub command: String,
     /// Until then.
     #[serde(default)]
+    #[cfg_attr(feature = "schema", schemars(range(min = 1, max = limits::TEMPLATE_STEP_TIMEOUT_S_MAX)))]
     pub timeout_s: Option<u64>,
 }
 
 /// How far a build has come.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct TemplateProgress {
     /// Steps that are done.
     pub done: u32,

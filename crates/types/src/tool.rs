@@ -97,11 +97,12 @@ fn is_tool_version(version: &str) -> bool {
 
 /// A tool of a VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct VmTool {
     pub name: String,
     /// As it was asked for, by the request or the configured defaults.
     pub asked: String,
-    /// The version that is there; `None` until the VM has it.
+    /// The version that is there; `null` until the VM has it.
     pub got: Option<String>,
     /// When its layer was built and the tool itself was run to see that it works.
     pub verified_at: Option<Timestamp>,

@@ -111,6 +111,7 @@ impl Standing {
 
 /// A worker's state in one word.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum WorkerState {
     /// It takes new VMs.
@@ -152,6 +153,7 @@ impl FromStr for WorkerState {
 
 /// A driver of a worker.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct WorkerDriver {
     pub kind: DriverKind,
     pub version: String,
@@ -165,11 +167,12 @@ pub struct WorkerDriver {
 /// What a worker's host has, and how much of it VMs may be promised. Promises may exceed the host:
 /// a guest's memory is taken as it is used, and clones share theirs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct WorkerCapacity {
     /// Of the host.
     pub processors: u32,
     pub host_memory_mb: u64,
-    /// Of all VMs there together; `None`: not bounded.
+    /// Of all VMs there together; `null`: not bounded.
     #[serde(default)]
     pub vcpus_max: Option<u32>,
     #[serde(default)]
@@ -180,6 +183,7 @@ pub struct WorkerCapacity {
 
 /// What the VMs of a worker were promised: of those that run, or are on their way to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct WorkerLoad {
     pub vms: u32,
     pub vcpus: u32,

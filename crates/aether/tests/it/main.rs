@@ -20,6 +20,8 @@ mod metrics;
 #[cfg(test)]
 mod older;
 #[cfg(test)]
+mod openapi;
+#[cfg(test)]
 mod plain;
 #[cfg(test)]
 mod postgres;

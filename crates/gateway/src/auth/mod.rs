@@ -29,6 +29,7 @@ use crate::{
     audit::{self, Ruled, Trail},
     health,
     limit::{Counted, Sender},
+    openapi,
     parts::App,
     problem::{ApiError, ApiResult},
 };
@@ -102,15 +103,17 @@ impl<S: Sync> FromRequestParts<S> for Caller {
     }
 }
 
-/// Lets nothing through without a key but health; paths that do not exist included.
+/// Lets nothing through without a key but health and the document of the API; paths that do not exist included.
 pub(crate) async fn authenticate(
     State(app): State<App>,
     mut request: Request,
     next: Next,
 ) -> Response {
-    if request.uri().path() == health::PATH {
+    let path = request.uri().path();
+    if path == health::PATH {
         return next.run(request).await;
     }
+    let is_open = path == openapi::PATH;
     let (limiter, limits) = (&*app.parts.limiter, app.parts.config.limits);
     let mut counted = Counted::default();
     if let Some(address) = audit::address(&request) {
@@ -119,6 +122,11 @@ pub(crate) async fn authenticate(
         if let Some(refusal) = counted.count(limiter, sender, limits.address).await {
             return refusal;
         }
+    }
+    if is_open {
+        let mut response = next.run(request).await;
+        counted.tell(response.headers_mut());
+        return response;
     }
     match caller(&app, request.headers()).await {
         Ok(caller) => {

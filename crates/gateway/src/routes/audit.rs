@@ -1,11 +1,12 @@
 use aether_api::{AuditView, Page};
 use aether_store::{AuditEntry, AuditFilter, Outcome};
-use aether_types::{KeyId, Resource, Scope, Timestamp, Verb};
+use aether_types::{ErrorCode, KeyId, Resource, Scope, Timestamp, Verb};
 use axum::{Json as JsonAnswer, extract::State};
 
 use crate::{
     auth::Caller,
     extract::Params,
+    openapi::{Operation, of, operation, text},
     parts::App,
     problem::{ApiError, ApiResult},
     routes::projects,
@@ -81,4 +82,22 @@ fn view(entry: AuditEntry) -> AuditView {
         request_id,
         address,
     }
+}
+
+pub(super) fn list_op() -> Operation {
+    operation("listAuditEntries", "List who did what")
+        .query("key", of::<KeyId>, "By this key.")
+        .query("outcome", outcomes, "With one of these outcomes.")
+        .query("since", of::<Timestamp>, "Not before.")
+        .query("until", of::<Timestamp>, "Before.")
+        .query("project", text, "Of another project; needs `projects:read`.")
+        .flag("all", "Of every project; needs `projects:read`, and not together with `project`.")
+        .page()
+        .gives::<Page<AuditView>>("A page, newest first.")
+        .refuses(&[ErrorCode::ProjectNotFound])
+}
+
+fn outcomes(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+    let known: Vec<_> = Outcome::ALL.iter().map(|outcome| outcome.as_str()).collect();
+    schemars::json_schema!({ "type": "array", "items": { "type": "string", "enum": known } })
 }

@@ -4,7 +4,9 @@ use std::{collections::VecDeque, sync::Arc};
 
 use aether_api::{EVENT_VERSION, EventMessage, EventView};
 use aether_store::{EventFilter, EventRecord, EventsFrom};
-use aether_types::{EventPattern, Resource, Scope, TaskId, Timestamp, Verb, VmId, limits};
+use aether_types::{
+    ErrorCode, EventPattern, Resource, Scope, TaskId, Timestamp, Verb, VmId, limits,
+};
 use axum::{extract::State, http::HeaderMap, response::Response};
 use tokio::sync::OwnedSemaphorePermit;
 
@@ -12,6 +14,7 @@ use crate::{
     auth::Caller,
     extract::Params,
     history::Place,
+    openapi::{Operation, of, operation, several, text},
     parts::App,
     problem::{ApiError, ApiResult, chain},
     routes::vms::find,
@@ -151,4 +154,22 @@ fn view(event: &Arc<EventRecord>) -> EventView {
         kind: event.detail.clone().filter(|_| is("task")),
         code: event.code,
     }
+}
+
+pub(super) fn follow_op() -> Operation {
+    operation("followEvents", "Follow what happens")
+        .about(
+            "On a WebSocket, or, where the client accepts `text/event-stream`, as server-sent \
+             events, each with its `sequence` as id.",
+        )
+        .query("topic", several::<EventPattern>, "`vm.running`, `vm.*` or `*`.")
+        .query("vm_id", text, "Of this VM, by its name or its id.")
+        .query("task_id", of::<TaskId>, "Of this task.")
+        .flag("all", "Of every project and of the platform; needs `platform:read`.")
+        .query("follow", of::<bool>, "`false`: only what has happened so far.")
+        .query("since", of::<Timestamp>, "From this time on.")
+        .query("after", of::<u64>, "After this event; not together with `since`.")
+        .header("Last-Event-ID", text, "As `after`.")
+        .follows(of::<EventMessage>)
+        .refuses(&[ErrorCode::VmNotFound])
 }

@@ -22,6 +22,7 @@ use crate::{
     auth::Caller,
     extract::{Json, Once, Params},
     follow::Follower,
+    openapi::{Operation, of, operation, wait},
     parts::App,
     problem::{ApiError, ApiResult},
     routes::{
@@ -233,4 +234,53 @@ pub(super) async fn output_of_vm(
 ) -> ApiResult<Response> {
     check_vm(&app, &caller, &vm, &execution).await?;
     output(State(app), caller, Path(execution), params).await
+}
+
+pub(super) fn execute_op() -> Operation {
+    operation("execute", "Run a command in a VM")
+        .about(
+            "No shell reads it. It is never run a second time. Where the command ran, whatever its \
+             exit code, the execution is `completed`.",
+        )
+        .once()
+        .query("wait", wait, "For the end of the command; not together with `stream`.")
+        .flag("stream", "Answer with its output as it comes.")
+        .body::<ExecuteRequest>()
+        .gives::<ExecutionView>("It has ended in time.")
+        .streams("A message a line.", NDJSON_MEDIA_TYPE, of::<StreamEvent>)
+        .accepts::<Accepted>()
+        .refuses(&[ErrorCode::VmStateConflict, ErrorCode::QuotaExceeded])
+}
+
+pub(super) fn list_op() -> Operation {
+    operation("listVmExecutions", "List executions of a VM")
+        .page()
+        .gives::<Page<ExecutionView>>("A page, newest first, without output.")
+}
+
+pub(super) fn show_op() -> Operation {
+    operation("getExecution", "Show an execution with its output")
+        .gives::<ExecutionView>("The execution.")
+}
+
+pub(super) fn show_of_vm_op() -> Operation {
+    operation("getVmExecution", "Show an execution of a VM with its output")
+        .gives::<ExecutionView>("The execution.")
+}
+
+pub(super) fn output_op() -> Operation {
+    output_as("getExecutionOutput", "Read what was kept of an execution's output")
+}
+
+pub(super) fn output_of_vm_op() -> Operation {
+    output_as("getVmExecutionOutput", "Read what was kept of an execution's output, by its VM")
+}
+
+fn output_as(id: &'static str, summary: &'static str) -> Operation {
+    operation(id, summary)
+        .query("stream", of::<OutputStream>, "`stdout` where it is not given.")
+        .gives_bytes(
+            "The bytes, first and last ones.",
+            &[OUTPUT_BYTES_HEADER, OUTPUT_CUT_BYTES_HEADER, OUTPUT_CUT_AT_HEADER],
+        )
 }

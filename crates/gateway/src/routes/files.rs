@@ -11,7 +11,7 @@ use aether_protocol::{
     WriteFile,
     host::{self, BoxStream, FileReader},
 };
-use aether_types::{ErrorCode, Timestamp, VmState, limits};
+use aether_types::{ErrorCode, Timestamp, VmState, limits, schema};
 use axum::{
     Json as JsonAnswer,
     body::{Body, BodyDataStream},
@@ -30,6 +30,7 @@ use tokio::{sync::OwnedSemaphorePermit, time::timeout};
 use crate::{
     auth::Caller,
     extract::{Json, Params, drain_stream, read_mode},
+    openapi::{Operation, bytes, of, operation, text},
     parts::App,
     problem::{ApiError, ApiResult},
     routes::vms::find,
@@ -315,4 +316,82 @@ fn file_view(stat: FileStat) -> FileView {
         modified_at: Timestamp::from_unix_ms(stat.modified_unix_ns.div_euclid(1_000_000)),
         link_target: stat.link_target,
     }
+}
+
+/// What can go wrong with a file of a guest.
+const OF_FILES: &[ErrorCode] = &[
+    ErrorCode::VmStateConflict,
+    ErrorCode::FileNotFound,
+    ErrorCode::FilePermissionDenied,
+    ErrorCode::FileConflict,
+    ErrorCode::NoSpace,
+    ErrorCode::GuestUnreachable,
+    ErrorCode::GuestProtocol,
+    ErrorCode::GuestRefused,
+    ErrorCode::VmStopped,
+    ErrorCode::WorkerLost,
+];
+
+fn on_path(id: &'static str, summary: &'static str) -> Operation {
+    operation(id, summary)
+        .need("path", of::<schema::AbsolutePath>, "In the guest.")
+        .query("user", of::<schema::User>, "Act as this user; root where it is not given.")
+        .refuses(OF_FILES)
+}
+
+pub(super) fn read_op() -> Operation {
+    on_path("readFile", "Read a file")
+        .about("An answer that breaks off before its last chunk is not whole.")
+        .query("offset", of::<u64>, "Where to begin.")
+        .query("limit", of::<u64>, "Bytes at most.")
+        .gives_bytes("The file's bytes.", &[FILE_SIZE_HEADER, FILE_MODE_HEADER])
+}
+
+pub(super) fn write_op() -> Operation {
+    on_path("writeFile", "Write a file, whole or not at all")
+        .query("mode", of::<schema::Mode>, "Permission bits in octal.")
+        .flag("parents", "Make missing parents.")
+        .flag("append", "To what there is.")
+        .flag("sync", "Answer when it is on the guest's disk.")
+        .raw_body("application/octet-stream", bytes, false)
+        .gives::<FileWritten>("It is there.")
+}
+
+pub(super) fn remove_op() -> Operation {
+    on_path("removeFile", "Remove a file")
+        .flag("recursive", "A folder with all in it.")
+        .gives_nothing("It is gone.")
+}
+
+pub(super) fn stat_op() -> Operation {
+    on_path("statFile", "Show size, mode, owner, time and kind of a file")
+        .flag("follow", "Where a link leads to.")
+        .gives::<FileView>("The file.")
+}
+
+pub(super) fn list_op() -> Operation {
+    on_path("listFiles", "List a folder")
+        .query("limit", entries, "Of the page.")
+        .query("cursor", text, "`next_cursor` of the page before.")
+        .gives::<FileListing>("A page, by name.")
+}
+
+fn entries(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+    let max = aether_protocol::limits::LIST_ENTRIES_MAX;
+    schemars::json_schema!({ "type": "integer", "minimum": 1, "maximum": max, "default": max })
+}
+
+pub(super) fn mkdir_op() -> Operation {
+    operation("makeFolder", "Make a folder")
+        .body::<MkdirRequest>()
+        .gives_nothing("It is there.")
+        .refuses(OF_FILES)
+}
+
+pub(super) fn rename_op() -> Operation {
+    operation("moveFile", "Move a file")
+        .about("At once within one file system of the VM; refused across two.")
+        .body::<MoveRequest>()
+        .gives_nothing("It is moved.")
+        .refuses(OF_FILES)
 }

@@ -14,6 +14,7 @@ use crate::{
     admission,
     auth::Caller,
     extract::{JsonOrNothing, Once, Params},
+    openapi::{JSON, Operation, of, operation},
     parts::App,
     problem::{ApiError, ApiResult},
     routes::{
@@ -108,4 +109,23 @@ async fn answer(
     let snapshot = app.store().snapshot(recorded.made.id).await?;
     let paused_ms = snapshot.and_then(|s| aether_api::SnapshotView::from(s).paused_ms);
     Ok((StatusCode::CREATED, JsonAnswer(Forked { paused_ms, vms })).into_response())
+}
+
+pub(super) fn create_op() -> Operation {
+    operation("forkVm", "Make clones of a VM")
+        .about("With everything in it, processes too. All of it is recorded, or none.")
+        .once()
+        .wait("For all clones to run.")
+        .body_or_nothing::<ForkVm>()
+        .answers(StatusCode::CREATED, "All clones run.", Some(JSON), of::<Forked>, &[])
+        .accepts::<ForkAccepted>()
+        .refuses(&[
+            ErrorCode::NameTaken,
+            ErrorCode::VmStateConflict,
+            ErrorCode::DriverUnavailable,
+            ErrorCode::InsufficientCapacity,
+            ErrorCode::ImageNotFound,
+            ErrorCode::QuotaExceeded,
+            ErrorCode::TooManyVms,
+        ])
 }

@@ -13,6 +13,7 @@ use axum::{
 use crate::{
     auth::{Caller, CreateKeyError, NewKey},
     extract::{Json, Params},
+    openapi::{Operation, operation},
     parts::App,
     problem::{ApiError, ApiResult, chain},
     routes::projects,
@@ -164,4 +165,30 @@ fn view(key: ApiKey) -> KeyView {
         last_used_at,
         revoked_at,
     }
+}
+
+pub(super) fn create_op() -> Operation {
+    operation("createKey", "Make a key")
+        .about("It gives no more than its maker has. `Idempotency-Key` is not looked at.")
+        .body::<CreateKey>()
+        .makes::<KeyCreated>("The key, this once.")
+        .refuses(&[ErrorCode::TooManyKeys])
+        .refuses_in_body(&[ErrorCode::ProjectNotFound])
+}
+
+pub(super) fn list_op() -> Operation {
+    operation("listKeys", "List keys")
+        .flag("revoked", "Those that are revoked too.")
+        .page()
+        .gives::<Page<KeyView>>("A page, newest first.")
+}
+
+pub(super) fn show_op() -> Operation {
+    operation("getKey", "Show what is kept of a key").gives::<KeyView>("Never the key itself.")
+}
+
+pub(super) fn revoke_op() -> Operation {
+    operation("revokeKey", "Revoke a key")
+        .about("It opens nothing from that moment.")
+        .gives::<KeyView>("What is kept of it.")
 }

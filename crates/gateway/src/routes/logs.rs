@@ -18,6 +18,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use crate::{
     auth::Caller,
     extract::{Json, Params},
+    openapi::{Operation, of, operation, text},
     parts::App,
     problem::{ApiError, ApiResult},
     routes::vms::{find, resolve},
@@ -65,8 +66,10 @@ pub(super) async fn query(
     params.finish()?;
     let QueryLogs { vm_id, task_id, level, text, start, end, limit } = body.value;
     let owned = owned(&app, &caller, vm_id.as_deref(), task_id).await;
-    let named = if task_id.is_some() { "task_id" } else { "vm_id" };
-    let vm_id = owned.map_err(|error| error.in_body(named))?;
+    let vm_id = owned.map_err(|error| match error.problem().code.as_str() {
+        code if code == ErrorCode::TaskNotFound.as_str() => error.in_body("task_id"),
+        _ => error.in_body("vm_id"),
+    })?;
     let query = LogQuery {
         filter: LogFilter { vm_id, task_id, level, text },
         start_ns: start.map(PreciseTime::unix_ns),
@@ -176,4 +179,36 @@ impl Tail for LogTail {
             }
         })
     }
+}
+
+pub(super) fn query_op() -> Operation {
+    operation("queryLogs", "Ask for lines of logs")
+        .about("Without `vm_id` and `task_id`, of everybody; that needs `platform:read`.")
+        .body::<QueryLogs>()
+        .gives::<LogsView>("The latest that fit, oldest first.")
+        .refuses_in_body(&[ErrorCode::VmNotFound, ErrorCode::TaskNotFound])
+}
+
+pub(super) fn stream_op() -> Operation {
+    operation("followLogs", "Follow lines of logs")
+        .about(
+            "On a WebSocket, or, where the client accepts `text/event-stream`, as server-sent \
+             events, each with its `sequence` as id. Without `vm_id` and `task_id`, of everybody; \
+             that needs `platform:read`.",
+        )
+        .query("vm_id", text, "Of this VM, by its name or its id.")
+        .query("task_id", of::<TaskId>, "Of this task.")
+        .query("level", of::<LogLevel>, "This level and those that weigh more.")
+        .query("text", searched, "In the line, as it is written.")
+        .query("since", of::<PreciseTime>, "From this time on.")
+        .query("after", of::<u64>, "After this line; not together with `since`.")
+        .header("Last-Event-ID", text, "As `after`.")
+        .follows(of::<LogEvent>)
+        .refuses(&[ErrorCode::VmNotFound, ErrorCode::TaskNotFound])
+}
+
+fn searched(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+    schemars::json_schema!({
+        "type": "string", "maxLength": aether_types::limits::LOG_TEXT_BYTES_MAX,
+    })
 }

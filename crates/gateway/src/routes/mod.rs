@@ -28,7 +28,7 @@ use axum::{
     routing::{MethodFilter, MethodRouter, on},
 };
 
-use aether_api::{Accepted, HealthStatus, PREFIX};
+use aether_api::{Accepted, Health, HealthStatus, PREFIX};
 use aether_types::{
     ErrorCode,
     Resource::{
@@ -41,6 +41,7 @@ use aether_types::{
 use crate::{
     auth::{self, Rule, read, write},
     edge, health, metrics,
+    openapi::{self, Operation, operation},
     parts::App,
     problem::ApiError,
 };
@@ -51,6 +52,8 @@ pub(crate) struct Route {
     pub(crate) path: &'static str,
     /// What the caller must be allowed.
     pub(crate) rule: Rule,
+    /// What it says of itself.
+    operation: fn() -> Operation,
     handler: MethodRouter<App>,
 }
 
@@ -60,107 +63,178 @@ fn route<H, T>(
     path: &'static str,
     rule: Rule,
     handler: H,
+    operation: fn() -> Operation,
 ) -> Route
 where
     H: Handler<T, App>,
     T: 'static,
 {
     let check = from_fn(move |request: Request, next: Next| auth::authorize(rule, request, next));
-    Route { method, path, rule, handler: on(filter, handler).route_layer(check) }
+    Route { method, path, rule, operation, handler: on(filter, handler).route_layer(check) }
 }
 
-fn get<H: Handler<T, App>, T: 'static>(path: &'static str, rule: Rule, handler: H) -> Route {
-    route(MethodFilter::GET, Method::GET, path, rule, handler)
+fn get<H: Handler<T, App>, T: 'static>(
+    path: &'static str,
+    rule: Rule,
+    handler: H,
+    operation: fn() -> Operation,
+) -> Route {
+    route(MethodFilter::GET, Method::GET, path, rule, handler, operation)
 }
 
-fn post<H: Handler<T, App>, T: 'static>(path: &'static str, rule: Rule, handler: H) -> Route {
-    route(MethodFilter::POST, Method::POST, path, rule, handler)
+fn post<H: Handler<T, App>, T: 'static>(
+    path: &'static str,
+    rule: Rule,
+    handler: H,
+    operation: fn() -> Operation,
+) -> Route {
+    route(MethodFilter::POST, Method::POST, path, rule, handler, operation)
 }
 
-fn put<H: Handler<T, App>, T: 'static>(path: &'static str, rule: Rule, handler: H) -> Route {
-    route(MethodFilter::PUT, Method::PUT, path, rule, handler)
+fn put<H: Handler<T, App>, T: 'static>(
+    path: &'static str,
+    rule: Rule,
+    handler: H,
+    operation: fn() -> Operation,
+) -> Route {
+    route(MethodFilter::PUT, Method::PUT, path, rule, handler, operation)
 }
 
-fn delete<H: Handler<T, App>, T: 'static>(path: &'static str, rule: Rule, handler: H) -> Route {
-    route(MethodFilter::DELETE, Method::DELETE, path, rule, handler)
+fn delete<H: Handler<T, App>, T: 'static>(
+    path: &'static str,
+    rule: Rule,
+    handler: H,
+    operation: fn() -> Operation,
+) -> Route {
+    route(MethodFilter::DELETE, Method::DELETE, path, rule, handler, operation)
 }
 
 pub(crate) fn table() -> Vec<Route> {
     vec![
-        get("/health", Rule::Open, show_health),
-        post("/vms", write(Vms), vms::create),
-        get("/vms", read(Vms), vms::list),
-        get("/vms/{vm}", read(Vms), vms::show),
-        delete("/vms/{vm}", write(Vms), vms::delete),
-        post("/vms/{vm}/start", write(Vms), vms::start),
-        post("/vms/{vm}/stop", write(Vms), vms::stop),
-        post("/vms/{vm}/pause", write(Vms), vms::pause),
-        post("/vms/{vm}/resume", write(Vms), vms::resume),
-        post("/vms/{vm}/snapshots", write(Snapshots), snapshots::create),
-        get("/vms/{vm}/snapshots", read(Snapshots), snapshots::list_of_vm),
-        get("/snapshots", read(Snapshots), snapshots::list),
-        get("/snapshots/{snapshot}", read(Snapshots), snapshots::show),
-        delete("/snapshots/{snapshot}", write(Snapshots), snapshots::delete),
-        post("/vms/{vm}/fork", write(Vms), forks::create),
-        post("/templates", write(Templates), templates::build),
-        get("/templates", read(Templates), templates::list),
-        get("/templates/{template}", read(Templates), templates::show),
-        delete("/templates/{template}", write(Templates), templates::delete),
-        get("/pools", read(Templates), templates::pools),
-        get("/tools", read(Tools), tools::list),
-        get("/tools/{tool}/versions", read(Tools), tools::versions),
-        get("/tools/lock", read(Tools), tools::lock),
-        post("/tools/builds", write(Tools), tools::build),
+        get("/health", Rule::Open, show_health, health_op),
+        post("/vms", write(Vms), vms::create, vms::create_op),
+        get("/vms", read(Vms), vms::list, vms::list_op),
+        get("/vms/{vm}", read(Vms), vms::show, vms::show_op),
+        delete("/vms/{vm}", write(Vms), vms::delete, vms::delete_op),
+        post("/vms/{vm}/start", write(Vms), vms::start, vms::start_op),
+        post("/vms/{vm}/stop", write(Vms), vms::stop, vms::stop_op),
+        post("/vms/{vm}/pause", write(Vms), vms::pause, vms::pause_op),
+        post("/vms/{vm}/resume", write(Vms), vms::resume, vms::resume_op),
+        post("/vms/{vm}/snapshots", write(Snapshots), snapshots::create, snapshots::create_op),
+        get(
+            "/vms/{vm}/snapshots",
+            read(Snapshots),
+            snapshots::list_of_vm,
+            snapshots::list_of_vm_op,
+        ),
+        get("/snapshots", read(Snapshots), snapshots::list, snapshots::list_op),
+        get("/snapshots/{snapshot}", read(Snapshots), snapshots::show, snapshots::show_op),
+        delete("/snapshots/{snapshot}", write(Snapshots), snapshots::delete, snapshots::delete_op),
+        post("/vms/{vm}/fork", write(Vms), forks::create, forks::create_op),
+        post("/templates", write(Templates), templates::build, templates::build_op),
+        get("/templates", read(Templates), templates::list, templates::list_op),
+        get("/templates/{template}", read(Templates), templates::show, templates::show_op),
+        delete("/templates/{template}", write(Templates), templates::delete, templates::delete_op),
+        get("/pools", read(Templates), templates::pools, templates::pools_op),
+        get("/tools", read(Tools), tools::list, tools::list_op),
+        get("/tools/{tool}/versions", read(Tools), tools::versions, tools::versions_op),
+        get("/tools/lock", read(Tools), tools::lock, tools::lock_op),
+        post("/tools/builds", write(Tools), tools::build, tools::build_op),
         // They change what everybody has.
-        post("/tools/refresh", write(Platform), tools::refresh),
-        post("/tools/prune", write(Platform), tools::prune),
-        post("/vms/{vm}/execute", write(Executions), executions::execute),
-        get("/vms/{vm}/executions", read(Executions), executions::list),
-        get("/vms/{vm}/executions/{execution}", read(Executions), executions::show_of_vm),
-        get("/vms/{vm}/executions/{execution}/output", read(Executions), executions::output_of_vm),
-        get("/executions/{execution}", read(Executions), executions::show),
-        get("/executions/{execution}/output", read(Executions), executions::output),
-        get("/vms/{vm}/terminal", write(Executions), terminal::open),
-        get("/vms/{vm}/files", read(Files), files::read),
-        put("/vms/{vm}/files", write(Files), files::write),
-        delete("/vms/{vm}/files", write(Files), files::remove),
-        get("/vms/{vm}/files/stat", read(Files), files::stat),
-        get("/vms/{vm}/files/list", read(Files), files::list),
-        post("/vms/{vm}/files/mkdir", write(Files), files::mkdir),
-        post("/vms/{vm}/files/move", write(Files), files::rename),
-        post("/logs/query", read(Executions), logs::query),
-        get("/logs/stream", read(Executions), logs::stream),
-        get("/events", read(Events), events::follow),
-        get("/workers", read(Platform), workers::list),
-        get("/workers/{worker}", read(Platform), workers::show),
-        get("/workers/{worker}/vms", read(Platform), workers::vms),
-        post("/workers/{worker}/drain", write(Platform), workers::drain),
-        post("/workers/{worker}/activate", write(Platform), workers::activate),
-        get("/cluster/stats", read(Platform), workers::stats),
-        get("/cluster/distribution", read(Platform), workers::distribution),
-        get("/queues", read(Platform), queues::list),
-        get("/queues/{queue}/dead", read(Platform), queues::dead),
-        post("/queues/{queue}/dead/{task}/retry", write(Platform), queues::retry),
-        get("/tasks", read(Tasks), tasks::list),
-        get("/tasks/{task}", read(Tasks), tasks::show),
-        post("/tasks/{task}/cancel", write(Tasks), tasks::cancel),
-        post("/keys", write(Keys), keys::create),
-        get("/keys", read(Keys), keys::list),
-        get("/keys/{key}", read(Keys), keys::show),
-        delete("/keys/{key}", write(Keys), keys::revoke),
-        get("/audit", read(Audit), audit::list),
-        post("/projects", write(Projects), projects::create),
-        get("/projects", read(Projects), projects::list),
-        get("/projects/{project}", read(Projects), projects::show),
-        delete("/projects/{project}", write(Projects), projects::delete),
-        put("/projects/{project}/quota", write(Projects), projects::set_quota),
-        get("/quota", read(Vms), projects::quota),
+        post("/tools/refresh", write(Platform), tools::refresh, tools::refresh_op),
+        post("/tools/prune", write(Platform), tools::prune, tools::prune_op),
+        post("/vms/{vm}/execute", write(Executions), executions::execute, executions::execute_op),
+        get("/vms/{vm}/executions", read(Executions), executions::list, executions::list_op),
+        get(
+            "/vms/{vm}/executions/{execution}",
+            read(Executions),
+            executions::show_of_vm,
+            executions::show_of_vm_op,
+        ),
+        get(
+            "/vms/{vm}/executions/{execution}/output",
+            read(Executions),
+            executions::output_of_vm,
+            executions::output_of_vm_op,
+        ),
+        get("/executions/{execution}", read(Executions), executions::show, executions::show_op),
+        get(
+            "/executions/{execution}/output",
+            read(Executions),
+            executions::output,
+            executions::output_op,
+        ),
+        get("/vms/{vm}/terminal", write(Executions), terminal::open, terminal::open_op),
+        get("/vms/{vm}/files", read(Files), files::read, files::read_op),
+        put("/vms/{vm}/files", write(Files), files::write, files::write_op),
+        delete("/vms/{vm}/files", write(Files), files::remove, files::remove_op),
+        get("/vms/{vm}/files/stat", read(Files), files::stat, files::stat_op),
+        get("/vms/{vm}/files/list", read(Files), files::list, files::list_op),
+        post("/vms/{vm}/files/mkdir", write(Files), files::mkdir, files::mkdir_op),
+        post("/vms/{vm}/files/move", write(Files), files::rename, files::rename_op),
+        post("/logs/query", read(Executions), logs::query, logs::query_op),
+        get("/logs/stream", read(Executions), logs::stream, logs::stream_op),
+        get("/events", read(Events), events::follow, events::follow_op),
+        get("/workers", read(Platform), workers::list, workers::list_op),
+        get("/workers/{worker}", read(Platform), workers::show, workers::show_op),
+        get("/workers/{worker}/vms", read(Platform), workers::vms, workers::vms_op),
+        post("/workers/{worker}/drain", write(Platform), workers::drain, workers::drain_op),
+        post(
+            "/workers/{worker}/activate",
+            write(Platform),
+            workers::activate,
+            workers::activate_op,
+        ),
+        get("/cluster/stats", read(Platform), workers::stats, workers::stats_op),
+        get(
+            "/cluster/distribution",
+            read(Platform),
+            workers::distribution,
+            workers::distribution_op,
+        ),
+        get("/queues", read(Platform), queues::list, queues::list_op),
+        get("/queues/{queue}/dead", read(Platform), queues::dead, queues::dead_op),
+        post("/queues/{queue}/dead/{task}/retry", write(Platform), queues::retry, queues::retry_op),
+        get("/tasks", read(Tasks), tasks::list, tasks::list_op),
+        get("/tasks/{task}", read(Tasks), tasks::show, tasks::show_op),
+        post("/tasks/{task}/cancel", write(Tasks), tasks::cancel, tasks::cancel_op),
+        post("/keys", write(Keys), keys::create, keys::create_op),
+        get("/keys", read(Keys), keys::list, keys::list_op),
+        get("/keys/{key}", read(Keys), keys::show, keys::show_op),
+        delete("/keys/{key}", write(Keys), keys::revoke, keys::revoke_op),
+        get("/audit", read(Audit), audit::list, audit::list_op),
+        post("/projects", write(Projects), projects::create, projects::create_op),
+        get("/projects", read(Projects), projects::list, projects::list_op),
+        get("/projects/{project}", read(Projects), projects::show, projects::show_op),
+        delete("/projects/{project}", write(Projects), projects::delete, projects::delete_op),
+        put(
+            "/projects/{project}/quota",
+            write(Projects),
+            projects::set_quota,
+            projects::set_quota_op,
+        ),
+        get("/quota", read(Vms), projects::quota, projects::quota_op),
     ]
 }
 
 /// Where others expect it, and so not below [`PREFIX`].
 pub(crate) fn root_table() -> Vec<Route> {
-    vec![get(metrics::PATH, read(Platform), metrics::show)]
+    vec![
+        get(metrics::PATH, read(Platform), metrics::show, metrics::show_op),
+        get(openapi::PATH, Rule::Open, openapi::show, openapi::show_op),
+    ]
+}
+
+/// What the document is made of.
+pub(crate) fn entries() -> Vec<openapi::Entry> {
+    let entry = |Route { method, path, rule, operation, .. }: Route, prefix: &str| openapi::Entry {
+        method,
+        path: format!("{prefix}{path}"),
+        rule,
+        operation: operation(),
+    };
+    let root = root_table().into_iter().map(|route| entry(route, ""));
+    root.chain(table().into_iter().map(|route| entry(route, PREFIX))).collect()
 }
 
 pub(crate) fn router(app: App) -> Router {
@@ -193,6 +267,18 @@ async fn show_health(State(app): State<App>) -> Response {
         HealthStatus::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
     };
     (status, Json(health)).into_response()
+}
+
+fn health_op() -> Operation {
+    operation("getHealth", "Show whether the platform works")
+        .gives::<Health>("It does, perhaps with something missing.")
+        .answers(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "Something that is needed does not.",
+            Some(openapi::JSON),
+            openapi::of::<Health>,
+            &[],
+        )
 }
 
 /// 202, and where the task can be asked for.

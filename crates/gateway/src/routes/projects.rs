@@ -12,6 +12,7 @@ use crate::{
     admission,
     auth::Caller,
     extract::{Json, Params},
+    openapi::{Operation, operation},
     parts::App,
     problem::{ApiError, ApiResult},
     submit::attend,
@@ -118,4 +119,40 @@ pub(super) async fn delete(
     attend(&app, "deleting a project", async move { Ok(shared.store().delete_project(id).await?) })
         .await?;
     Ok(JsonAnswer(found.into()))
+}
+
+pub(super) fn create_op() -> Operation {
+    operation("createProject", "Make a project")
+        .body::<CreateProject>()
+        .makes::<ProjectView>("The project.")
+        .refuses(&[ErrorCode::NameTaken])
+}
+
+pub(super) fn list_op() -> Operation {
+    operation("listProjects", "List projects")
+        .page()
+        .gives::<Page<ProjectView>>("A page, newest first.")
+}
+
+pub(super) fn show_op() -> Operation {
+    operation("getProject", "Show a project and what it has").gives::<ProjectView>("The project.")
+}
+
+pub(super) fn set_quota_op() -> Operation {
+    operation("setQuota", "Set a project's quota")
+        .about("What is left out is not bounded. What there is stays.")
+        .body::<Quota>()
+        .gives::<ProjectView>("The project.")
+}
+
+pub(super) fn quota_op() -> Operation {
+    operation("getQuota", "Show the quota of the key's project")
+        .gives::<QuotaView>("The quota, and what is used of it.")
+}
+
+pub(super) fn delete_op() -> Operation {
+    operation("deleteProject", "Delete a project")
+        .about("Its keys go with it.")
+        .gives::<ProjectView>("As it was.")
+        .refuses(&[ErrorCode::ProjectInUse])
 }

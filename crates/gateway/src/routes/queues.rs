@@ -12,6 +12,7 @@ use axum::{
 
 use crate::{
     extract::Params,
+    openapi::{Operation, operation},
     parts::App,
     problem::{ApiError, ApiResult},
     routes::{accepted_as, executions},
@@ -165,4 +166,28 @@ fn vm_of(task: &Task) -> ApiResult<VmId> {
 /// Two who retry the same one get the same task. No client's key has this form.
 fn once(dead: &Task) -> Idempotency {
     Idempotency { key: format!("retry of {}", dead.id), request_digest: [0; 32] }
+}
+
+pub(super) fn list_op() -> Operation {
+    operation("listQueues", "List queues").gives::<Page<QueueView>>("All of them.")
+}
+
+pub(super) fn dead_op() -> Operation {
+    operation("listDeadTasks", "List tasks of a queue that used up their attempts")
+        .page()
+        .gives::<Page<TaskView>>("A page, newest first.")
+}
+
+pub(super) fn retry_op() -> Operation {
+    operation("retryDeadTask", "Ask again for what a dead task did not do")
+        .about("As a new task. Repeating it gives the same one.")
+        .accepts::<Retried>()
+        .refuses(&[
+            ErrorCode::TaskEnded,
+            ErrorCode::VmNotFound,
+            ErrorCode::VmStateConflict,
+            ErrorCode::QuotaExceeded,
+            ErrorCode::TooManyVms,
+            ErrorCode::IdempotencyConflict,
+        ])
 }

@@ -16,6 +16,7 @@ use crate::{
     admission,
     auth::Caller,
     extract::{JsonOrNothing, Once, Params},
+    openapi::{Operation, operation, several, text},
     parts::App,
     problem::{ApiError, ApiResult},
     routes::{
@@ -179,4 +180,50 @@ pub(super) async fn delete(
     })
     .await?;
     Ok(JsonAnswer(deleted.into()))
+}
+
+pub(super) fn create_op() -> Operation {
+    operation("createSnapshot", "Take a snapshot of a VM")
+        .about("Of one that runs or is paused, and goes on afterwards.")
+        .once()
+        .wait("For the snapshot to be on disk.")
+        .body_or_nothing::<CreateSnapshot>()
+        .makes::<SnapshotView>("It is on disk.")
+        .accepts::<Accepted>()
+        .refuses(&[
+            ErrorCode::NameTaken,
+            ErrorCode::VmStateConflict,
+            ErrorCode::DriverUnavailable,
+            ErrorCode::QuotaExceeded,
+        ])
+}
+
+pub(super) fn list_op() -> Operation {
+    page_op("listSnapshots", "List snapshots")
+        .query("vm", text, "Of this VM, by its name or its id.")
+        .refuses(&[ErrorCode::VmNotFound])
+}
+
+pub(super) fn list_of_vm_op() -> Operation {
+    page_op("listVmSnapshots", "List snapshots of a VM")
+}
+
+fn page_op(id: &'static str, summary: &'static str) -> Operation {
+    operation(id, summary)
+        .query("state", several::<SnapshotState>, "In one of these states.")
+        .page()
+        .gives::<Page<SnapshotView>>("A page, newest first.")
+}
+
+pub(super) fn show_op() -> Operation {
+    operation("getSnapshot", "Show a snapshot")
+        .about("By its id also one that is deleted.")
+        .gives::<SnapshotView>("The snapshot.")
+}
+
+pub(super) fn delete_op() -> Operation {
+    operation("deleteSnapshot", "Delete a snapshot")
+        .about("VMs that began as it keep what they need.")
+        .gives::<SnapshotView>("It is deleted.")
+        .refuses(&[ErrorCode::SnapshotStateConflict])
 }

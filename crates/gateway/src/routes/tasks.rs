@@ -15,6 +15,7 @@ use tokio::time::{Instant, sleep_until};
 use crate::{
     auth::Caller,
     extract::Params,
+    openapi::{JSON, Operation, of, operation, several, text, wait},
     parts::App,
     problem::{ApiError, ApiResult},
     routes::vms::{ended_task, resolve},
@@ -174,4 +175,29 @@ async fn tell_what_went_with(app: &App, task: &Task) -> ApiResult<()> {
         app.publish(snapshot_event(&snapshot)).await;
     }
     Ok(())
+}
+
+pub(super) fn list_op() -> Operation {
+    operation("listTasks", "List tasks")
+        .query("status", several::<TaskState>, "In one of these states.")
+        .query("kind", of::<TaskKind>, "Of this kind.")
+        .query("vm", text, "Of this VM, by its name or its id.")
+        .page()
+        .gives::<Page<TaskView>>("A page, newest first, without the logs of progress.")
+        .refuses(&[ErrorCode::VmNotFound])
+}
+
+pub(super) fn show_op() -> Operation {
+    operation("getTask", "Show a task")
+        .query("wait", wait, "For its end.")
+        .query("generation", of::<i64>, "With `wait`: also for progress after this generation.")
+        .gives::<TaskView>("The task.")
+}
+
+pub(super) fn cancel_op() -> Operation {
+    operation("cancelTask", "Cancel a task")
+        .query("wait", wait, "For its end.")
+        .gives::<TaskView>("It has ended.")
+        .answers(StatusCode::ACCEPTED, "Its worker was told.", Some(JSON), of::<TaskView>, &[])
+        .refuses(&[ErrorCode::TaskEnded, ErrorCode::VmStateConflict])
 }

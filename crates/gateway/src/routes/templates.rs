@@ -19,6 +19,7 @@ use crate::{
     admission::{self, TemplateName},
     auth::Caller,
     extract::{Json, Once, Params},
+    openapi::{Operation, of, operation, several, text, wait},
     parts::App,
     problem::{ApiError, ApiResult},
     routes::{
@@ -216,4 +217,49 @@ pub(super) async fn delete(
     })
     .await?;
     Ok(JsonAnswer(view(&app, deleted)))
+}
+
+pub(super) fn build_op() -> Operation {
+    operation("buildTemplate", "Build a template")
+        .once()
+        .wait("For the end of the build.")
+        .body::<BuildTemplate>()
+        .makes::<TemplateView>("It is ready.")
+        .accepts::<Accepted>()
+        .refuses(&[
+            ErrorCode::ImageNotFound,
+            ErrorCode::DriverUnavailable,
+            ErrorCode::InsufficientCapacity,
+            ErrorCode::SnapshotStateConflict,
+            ErrorCode::QuotaExceeded,
+            ErrorCode::TooManyVms,
+        ])
+        .refuses_in_body(&[ErrorCode::ToolNotFound])
+}
+
+pub(super) fn list_op() -> Operation {
+    operation("listTemplates", "List templates")
+        .query("state", several::<TemplateState>, "In one of these states.")
+        .query("name", text, "Of this name.")
+        .page()
+        .gives::<Page<TemplateView>>("A page, newest first, without steps, files and log.")
+}
+
+pub(super) fn show_op() -> Operation {
+    operation("getTemplate", "Show a template")
+        .query("wait", wait, "For the end of the build.")
+        .query("generation", of::<i64>, "With `wait`: also for news after this generation.")
+        .gives::<TemplateView>("The template.")
+}
+
+pub(super) fn delete_op() -> Operation {
+    operation("deleteTemplate", "Delete a template")
+        .about("VMs that began as it keep what they need.")
+        .gives::<TemplateView>("It is deleted.")
+        .refuses(&[ErrorCode::SnapshotStateConflict])
+}
+
+pub(super) fn pools_op() -> Operation {
+    operation("listPools", "List machines that wait to become VMs, by template")
+        .gives::<Page<PoolView>>("All of them.")
 }

@@ -40,6 +40,7 @@ use crate::{
     auth::Caller,
     extract::{Params, from_json},
     follow::Follower,
+    openapi::{Operation, of, operation},
     parts::App,
     problem::{self, ApiError, ApiResult},
     routes::{executions::record, vms::find},
@@ -421,4 +422,25 @@ impl Held {
         }
         None
     }
+}
+
+pub(super) fn open_op() -> Operation {
+    operation("openTerminal", "Run an interactive command on a WebSocket")
+        .about(
+            "The client's first message is a text with a `TerminalStart`; then texts with a \
+             `TerminalControl`, and binary messages: 0 and bytes of the standard input. The server \
+             sends texts with a `StreamEvent`, and binary messages: 1 or 2, and bytes of the \
+             standard output or error. The command ends when the client goes.",
+        )
+        .talks("A WebSocket.", Some(from_client), of::<StreamEvent>)
+        .refuses(&[ErrorCode::VmStateConflict])
+}
+
+fn from_client(schemas: &mut schemars::SchemaGenerator) -> schemars::Schema {
+    schemars::json_schema!({
+        "oneOf": [
+            schemas.subschema_for::<TerminalStart>(),
+            schemas.subschema_for::<TerminalControl>(),
+        ],
+    })
 }

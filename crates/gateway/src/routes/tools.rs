@@ -5,7 +5,7 @@ use aether_api::{
     ToolView, ToolsPruned, ToolsRefreshed,
 };
 use aether_store::AcceptedBuild;
-use aether_types::{Task, TaskKind, TaskState, limits, tool::validate_tools};
+use aether_types::{ErrorCode, Task, TaskKind, TaskState, limits, tool::validate_tools};
 use axum::{
     Json as JsonAnswer,
     extract::{Path, State},
@@ -16,6 +16,7 @@ use crate::{
     admission::{AskedTools, admit_tools},
     auth::Caller,
     extract::{Json, JsonOrNothing, Once, Params},
+    openapi::{Operation, operation},
     parts::App,
     problem::{ApiError, ApiResult},
     routes::{accepted_as, vms::ended_task},
@@ -148,4 +149,42 @@ async fn answer(
         }
     }
     Ok(accepted_as(task.id, ToolBuildAccepted { task_id: task.id, status: task.state }))
+}
+
+pub(super) fn list_op() -> Operation {
+    operation("listTools", "List the catalogue of tools").gives::<Page<ToolView>>("All of it.")
+}
+
+pub(super) fn versions_op() -> Operation {
+    operation("listToolVersions", "List versions of a tool")
+        .page()
+        .gives::<ToolVersionsView>("A page, newest first.")
+}
+
+pub(super) fn lock_op() -> Operation {
+    operation("getToolLock", "Show what requests for tools came to")
+        .gives::<Page<LockedToolView>>("All of the lock.")
+}
+
+pub(super) fn build_op() -> Operation {
+    operation("buildTools", "Build layers of tools, for VMs to come")
+        .once()
+        .wait("For the end of the build.")
+        .body::<BuildTools>()
+        .gives::<TaskView>("They are built.")
+        .accepts::<ToolBuildAccepted>()
+        .refuses(&[ErrorCode::QuotaExceeded])
+        .refuses_in_body(&[ErrorCode::ToolNotFound])
+}
+
+pub(super) fn refresh_op() -> Operation {
+    operation("refreshTools", "Forget what is known of versions")
+        .gives::<ToolsRefreshed>("It is forgotten.")
+}
+
+pub(super) fn prune_op() -> Operation {
+    operation("pruneTools", "Remove layers of tools")
+        .about("VMs keep what they have.")
+        .body_or_nothing::<PruneTools>()
+        .gives::<ToolsPruned>("What went.")
 }

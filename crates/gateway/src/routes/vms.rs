@@ -3,8 +3,8 @@ use std::{sync::Arc, time::Duration};
 use aether_api::{Accepted, CreateVm, PREFIX, Page, VmView};
 use aether_store::{NewSnapshot, NewVm, StoreError, VmFilter};
 use aether_types::{
-    DriverKind, SnapshotId, SnapshotPurpose, StateChange, Task, TaskKind, TaskState, Vm, VmId,
-    VmSpec, VmState, template::NO_TEMPLATE,
+    DriverKind, ErrorCode, SnapshotId, SnapshotPurpose, StateChange, Task, TaskKind, TaskState, Vm,
+    VmId, VmSpec, VmState, template::NO_TEMPLATE,
 };
 use axum::{
     Json as JsonAnswer,
@@ -17,6 +17,7 @@ use crate::{
     admission::{self, Source},
     auth::Caller,
     extract::{Json, Once, Params},
+    openapi::{Operation, of, operation, several, text},
     parts::App,
     problem::{ApiError, ApiResult},
     routes::{accepted, snapshots, templates},
@@ -363,4 +364,83 @@ fn forget_what_was_built(app: &App, task: &Task) {
     if task.kind == TaskKind::TemplateBuild {
         app.templates.forget_default();
     }
+}
+
+pub(super) fn create_op() -> Operation {
+    operation("createVm", "Make a VM")
+        .about("What it begins as is one of `template`, `snapshot` and `image`.")
+        .once()
+        .wait("For the VM to run.")
+        .body::<CreateVm>()
+        .makes::<VmView>("It runs.")
+        .accepts::<Accepted>()
+        .refuses(&[
+            ErrorCode::NameTaken,
+            ErrorCode::ImageNotFound,
+            ErrorCode::DriverUnavailable,
+            ErrorCode::InsufficientCapacity,
+            ErrorCode::SnapshotStateConflict,
+            ErrorCode::QuotaExceeded,
+            ErrorCode::TooManyVms,
+        ])
+        .refuses_in_body(&[
+            ErrorCode::TemplateNotFound,
+            ErrorCode::SnapshotNotFound,
+            ErrorCode::ToolNotFound,
+        ])
+}
+
+pub(super) fn list_op() -> Operation {
+    operation("listVms", "List VMs")
+        .about("Newest first. Deleted ones only where `state` asks for them.")
+        .query("state", several::<VmState>, "In one of these states.")
+        .query("driver", of::<DriverKind>, "Of this driver.")
+        .query("name", text, "Of this name.")
+        .query("label", labels, "With all of these labels: `KEY=VALUE`.")
+        .page()
+        .gives::<Page<VmView>>("A page.")
+}
+
+fn labels(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+    schemars::json_schema!({
+        "type": "array", "items": { "type": "string", "pattern": "^[^=]+=" },
+    })
+}
+
+pub(super) fn show_op() -> Operation {
+    operation("getVm", "Show a VM with its history")
+        .about("By its id also one that is deleted.")
+        .gives::<VmView>("The VM.")
+}
+
+pub(super) fn delete_op() -> Operation {
+    on_vm("deleteVm", "Delete a VM").about("From every state; history and executions stay.")
+}
+
+pub(super) fn start_op() -> Operation {
+    on_vm("startVm", "Start a VM that is stopped or failed")
+        .refuses(&[ErrorCode::QuotaExceeded, ErrorCode::TooManyVms])
+}
+
+pub(super) fn stop_op() -> Operation {
+    on_vm("stopVm", "Stop a VM")
+        .flag("keep_memory", "On disk: a start goes on where the VM was.")
+        .refuses(&[ErrorCode::DriverUnavailable])
+}
+
+pub(super) fn pause_op() -> Operation {
+    on_vm("pauseVm", "Pause a VM")
+}
+
+pub(super) fn resume_op() -> Operation {
+    on_vm("resumeVm", "Let a paused VM go on")
+}
+
+fn on_vm(id: &'static str, summary: &'static str) -> Operation {
+    operation(id, summary)
+        .once()
+        .wait("For the end of the task.")
+        .settles::<VmView>("It is done.")
+        .accepts::<Accepted>()
+        .refuses(&[ErrorCode::VmStateConflict, ErrorCode::QuotaExceeded])
 }

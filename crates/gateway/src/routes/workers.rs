@@ -8,6 +8,7 @@ use axum::{
 
 use crate::{
     extract::Params,
+    openapi::{Operation, operation, several},
     parts::App,
     problem::{ApiError, ApiResult},
     routes::vms::view,
@@ -139,4 +140,41 @@ pub(super) async fn distribution(
 ) -> ApiResult<JsonAnswer<Page<WorkerShare>>> {
     params.finish()?;
     Ok(one_page(WorkerShare::of_all(&all(&app).await?)))
+}
+
+pub(super) fn list_op() -> Operation {
+    operation("listWorkers", "List workers")
+        .query("state", several::<WorkerState>, "In one of these states.")
+        .gives::<Page<WorkerView>>("All of them, by id.")
+}
+
+pub(super) fn show_op() -> Operation {
+    operation("getWorker", "Show a worker").gives::<WorkerView>("The worker.")
+}
+
+pub(super) fn vms_op() -> Operation {
+    operation("listWorkerVms", "List VMs of a worker")
+        .page()
+        .gives::<Page<VmView>>("A page, newest first.")
+}
+
+pub(super) fn drain_op() -> Operation {
+    operation("drainWorker", "Give a worker no new VMs")
+        .about("Repeating it is harmless.")
+        .gives::<WorkerView>("The worker.")
+}
+
+pub(super) fn activate_op() -> Operation {
+    operation("activateWorker", "Give a worker new VMs again")
+        .about("Repeating it is harmless.")
+        .gives::<WorkerView>("The worker.")
+}
+
+pub(super) fn stats_op() -> Operation {
+    operation("getClusterStats", "Sum up all workers").gives::<ClusterStats>("The sums.")
+}
+
+pub(super) fn distribution_op() -> Operation {
+    operation("getClusterDistribution", "Show how much is where")
+        .gives::<Page<WorkerShare>>("All workers.")
 }

@@ -12,6 +12,7 @@ mod guest;
 mod keys;
 mod limits;
 mod logs;
+mod openapi;
 mod outbox;
 mod quotas;
 mod refusals;
