@@ -82,7 +82,8 @@ fn read(folder: &Path) -> Result<Option<Authority>, Failure> {
 fn check_mode(key: &Path) -> Result<(), Failure> {
     use std::os::unix::fs::PermissionsExt as _;
     let meta = fs::metadata(key).map_err(|e| Failure::file("read", key, &e))?;
-    if meta.permissions().mode() & 0o007 == 0 {
+    const OTHERS: u32 = 0o007;
+    if meta.permissions().mode() & OTHERS == 0 {
         return Ok(());
     }
     let text = format!("{} can be read by everybody on this machine", key.display());
