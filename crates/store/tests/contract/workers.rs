@@ -31,6 +31,7 @@ pub(crate) fn new_worker(host: &str) -> NewWorker {
             ..WorkerCapacity::default()
         },
         template_folder: None,
+        stream_address: Some("host:8443".into()),
         version: "1.0.0".into(),
         lease: Duration::from_mins(1),
     }
