@@ -40,7 +40,7 @@ pub(crate) use tools::{ToolOptions, ToolVersions, Tools, ToolsBuild, ToolsPrune}
 pub(crate) use up::{Capacity, PoolChoice, PoolSpec, Snapshots, Up};
 use values::{parse_duration, parse_env};
 pub(crate) use vm::{Vm, VmAct, VmCreate, VmFork, VmList, VmNames, VmStop};
-pub(crate) use worker::{FleetOptions, Worker, WorkerList};
+pub(crate) use worker::{FleetOptions, StreamOptions, Worker, WorkerList};
 
 const EXIT_STATUSES: &str = "\
 Exit status:

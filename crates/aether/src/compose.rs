@@ -16,7 +16,7 @@ use aether_events::EventBus;
 use aether_images::{ImageStore, SnapshotError, SnapshotStore};
 use aether_postgres::Database;
 use aether_store::Store;
-use aether_streams::Sessions;
+use aether_streams::{GuestLink, SessionLink, Sessions};
 use aether_types::{DriverKind, ToolRequest, template::DEFAULT_TAG};
 use aether_worker::{
     FleetConfig, ImageSource, PoolConfig, Retention, ShutdownMode, ShutdownReport, Worker,
@@ -30,7 +30,7 @@ use crate::{
         Backend, Capacity, DriverChoice, Edge, FleetOptions, PoolChoice, PoolSpec, Snapshots,
         ToolOptions,
     },
-    authority,
+    authority::{self, Known},
     database::{Opened, Target},
     datadir::{Listen, LockedDataDir},
     default_template::{self, DefaultTemplate},
@@ -38,6 +38,7 @@ use crate::{
     failure::{Failure, chain},
     gateway::{self, AdminKey, Gateway, ImageNames, Inputs},
     images::{SimulatedImages, StoredImages},
+    links::{FleetLinks, StreamPlan},
     logs::{LogInputs, Logs},
     metrics::Metrics,
     tls::{Tls, TlsPlan},
@@ -55,6 +56,8 @@ pub(crate) struct Plan {
     pub(crate) snapshots: Snapshots,
     pub(crate) tools: ToolOptions,
     pub(crate) fleet: FleetConfig,
+    /// `None`: no streams with other processes.
+    pub(crate) streams: Option<StreamPlan>,
     pub(crate) logs: LogInputs,
     pub(crate) edge: Edge,
     pub(crate) tls: TlsPlan,
@@ -72,6 +75,7 @@ pub(crate) struct Platform {
     closing: DropGuard,
     gateway: Gateway,
     worker: Worker,
+    links: Option<FleetLinks>,
     store: Arc<dyn Store>,
     bus: Arc<dyn EventBus>,
     logs: Logs,
@@ -110,6 +114,7 @@ impl Platform {
             snapshots,
             tools,
             fleet,
+            streams,
             logs,
             edge,
             tls,
@@ -122,14 +127,20 @@ impl Platform {
         let metrics = Metrics::start(sink.clone())?;
         let sessions = Sessions::default();
         let (keys, key) = gateway::keys(&dir, &*store, database.is_some()).await?;
+        let known = match (&tls, &streams) {
+            (TlsPlan::Plain | TlsPlan::Files(_), None) => None,
+            (TlsPlan::Auto { .. }, _) | (_, Some(_)) => {
+                let folder = authority_dir.unwrap_or_else(|| dir.authority());
+                Some(authority::open(&folder, &*store, database.is_some()).await?)
+            }
+        };
+        let known = known.unwrap_or(Known::Elsewhere);
+        let id = dir.worker_id()?;
+        let streams = streams.map(|plan| plan.certify(&known, id)).transpose()?;
         let tls = match tls {
             TlsPlan::Plain => None,
             TlsPlan::Files(tls) => Some(*tls),
-            TlsPlan::Auto { names } => {
-                let folder = authority_dir.unwrap_or_else(|| dir.authority());
-                let known = authority::open(&folder, &*store, database.is_some()).await?;
-                Some(Tls::auto(&known, names, address)?)
-            }
+            TlsPlan::Auto { names } => Some(Tls::auto(&known, names, address)?),
         };
         let tools = ToolsHere::open(tools, dir.tools()).await?;
         let machines = Machines::open(&dir, &backend).await?;
@@ -140,7 +151,7 @@ impl Platform {
         };
 
         let worker = Worker::start(WorkerParts {
-            id: dir.worker_id()?,
+            id,
             store: Arc::clone(&store),
             queue: Arc::clone(&queue),
             bus: Arc::clone(&bus),
@@ -155,6 +166,15 @@ impl Platform {
         })
         .await
         .map_err(|e| Failure::internal("start the worker", &e))?;
+        let closing = CancellationToken::new();
+        let guests = worker.links();
+        let links = streams
+            .map(|streams| streams.start(&sessions, &guests, &store, closing.clone()))
+            .transpose()?;
+        let (sessions, guests): (Arc<dyn SessionLink>, Arc<dyn GuestLink>) = match &links {
+            Some(links) => (links.links(), links.links()),
+            None => (Arc::new(sessions), guests),
+        };
         let drivers = machines.capabilities();
         gateway::warn_of_weak(&drivers);
         let template_image = (!snapshots.no_default_template).then(|| backend.image.clone());
@@ -169,7 +189,7 @@ impl Platform {
             bus: Arc::clone(&bus),
             logs: (logs.component, Arc::clone(&logs.store)),
             sessions,
-            links: worker.links(),
+            links: guests,
             pools: worker.pools(),
             keys,
             offer,
@@ -185,7 +205,7 @@ impl Platform {
         })?;
         let host = machines.host;
         let trust = tls.as_ref().map_or(Trust::System, Tls::trust);
-        let (has_tls, closing) = (tls.is_some(), CancellationToken::new());
+        let has_tls = tls.is_some();
         if let Some(tls) = tls {
             let told = dir.server_certificate();
             tls.write(&told)?;
@@ -198,6 +218,7 @@ impl Platform {
             closing: closing.drop_guard(),
             gateway,
             worker,
+            links,
             store,
             bus,
             logs,
@@ -271,7 +292,7 @@ impl Platform {
     /// Stops taking requests, stops claiming work, ends or hands over the VMs, flushes, closes: in
     /// this order, and within `limit`.
     pub(crate) async fn shutdown(self, mode: ShutdownMode, limit: Duration) -> ShutdownReport {
-        let Self { dir, gateway, worker, host, logs, database, closing, .. } = self;
+        let Self { dir, gateway, worker, links, host, logs, database, closing, .. } = self;
         // Nothing writes into the directory from here on but the parts themselves.
         drop(closing);
         let deadline = Instant::now() + limit;
@@ -285,6 +306,11 @@ impl Platform {
         // Answers that waited for the worker's last words go out meanwhile.
         if tokio::time::timeout_at(deadline, gateway.ended()).await.is_err() {
             tracing::warn!("clients were still connected when the time was over");
+        }
+        if let Some(links) = links
+            && tokio::time::timeout_at(deadline, links.close()).await.is_err()
+        {
+            tracing::warn!("streams of other processes were cut off");
         }
         // Last: the others have told how they ended.
         if tokio::time::timeout_at(deadline, logs.close()).await.is_err() {
@@ -315,6 +341,7 @@ pub(crate) fn fleet(
         memory_mb_max: options.worker_memory,
         vms_max: options.worker_vms,
         template_folder: template_dir.map(|dir| dir.to_string_lossy().into_owned()),
+        stream_address: None,
         heartbeat: options.worker_heartbeat,
         lease: options.worker_lease,
     };

@@ -269,6 +269,7 @@ async fn try_here(backend: Backend, findings: &mut Findings) -> Result<(), Failu
         snapshots,
         tools,
         fleet,
+        streams: None,
         logs,
         edge,
         tls,

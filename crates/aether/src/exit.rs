@@ -82,6 +82,7 @@ impl From<ErrorCode> for Exit {
             | ErrorCode::RateLimited
             | ErrorCode::SnapshotIncompatible
             | ErrorCode::DriverUnavailable
+            | ErrorCode::WorkerUnreachable
             | ErrorCode::Unavailable => Self::Unavailable,
             ErrorCode::ExecutionTimeout => Self::TimeLimit,
             ErrorCode::MethodNotAllowed

@@ -174,7 +174,9 @@ fn hint_for(code: ErrorCode) -> Option<&'static str> {
         ErrorCode::TaskNotFound => Some("`aether task list` shows the tasks there are"),
         ErrorCode::WorkerNotFound => Some("`aether worker list` shows the workers there are"),
         ErrorCode::QueueNotFound => Some("`aether queue list` shows the queues there are"),
-        ErrorCode::WorkerLost => Some("`aether worker list` shows whether it has come back"),
+        ErrorCode::WorkerLost | ErrorCode::WorkerUnreachable => {
+            Some("`aether worker list` shows whether it has come back")
+        }
         ErrorCode::ImageNotFound => Some("`aether image list` on the server shows what there is"),
         ErrorCode::SnapshotNotFound => Some("`aether snapshot list` shows the snapshots there are"),
         ErrorCode::TemplateNotFound => Some("`aether template list` shows the templates there are"),

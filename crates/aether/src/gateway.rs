@@ -17,7 +17,7 @@ use aether_gateway::{
 use aether_logs::LogStore;
 use aether_queue::Queue;
 use aether_store::{Capacity, Store};
-use aether_streams::{GuestLink, Pools, Sessions};
+use aether_streams::{GuestLink, Pools, SessionLink};
 use aether_types::{Access, DriverKind, ProjectId, Role, limits};
 use tokio::{net::TcpListener, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
@@ -105,7 +105,7 @@ pub(crate) struct Inputs {
     pub(crate) bus: Arc<dyn EventBus>,
     /// With the name of the component in the answer of health.
     pub(crate) logs: (&'static str, Arc<dyn LogStore>),
-    pub(crate) sessions: Sessions,
+    pub(crate) sessions: Arc<dyn SessionLink>,
     pub(crate) links: Arc<dyn GuestLink>,
     pub(crate) pools: Arc<dyn Pools>,
     pub(crate) keys: KeyRing,

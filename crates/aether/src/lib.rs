@@ -26,6 +26,7 @@ mod gateway;
 mod host;
 mod images;
 mod leftovers;
+mod links;
 mod logging;
 mod logs;
 mod metrics;

@@ -20,6 +20,7 @@ use crate::{
     default_template::DefaultTemplate,
     exit::Exit,
     failure::Failure,
+    links::StreamPlan,
     logging,
     logs::LogInputs,
     notify, output,
@@ -75,11 +76,13 @@ pub(crate) async fn run(global: &Global, args: Up) -> Result<Exit, Failure> {
     let target = Target { store, redis: args.redis.config()? };
     let dir = DataDir::choose(global.data_dir.as_deref()).lock()?;
     let listener = bind(args.listen).await?;
+    let streams = StreamPlan::bind(args.streams).await?;
     let mut signals = Signals::take()?;
 
     let Up { backend, capacity, snapshots, tools, fleet, edge, tls: options, .. } = args;
     let authority_dir = options.authority_dir;
-    let fleet = compose::fleet(fleet, snapshots.template_dir.as_deref())?;
+    let mut fleet = compose::fleet(fleet, snapshots.template_dir.as_deref())?;
+    fleet.stream_address = streams.as_ref().map(|plan| plan.advertised(&fleet.host));
     let plan = Plan {
         dir,
         listener,
@@ -89,6 +92,7 @@ pub(crate) async fn run(global: &Global, args: Up) -> Result<Exit, Failure> {
         snapshots,
         tools,
         fleet,
+        streams,
         logs,
         edge,
         tls,

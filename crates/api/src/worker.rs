@@ -43,6 +43,7 @@ impl From<(Worker, WorkerLoad)> for WorkerView {
             drivers,
             capacity,
             template_folder: _,
+            stream_address: _,
             version,
             standing,
             epoch,

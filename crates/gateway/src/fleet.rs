@@ -197,6 +197,7 @@ mod tests {
             drivers: Vec::new(),
             capacity: WorkerCapacity::default(),
             template_folder: None,
+            stream_address: None,
             version: String::new(),
             standing: Standing { presence: Presence::Present, draining: false },
             epoch: 1,

@@ -132,7 +132,7 @@ impl Follower {
                         if ended.is_ok() {
                             self.task_ended = true;
                             // Closes the session where no worker ever took it.
-                            drop(self.app.parts.sessions.take(self.execution));
+                            client.settle();
                         }
                     }
                 }

@@ -5,7 +5,7 @@
 //!     route: validate → Store records task and outbox → Queue::enqueue → EventBus
 //!                                        └─ if that fails: Dispatcher, later
 //!     wait:   subscribe → record → event → read the store
-//!     follow: Sessions::open → record → live output → end, or what the store kept
+//!     follow: SessionLink::follow → record → live output → end, or what the store kept
 //! ```
 //!
 //! Invariants

@@ -12,7 +12,7 @@ use aether_events::{Event, EventBus};
 use aether_logs::LogStore;
 use aether_queue::Queue;
 use aether_store::{Capacity, Store};
-use aether_streams::{GuestLink, Pools, Sessions};
+use aether_streams::{GuestLink, Pools, SessionLink};
 use aether_types::Scope;
 use axum::{Router, http::Method};
 use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, watch};
@@ -36,7 +36,7 @@ pub struct GatewayParts {
     pub queue: Arc<dyn Queue>,
     pub bus: Arc<dyn EventBus>,
     pub logs: Arc<dyn LogStore>,
-    pub sessions: Sessions,
+    pub sessions: Arc<dyn SessionLink>,
     pub links: Arc<dyn GuestLink>,
     pub pools: Arc<dyn Pools>,
     pub catalogue: Arc<dyn Catalogue>,

@@ -40,7 +40,8 @@ impl ApiError {
             vm_id: None,
             vm_ids: Vec::new(),
             quota: None,
-            retry_after_s: matches!(code, ErrorCode::Unavailable | ErrorCode::TooManyVms)
+            retry_after_s: status(code)
+                .eq(&StatusCode::SERVICE_UNAVAILABLE)
                 .then_some(RETRY_AFTER_S),
         }))
     }
@@ -310,7 +311,9 @@ pub(crate) fn status(code: ErrorCode) -> StatusCode {
         | ErrorCode::ClientGone
         | ErrorCode::Cancelled
         | ErrorCode::FileConflict => StatusCode::CONFLICT,
-        ErrorCode::Unavailable | ErrorCode::TooManyVms => StatusCode::SERVICE_UNAVAILABLE,
+        ErrorCode::Unavailable | ErrorCode::TooManyVms | ErrorCode::WorkerUnreachable => {
+            StatusCode::SERVICE_UNAVAILABLE
+        }
         ErrorCode::GuestPanic
         | ErrorCode::GuestShutdown
         | ErrorCode::GuestAgentLost
@@ -376,6 +379,7 @@ fn title(code: ErrorCode) -> &'static str {
         ErrorCode::GuestAgentLost => "The agent in the guest died",
         ErrorCode::VmmExited => "The VM's process ended",
         ErrorCode::WorkerLost => "The worker that had the VM is lost",
+        ErrorCode::WorkerUnreachable => "The worker that has the VM cannot be reached",
         ErrorCode::VmStopped => "The VM was stopped or deleted",
         ErrorCode::GuestUnreachable => "The guest does not answer",
         ErrorCode::GuestProtocol => "The guest broke the protocol",

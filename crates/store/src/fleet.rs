@@ -18,6 +18,7 @@ pub struct NewWorker {
     pub drivers: Vec<WorkerDriver>,
     pub capacity: WorkerCapacity,
     pub template_folder: Option<String>,
+    pub stream_address: Option<String>,
     pub version: String,
     pub lease: Duration,
 }

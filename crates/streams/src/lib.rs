@@ -6,15 +6,16 @@
 //!   channels, so a client that stalls holds back its own command and nothing else.
 //! - [`GuestLink`]: a connection to a VM's agent, for what is no task: files.
 //!
-//! In one process this is all there is. Between machines the same two meet over a network
-//! connection; see the decision records.
+//! In one process this is all there is. Between processes the same two meet over a network
+//! connection ([`remote`]); who holds a [`SessionLink`] or a [`GuestLink`] does not know which it is.
 
+pub mod remote;
 mod sessions;
 
 use std::fmt;
 
 use aether_protocol::host::BoxStream;
-use aether_types::{Fault, TemplateId, VmId};
+use aether_types::{ExecutionId, Fault, TemplateId, VmId};
 use async_trait::async_trait;
 
 pub use sessions::{ClientEnd, SessionInput, SessionOutput, Sessions, WorkerEnd};
@@ -37,6 +38,21 @@ impl fmt::Debug for GuestConnection {
 pub trait GuestLink: Send + Sync + 'static {
     /// Bounded in time by the implementation. The fault is for the client's eyes.
     async fn connect(&self, vm: VmId) -> Result<GuestConnection, Fault>;
+}
+
+/// Opens the live side of executions.
+#[async_trait]
+pub trait SessionLink: Send + Sync + 'static {
+    /// For an execution that is about to be recorded. Bounded in time by the implementation. The
+    /// fault is for the client's eyes.
+    async fn follow(&self, vm: VmId, id: ExecutionId) -> Result<ClientEnd, Fault>;
+}
+
+#[async_trait]
+impl SessionLink for Sessions {
+    async fn follow(&self, _: VmId, id: ExecutionId) -> Result<ClientEnd, Fault> {
+        Ok(self.open(id))
+    }
 }
 
 /// A pool of a worker: machines of a template that wait to be claimed.

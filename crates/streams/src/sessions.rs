@@ -11,6 +11,7 @@ use tokio::sync::{
     mpsc::{Receiver, Sender, channel},
     watch,
 };
+use tokio_util::sync::CancellationToken;
 
 /// Messages in flight each way. With 64 KiB in a message, at most 1 MiB waits for a slow client.
 const MESSAGES: usize = 16;
@@ -54,7 +55,14 @@ pub struct ClientEnd {
     /// Bytes of standard input that have gone on to the guest, in all. The worker takes whatever
     /// comes, so that signals never wait behind input; who sends bounds what is on its way.
     pub taken: watch::Receiver<u64>,
-    _entry: Entry,
+    pub(crate) entry: Entry,
+}
+
+impl ClientEnd {
+    /// The task has ended: where no worker ever took the session, it closes.
+    pub fn settle(&self) {
+        self.entry.settle();
+    }
 }
 
 /// The worker's end.
@@ -65,7 +73,7 @@ pub struct WorkerEnd {
     pub taken: watch::Sender<u64>,
 }
 
-type Waiting = Mutex<HashMap<ExecutionId, WorkerEnd>>;
+pub(crate) type Waiting = Mutex<HashMap<ExecutionId, WorkerEnd>>;
 
 /// Sessions that the gateway has opened and no worker has taken yet.
 #[derive(Debug, Clone, Default)]
@@ -82,8 +90,8 @@ impl Sessions {
         let (worker_taken, taken) = watch::channel(0);
         let end = WorkerEnd { input: worker_input, output: worker_output, taken: worker_taken };
         lock(&self.waiting).insert(id, end);
-        let entry = Entry { id, waiting: Arc::downgrade(&self.waiting) };
-        ClientEnd { input, output, taken, _entry: entry }
+        let entry = Entry::Here { id, waiting: Arc::downgrade(&self.waiting) };
+        ClientEnd { input, output, taken, entry }
     }
 
     /// The worker's end, once. `None`: nobody follows this execution live.
@@ -93,18 +101,41 @@ impl Sessions {
     }
 }
 
+/// The two ends of a session whose worker is in another process; the token says that the session
+/// is settled.
+pub(crate) fn apart() -> (ClientEnd, WorkerEnd, CancellationToken) {
+    let (input, far_input) = channel(MESSAGES);
+    let (far_output, output) = channel(MESSAGES);
+    let (far_taken, taken) = watch::channel(0);
+    let settled = CancellationToken::new();
+    let far = WorkerEnd { input: far_input, output: far_output, taken: far_taken };
+    let entry = Entry::Apart(settled.clone());
+    (ClientEnd { input, output, taken, entry }, far, settled)
+}
+
 /// Takes the session off the list when the client goes before a worker came.
 #[derive(Debug)]
-struct Entry {
-    id: ExecutionId,
-    waiting: Weak<Waiting>,
+pub(crate) enum Entry {
+    Here { id: ExecutionId, waiting: Weak<Waiting> },
+    Apart(CancellationToken),
+}
+
+impl Entry {
+    pub(crate) fn settle(&self) {
+        match self {
+            Self::Here { id, waiting } => {
+                if let Some(waiting) = waiting.upgrade() {
+                    lock(&waiting).remove(id);
+                }
+            }
+            Self::Apart(settled) => settled.cancel(),
+        }
+    }
 }
 
 impl Drop for Entry {
     fn drop(&mut self) {
-        if let Some(waiting) = self.waiting.upgrade() {
-            lock(&waiting).remove(&self.id);
-        }
+        self.settle();
     }
 }
 

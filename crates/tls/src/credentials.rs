@@ -113,7 +113,7 @@ pub(crate) fn pem(label: &str, der: &[u8]) -> String {
     pem::encode_config(&pem::Pem::new(label, der), lines)
 }
 
-fn validity(der: &CertificateDer<'_>) -> Option<(Timestamp, Timestamp)> {
+pub(crate) fn validity(der: &CertificateDer<'_>) -> Option<(Timestamp, Timestamp)> {
     let (_, certificate) = x509_parser::parse_x509_certificate(der).ok()?;
     let at = |time: x509_parser::time::ASN1Time| {
         Timestamp::from_unix_ms(time.timestamp().saturating_mul(1000))

@@ -20,4 +20,4 @@ mod peer;
 pub use authority::{Authority, Fingerprint, Request, read_authorities};
 pub use credentials::{Credentials, Holder, client_config, provider, server_config};
 pub use error::TlsError;
-pub use peer::{Peer, link_client_config, link_server_config, server_name};
+pub use peer::{Peer, link_client_config, link_server_config, server_name, valid_until};

@@ -6,14 +6,14 @@
 
 use std::sync::Arc;
 
-use aether_types::WorkerId;
+use aether_types::{Timestamp, WorkerId};
 use rustls::{
     ClientConfig, RootCertStore, ServerConfig, pki_types::CertificateDer,
     server::WebPkiClientVerifier, version::TLS13,
 };
 use x509_parser::{certificate::X509Certificate, extensions::GeneralName, prelude::FromDer as _};
 
-use crate::{Holder, TlsError, provider};
+use crate::{Holder, TlsError, credentials::validity, provider};
 
 const WORKER: &str = "aetherium://worker/";
 const GATEWAY: &str = "aetherium://gateway/";
@@ -50,6 +50,11 @@ impl Peer {
         let worker = of(WORKER).ok_or(TlsError::NoPeer)?;
         Ok(Self { worker, is_gateway: of(GATEWAY) == Some(worker) })
     }
+}
+
+/// When the certificate runs out.
+pub fn valid_until(certificate: &CertificateDer<'_>) -> Result<Timestamp, TlsError> {
+    Ok(validity(certificate).ok_or(TlsError::NoPeer)?.1)
 }
 
 /// The name that a worker's certificate has, whatever its address is.

@@ -96,6 +96,8 @@ codes! {
     VmmExited = "vmm_exited",
     /// The worker that had the VM does not answer any more; nobody knows what became of the VM.
     WorkerLost = "worker_lost",
+    /// The worker that has the VM cannot be reached from the gateway that was asked; try again later.
+    WorkerUnreachable = "worker_unreachable",
     /// The VM was stopped or deleted while the work ran.
     VmStopped = "vm_stopped",
     /// The guest does not answer on its channel.

@@ -171,6 +171,7 @@ mod tests {
                 ..WorkerCapacity::default()
             },
             template_folder: None,
+            stream_address: None,
             version: "1".into(),
             standing: Standing { presence: Presence::Present, draining: false },
             epoch: 1,

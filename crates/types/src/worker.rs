@@ -220,6 +220,8 @@ pub struct Worker {
     pub capacity: WorkerCapacity,
     /// Where its templates are, where others may use the same folder.
     pub template_folder: Option<String>,
+    /// `host:port` where it takes streams of other processes; `None`: it takes none.
+    pub stream_address: Option<String>,
     /// Of its program.
     pub version: String,
     pub standing: Standing,

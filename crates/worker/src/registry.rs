@@ -32,6 +32,8 @@ pub struct FleetConfig {
     pub vms_max: Option<u32>,
     /// Where templates are, where others may use the same folder.
     pub template_folder: Option<String>,
+    /// `host:port` where it takes streams of other processes.
+    pub stream_address: Option<String>,
     /// Between two heartbeats.
     pub heartbeat: Duration,
     /// Without a heartbeat for so long the worker is lost.
@@ -48,6 +50,7 @@ impl Default for FleetConfig {
             memory_mb_max: None,
             vms_max: None,
             template_folder: None,
+            stream_address: None,
             heartbeat: Duration::from_secs(5),
             lease: Duration::from_secs(15),
         }
@@ -105,6 +108,7 @@ fn described(parts: &WorkerParts) -> NewWorker {
             vms_max: fleet.vms_max,
         },
         template_folder: fleet.template_folder.clone(),
+        stream_address: fleet.stream_address.clone(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         lease: fleet.lease,
     }

@@ -5,8 +5,8 @@ use std::{net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 use clap::ArgAction;
 
 use super::{
-    Backend, ConfigOption, DatabaseOptions, Edge, FleetOptions, Logging, RedisOptions, TlsOptions,
-    ToolOptions, values::parse_duration,
+    Backend, ConfigOption, DatabaseOptions, Edge, FleetOptions, Logging, RedisOptions,
+    StreamOptions, TlsOptions, ToolOptions, values::parse_duration,
 };
 use crate::logging::LogFormat;
 
@@ -48,6 +48,8 @@ pub(crate) struct Up {
     pub(crate) tools: ToolOptions,
     #[command(flatten)]
     pub(crate) fleet: FleetOptions,
+    #[command(flatten)]
+    pub(crate) streams: StreamOptions,
     #[command(flatten)]
     pub(crate) logging: Logging,
     #[command(flatten)]

@@ -1,6 +1,6 @@
 //! `aether worker`, and what a worker says of itself.
 
-use std::time::Duration;
+use std::{net::SocketAddr, time::Duration};
 
 use aether_types::WorkerState;
 use clap::{ArgAction, Subcommand};
@@ -78,4 +78,22 @@ pub(crate) struct FleetOptions {
     #[arg(long, env = "AETHER_WORKER_LEASE", value_name = "TIME", default_value = "15s",
           value_parser = parse_duration)]
     pub(crate) worker_lease: Duration,
+}
+
+/// Streams with the other processes of the fleet.
+#[expect(clippy::struct_field_names, reason = "they are the names of the options of `up`")]
+#[derive(Debug, Clone, clap::Args)]
+#[command(next_help_heading = "Fleet")]
+pub(crate) struct StreamOptions {
+    /// Where to take streams of the other processes of the fleet (TLS, with certificates of the
+    /// platform's authority on both sides); with it this one reaches the VMs of the others
+    #[arg(long, env = "AETHER_STREAM_LISTEN", value_name = "ADDR:PORT")]
+    pub(crate) stream_listen: Option<SocketAddr>,
+    /// Where the others find it [default: where it listens]
+    #[arg(long, env = "AETHER_STREAM_ADVERTISE", value_name = "HOST:PORT")]
+    pub(crate) stream_advertise: Option<String>,
+    /// How long a certificate for streams is good; it is replaced at two thirds of that
+    #[arg(long, env = "AETHER_STREAM_CERTIFICATE_LIFETIME", value_name = "TIME",
+          default_value = "24h", value_parser = parse_duration)]
+    pub(crate) stream_certificate_lifetime: Duration,
 }

@@ -30,6 +30,8 @@ mod redis;
 #[cfg(test)]
 mod rig;
 #[cfg(test)]
+mod streams;
+#[cfg(test)]
 mod tls;
 #[cfg(test)]
 mod tools;

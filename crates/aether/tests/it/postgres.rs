@@ -50,7 +50,7 @@ fn tables_are_migrated_first_and_then_the_platform_keeps_everything_there() {
     let status: serde_json::Value =
         serde_json::from_str(&server.ok(&["--json", "migrate", "status"])).unwrap();
     assert_eq!(status["ready"], false);
-    assert_eq!(status["pending"].as_array().unwrap().len(), 10);
+    assert_eq!(status["pending"].as_array().unwrap().len(), 11);
     let refused = server.run(&["up", "--driver", "sim", "--listen", "127.0.0.1:0"]);
     let said = String::from_utf8(refused.stderr).unwrap();
     assert_eq!(refused.status.code(), Some(4), "{said}");
@@ -68,7 +68,9 @@ fn tables_are_migrated_first_and_then_the_platform_keeps_everything_there() {
                    applied  store 0008 quotas\n \
                    applied  store 0009 audit\n \
                    applied  store 0010 workers\n \
-                   applied  store 0011 events\n applied  store 0012 registrations\n applied  queue 0001 initial\n";
+                   applied  store 0011 events\n \
+                   applied  store 0012 registrations\n \
+                   applied  store 0013 streams\n applied  queue 0001 initial\n";
     assert_eq!(server.ok(&["migrate", "up"]), applied);
     assert_eq!(server.ok(&["migrate", "up"]), "up to date\n");
     let said = server.ok(&["doctor", "--driver", "sim"]);

@@ -110,7 +110,7 @@ async fn execute_stream(
 ) -> ApiResult<Response> {
     let place = app.stream_place()?;
     let watch = TaskWatch::new(app);
-    let client = app.parts.sessions.open(id);
+    let client = app.parts.sessions.follow(vm, id).await?;
     let recorded = record(app, caller.project(), vm, id, spec, idempotency).await?;
     let follower = Follower::new(app, watch, client, &recorded, place);
     let lines = futures::stream::unfold(follower, |mut follower| async move {

@@ -137,7 +137,7 @@ async fn begin(
     let spec = ExecutionSpec::from(start);
     spec.validate().map_err(ApiError::invalid)?;
     let id = ExecutionId::new();
-    let client = app.parts.sessions.open(id);
+    let client = app.parts.sessions.follow(vm, id).await?;
     let recorded = record(app, caller.project(), vm, id, spec, None).await?;
     Ok(Some(Follower::new(app, watch, client, &recorded, place)))
 }

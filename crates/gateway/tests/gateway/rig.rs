@@ -98,7 +98,7 @@ impl Rig {
             queue: Arc::clone(&queue),
             bus: Arc::clone(&bus),
             logs: Arc::clone(&logs) as _,
-            sessions: sessions.clone(),
+            sessions: Arc::new(sessions.clone()),
             links: Arc::new(ScriptedLink::default()),
             pools: Arc::new(options.pools),
             catalogue: Arc::new(Offer),

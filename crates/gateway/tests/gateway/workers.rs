@@ -36,6 +36,7 @@ fn new_worker(host: &str, zone: &str, lease: Duration) -> NewWorker {
             ..WorkerCapacity::default()
         },
         template_folder: None,
+        stream_address: None,
         version: "1".into(),
         lease,
     }

@@ -50,7 +50,7 @@ macro_rules! template_columns {
 macro_rules! worker_columns {
     () => {
         "id, host, zone, labels, drivers, capacity, template_folder, version, presence, draining, \
-         epoch, registered_at, heartbeat_at, lease_ms"
+         epoch, registered_at, heartbeat_at, lease_ms, stream_address"
     };
 }
 
@@ -179,7 +179,7 @@ pub(super) fn template(row: &Row) -> Result<Template, StoreError> {
 }
 
 /// How many columns a worker has; what is asked for with it comes after them.
-pub(super) const WORKER_COLUMNS: usize = 14;
+pub(super) const WORKER_COLUMNS: usize = 15;
 
 pub(super) fn worker(row: &Row) -> Result<Worker, StoreError> {
     let r = Reader { row, noun: "worker" };
@@ -197,6 +197,7 @@ pub(super) fn worker(row: &Row) -> Result<Worker, StoreError> {
         registered_at: r.time(11)?,
         heartbeat_at: r.time(12)?,
         lease_ms: r.get(13)?,
+        stream_address: r.get(14)?,
     })
 }
 

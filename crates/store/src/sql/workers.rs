@@ -38,6 +38,7 @@ pub(super) async fn register(store: &Sql, new: &NewWorker) -> Result<Worker, Sto
         drivers: new.drivers.clone(),
         capacity: new.capacity,
         template_folder: new.template_folder.clone(),
+        stream_address: new.stream_address.clone(),
         version: new.version.clone(),
         standing: apply(standing, WorkerEvent::Registered)?,
         epoch: epoch + 1,
@@ -53,11 +54,12 @@ pub(super) async fn register(store: &Sql, new: &NewWorker) -> Result<Worker, Sto
 async fn keep(tx: &mut Tx<'_>, worker: &Worker) -> Result<(), StoreError> {
     query(
         "insert into workers (id, host, zone, labels, drivers, capacity, template_folder, version, \
-         presence, draining, epoch, registered_at, heartbeat_at, lease_ms) \
-         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $12, $13) \
+         presence, draining, epoch, registered_at, heartbeat_at, lease_ms, stream_address) \
+         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $12, $13, $14) \
          on conflict (id) do update set host = $2, zone = $3, labels = $4, drivers = $5, \
          capacity = $6, template_folder = $7, version = $8, presence = $9, draining = $10, \
-         epoch = $11, registered_at = $12, heartbeat_at = $12, lease_ms = $13",
+         epoch = $11, registered_at = $12, heartbeat_at = $12, lease_ms = $13, \
+         stream_address = $14",
     )
     .bind(worker.id.to_string())
     .bind(worker.host.clone())
@@ -72,6 +74,7 @@ async fn keep(tx: &mut Tx<'_>, worker: &Worker) -> Result<(), StoreError> {
     .bind(worker.epoch)
     .bind(worker.registered_at.unix_ms())
     .bind(worker.lease_ms)
+    .bind(worker.stream_address.clone())
     .execute(&mut *tx)
     .await
     .context("record a worker")?;

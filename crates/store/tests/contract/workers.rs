@@ -31,6 +31,7 @@ pub(crate) fn new_worker(host: &str) -> NewWorker {
             ..WorkerCapacity::default()
         },
         template_folder: None,
+        stream_address: Some("host:8443".into()),
         version: "1.0.0".into(),
         lease: Duration::from_mins(1),
     }
@@ -91,7 +92,7 @@ pub(crate) async fn a_worker_registers_again_and_again(store: &impl Store) {
     let first = store.register_worker(new.clone()).await.unwrap();
     assert_eq!((first.epoch, first.state()), (1, WorkerState::Active));
     assert_eq!(first.lease_ms, 60_000);
-    let other = NewWorker { host: "renamed".into(), zone: None, ..new };
+    let other = NewWorker { host: "renamed".into(), zone: None, stream_address: None, ..new };
     let second = store.register_worker(other).await.unwrap();
     assert_eq!((second.id, second.epoch, second.host.as_str()), (first.id, 2, "renamed"));
     let (read, load) = store.worker(first.id).await.unwrap().unwrap();

@@ -37,6 +37,7 @@ async fn declare_lost(rig: &Rig) {
         drivers: worker.drivers,
         capacity: worker.capacity,
         template_folder: None,
+        stream_address: None,
         version: worker.version,
         lease: Duration::ZERO,
     };
