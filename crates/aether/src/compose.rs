@@ -127,14 +127,13 @@ impl Platform {
         let metrics = Metrics::start(sink.clone())?;
         let sessions = Sessions::default();
         let (keys, key) = gateway::keys(&dir, &*store, database.is_some()).await?;
-        let known = match (&tls, &streams) {
-            (TlsPlan::Plain | TlsPlan::Files(_), None) => None,
-            (TlsPlan::Auto { .. }, _) | (_, Some(_)) => {
-                let folder = authority_dir.unwrap_or_else(|| dir.authority());
-                Some(authority::open(&folder, &*store, database.is_some()).await?)
-            }
+        let is_needed = streams.is_some() || matches!(tls, TlsPlan::Auto { .. });
+        let known = if is_needed {
+            let folder = authority_dir.unwrap_or_else(|| dir.authority());
+            authority::open(&folder, &*store, database.is_some()).await?
+        } else {
+            Known::Elsewhere
         };
-        let known = known.unwrap_or(Known::Elsewhere);
         let id = dir.worker_id()?;
         let streams = streams.map(|plan| plan.certify(&known, id)).transpose()?;
         let tls = match tls {

@@ -40,6 +40,9 @@ pub(crate) async fn judge(
     journal: &Journal,
     faults: &Faults,
 ) -> Result<Verdict> {
+    // The history is asked by task again and again, which no user does.
+    let by_task = "create index if not exists events_of_task on events (task_id, id)";
+    sqlx::query(by_task).execute(&cluster.database).await?;
     let mut wrong = journal.all_wrong();
     wrong.extend(settles(cluster).await?);
     wrong.extend(queue_empties(cluster).await);

@@ -167,7 +167,7 @@ async fn a_reader_that_stands_still_holds_up_no_other_stream() {
     assert_eq!(token, "abcd");
     let mut guest = far.guests.recv().await.unwrap();
     let sent = vec![7; 4 << 20];
-    let (_, got) = tokio::join!(
+    let ((), got) = tokio::join!(
         async {
             guest.write_all(&sent).await.unwrap();
             guest.shutdown().await.unwrap();
