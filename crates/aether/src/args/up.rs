@@ -5,8 +5,8 @@ use std::{net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 use clap::ArgAction;
 
 use super::{
-    Backend, ConfigOption, DatabaseOptions, Edge, FleetOptions, Logging, RedisOptions, TlsOptions,
-    ToolOptions, values::parse_duration,
+    Backend, ConfigOption, DatabaseOptions, Edge, FleetOptions, JwtOptions, Logging, RedisOptions,
+    TlsOptions, ToolOptions, values::parse_duration,
 };
 use crate::logging::LogFormat;
 
@@ -54,6 +54,8 @@ pub(crate) struct Up {
     pub(crate) edge: Edge,
     #[command(flatten)]
     pub(crate) tls: TlsOptions,
+    #[command(flatten)]
+    pub(crate) jwt: JwtOptions,
     #[arg(long, env = "AETHER_LOG_FORMAT", value_enum, default_value = "text")]
     pub(crate) log_format: LogFormat,
     /// What is logged, such as `info` or `warn,aether_worker=debug`
