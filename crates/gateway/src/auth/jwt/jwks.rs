@@ -19,7 +19,7 @@ use futures::{
 use jsonwebtoken::{Algorithm, DecodingKey};
 use reqwest::{Client, Response, Url, redirect::Policy};
 use serde::Deserialize;
-use tokio::time::Instant;
+use tokio::{task::AbortHandle, time::Instant};
 use tokio_util::task::TaskTracker;
 
 use crate::problem::chain;
@@ -86,7 +86,13 @@ struct State {
     /// The last question but the first one that was answered: what is not known yet may be asked for
     /// right after it.
     asked: Option<Instant>,
-    flight: Option<Shared<BoxFuture<'static, ()>>>,
+    flight: Option<Flight>,
+}
+
+/// A question, and what waits for its end; nobody has to.
+struct Flight {
+    task: AbortHandle,
+    ended: Shared<BoxFuture<'static, ()>>,
 }
 
 /// There are none that are good any more.
@@ -135,18 +141,18 @@ impl Jwks {
             self.ask(&mut state);
             match found {
                 Ok(Some(key)) => return Ok(Some(key)),
-                Ok(None) | Err(NoKeys) => state.flight.clone(),
+                Ok(None) | Err(NoKeys) => state.flight.as_ref().map(|flight| flight.ended.clone()),
             }
         };
-        if let Some(flight) = flight {
-            flight.await;
+        if let Some(ended) = flight {
+            ended.await;
         }
         self.state().find(kid, self.times.kept)
     }
 
     /// Begins a question, unless there was one a moment ago.
     fn ask(self: &Arc<Self>, state: &mut State) {
-        let is_under_way = state.flight.as_ref().is_some_and(|flight| flight.peek().is_none());
+        let is_under_way = state.flight.as_ref().is_some_and(|flight| !flight.task.is_finished());
         let is_soon = state.asked.is_some_and(|at| at.elapsed() < self.times.between);
         if is_under_way || is_soon {
             return;
@@ -154,7 +160,8 @@ impl Jwks {
         state.asked = Some(Instant::now());
         let jwks = Arc::clone(self);
         let asking = self.tasks.spawn(async move { jwks.refresh().await });
-        state.flight = Some(asking.map(|_| ()).boxed().shared());
+        let task = asking.abort_handle();
+        state.flight = Some(Flight { task, ended: asking.map(|_| ()).boxed().shared() });
     }
 
     async fn refresh(&self) {

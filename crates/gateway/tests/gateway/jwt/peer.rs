@@ -189,6 +189,15 @@ async fn jwt_keys_that_are_old_are_asked_for_while_they_are_used() {
     peer.asked_at_least(2).await;
     assert_eq!(status(&rig, &token).await, StatusCode::OK);
     assert_eq!(peer.asked(), 2, "one at a time");
+    // One that nobody waited for is not the last.
+    peer.say(Answer::Keys(json!([signer.jwk("a")])));
+    let rig = rig_with_jwks(&peer, hasty()).await;
+    crate::rig::soon(async {
+        while peer.asked() < 6 {
+            assert_eq!(status(&rig, &token).await, StatusCode::OK);
+        }
+    })
+    .await;
 }
 
 #[tokio::test]
