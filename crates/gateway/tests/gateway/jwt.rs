@@ -35,11 +35,12 @@ fn claims(other: Value) -> Value {
         "iss": ISSUER, "sub": "ann", "aud": "aetherium", "role": "viewer",
         "iat": now(), "exp": now() + 600,
     });
-    for (name, value) in other.as_object().unwrap() {
+    let Value::Object(other) = other else { panic!("{other}") };
+    for (name, value) in other {
         if value.is_null() {
-            claims.as_object_mut().unwrap().remove(name);
+            claims.as_object_mut().unwrap().remove(&name);
         } else {
-            claims[name] = value.clone();
+            claims[name] = value;
         }
     }
     claims
