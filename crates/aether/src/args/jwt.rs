@@ -14,6 +14,7 @@ const SECRET_BYTES_MAX: u64 = 4096;
 
 #[derive(Debug, Clone, Default, clap::Args)]
 #[command(next_help_heading = "Tokens")]
+#[expect(clippy::struct_field_names, reason = "they are the names of the options")]
 pub(crate) struct JwtOptions {
     /// Accept JSON Web Tokens that are signed (HS256) with the secret in this file, of 32 bytes at
     /// least; or set AETHER_JWT_SECRET
