@@ -13,6 +13,7 @@ use aether_drivers::{
     sim::{SimConfig, SimDriver, SimHost},
 };
 use aether_events::EventBus;
+use aether_gateway::JwtVerifier;
 use aether_images::{ImageStore, SnapshotError, SnapshotStore};
 use aether_postgres::Database;
 use aether_store::Store;
@@ -61,6 +62,8 @@ pub(crate) struct Plan {
     pub(crate) logs: LogInputs,
     pub(crate) edge: Edge,
     pub(crate) tls: TlsPlan,
+    /// Of tokens, where they are accepted.
+    pub(crate) jwt: Option<JwtVerifier>,
     /// Of the platform's own authority, where it is not in the data directory.
     pub(crate) authority_dir: Option<PathBuf>,
 }
@@ -118,6 +121,7 @@ impl Platform {
             logs,
             edge,
             tls,
+            jwt,
             authority_dir,
         } = plan;
         let address = listener.local_addr().map_err(|e| Failure::io("read the address", &e))?;
@@ -191,6 +195,7 @@ impl Platform {
             links: guests,
             pools: worker.pools(),
             keys,
+            jwt,
             offer,
             metrics: Arc::clone(&metrics.read),
             tools,

@@ -273,6 +273,7 @@ async fn try_here(backend: Backend, findings: &mut Findings) -> Result<(), Failu
         logs,
         edge,
         tls,
+        jwt: None,
         authority_dir,
     };
     let platform = match Box::pin(Platform::start(plan)).await {

@@ -11,8 +11,8 @@ use aether_api::{ComponentHealth, HealthStatus};
 use aether_drivers::Capabilities;
 use aether_events::EventBus;
 use aether_gateway::{
-    AuthSecret, Catalogue, DriverInfo, GatewayConfig, GatewayParts, HostCheck, HostLimits, KeyRing,
-    NewKey, Origins, Probe, RateLimiter, RateLimits,
+    AuthSecret, Catalogue, DriverInfo, GatewayConfig, GatewayParts, HostCheck, HostLimits,
+    JwtVerifier, KeyRing, NewKey, Origins, Probe, RateLimiter, RateLimits,
 };
 use aether_logs::LogStore;
 use aether_queue::Queue;
@@ -109,6 +109,8 @@ pub(crate) struct Inputs {
     pub(crate) links: Arc<dyn GuestLink>,
     pub(crate) pools: Arc<dyn Pools>,
     pub(crate) keys: KeyRing,
+    /// `None`: tokens open nothing.
+    pub(crate) jwt: Option<JwtVerifier>,
     pub(crate) offer: Offer,
     /// What is counted, as text.
     pub(crate) metrics: Arc<dyn Fn() -> String + Send + Sync>,
@@ -137,6 +139,7 @@ pub(crate) fn start(inputs: Inputs) -> Result<Gateway, Failure> {
         links,
         pools,
         keys,
+        jwt,
         offer,
         metrics,
         tools,
@@ -157,6 +160,7 @@ pub(crate) fn start(inputs: Inputs) -> Result<Gateway, Failure> {
         catalogue: Arc::new(offer),
         tools: Arc::new(tools),
         keys,
+        jwt,
         probes: vec![
             ("workers".to_owned(), Arc::new(WorkerHere) as Arc<dyn Probe>),
             (component.to_owned(), Arc::new(LogProbe(logs))),

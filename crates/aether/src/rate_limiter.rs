@@ -59,6 +59,9 @@ impl RedisLimiter {
     async fn ask(&self, sender: Sender, rate: Rate) -> Result<(i64, u64), CallError> {
         let key = match sender {
             Sender::Key(id) => format!("{}key:{id}", self.root),
+            Sender::Subject(hash) => {
+                format!("{}subject:{:032x}", self.root, u128::from_be_bytes(hash))
+            }
             Sender::Address(address) => format!("{}address:{address}", self.root),
             Sender::Others => format!("{}others", self.root),
         };

@@ -67,6 +67,7 @@ pub(crate) async fn run(global: &Global, args: Up) -> Result<Exit, Failure> {
     logging::start(args.log_format, &args.log_level, Some(sink.clone()))?;
     let logs = LogInputs { plan: args.logging.plan()?, sink, backlog };
     let tls = args.tls.plan()?;
+    let jwt = args.jwt.verifier()?;
     check_address(args.listen, args.tls.insecure_http || !tls.is_plain())?;
     let mode = if args.keep_vms { ShutdownMode::KeepVms } else { ShutdownMode::StopVms };
     let store = match args.database.config()? {
@@ -96,6 +97,7 @@ pub(crate) async fn run(global: &Global, args: Up) -> Result<Exit, Failure> {
         logs,
         edge,
         tls,
+        jwt,
         authority_dir,
     };
     let mut platform = tokio::select! {

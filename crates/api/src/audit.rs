@@ -11,7 +11,9 @@ pub struct AuditView {
     pub at: Timestamp,
     /// Of who asked; `null`: nobody that is known.
     pub project_id: Option<ProjectId>,
+    /// `null`: nobody that is known, or one with a token.
     pub key_id: Option<KeyId>,
+    /// What the key begins with; of a token `jwt:ISSUER/SUBJECT`.
     pub key_prefix: Option<String>,
     /// What was needed, as `vms:write`.
     pub action: Option<Scope>,

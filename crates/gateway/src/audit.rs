@@ -69,8 +69,8 @@ impl Trail {
         request.extensions_mut().insert(ruled.clone());
         let entry = AuditEntry {
             project_id: Some(caller.project()),
-            key_id: Some(caller.key),
-            key_prefix: Some(caller.prefix.clone()),
+            key_id: caller.key,
+            key_prefix: Some(caller.shown.clone()),
             ..asked(request)
         };
         Self { app: app.clone(), ruled, entry: Some(entry) }

@@ -46,7 +46,10 @@ mod templates;
 mod tools;
 mod wait;
 
-pub use auth::{AuthSecret, CreateKeyError, KeyRing, NewKey};
+pub use auth::{
+    AuthSecret, CreateKeyError, JWT_LEEWAY_MAX, JWT_SECRET_BYTES_MIN, JwksTimes, JwksUrlError,
+    JwtRules, JwtVerifier, KeyRing, NewKey,
+};
 pub use catalogue::{Catalogue, DriverInfo, HostLimits};
 pub use cors::Origins;
 pub use health::Probe;

@@ -1,4 +1,4 @@
-//! How many requests a key may send, and an address: the rate that lasts, and the burst before it.
+//! How many requests a key or a token's subject may send, and an address: the rate that lasts, and the burst before it.
 //!
 //! A bucket is one moment: when it will be full again. Each request moves that moment on by the
 //! time between two; one that would move it further than a burst away is refused, and moves
@@ -84,6 +84,8 @@ pub struct RateLimits {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Sender {
     Key(KeyId),
+    /// Of a token: a hash of its name.
+    Subject([u8; 16]),
     /// Of IPv6 the network: a host has all of it to choose from.
     Address(IpAddr),
     /// All whose bucket there is no room for.
@@ -105,6 +107,7 @@ impl Sender {
     fn policy(self) -> &'static str {
         match self {
             Self::Key(_) => "key",
+            Self::Subject(_) => "subject",
             Self::Address(_) | Self::Others => "address",
         }
     }

@@ -19,7 +19,8 @@ use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    Catalogue, HostCheck, KeyRing, Origins, Probe, RateLimiter, RateLimits, ToolCatalogue,
+    Catalogue, HostCheck, JwtVerifier, KeyRing, Origins, Probe, RateLimiter, RateLimits,
+    ToolCatalogue,
     admission::Offer,
     audit::Strangers,
     auth::Rule,
@@ -42,6 +43,8 @@ pub struct GatewayParts {
     pub catalogue: Arc<dyn Catalogue>,
     pub tools: Arc<dyn ToolCatalogue>,
     pub keys: KeyRing,
+    /// `None`: tokens open nothing.
+    pub jwt: Option<JwtVerifier>,
     /// Of components that the gateway does not know itself, by name: `workers` and others.
     pub probes: Vec<(String, Arc<dyn Probe>)>,
     /// Everything that the program has counted, as Prometheus' text.

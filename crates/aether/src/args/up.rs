@@ -5,7 +5,7 @@ use std::{net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 use clap::ArgAction;
 
 use super::{
-    Backend, ConfigOption, DatabaseOptions, Edge, FleetOptions, Logging, RedisOptions,
+    Backend, ConfigOption, DatabaseOptions, Edge, FleetOptions, JwtOptions, Logging, RedisOptions,
     StreamOptions, TlsOptions, ToolOptions, values::parse_duration,
 };
 use crate::logging::LogFormat;
@@ -56,6 +56,8 @@ pub(crate) struct Up {
     pub(crate) edge: Edge,
     #[command(flatten)]
     pub(crate) tls: TlsOptions,
+    #[command(flatten)]
+    pub(crate) jwt: JwtOptions,
     #[arg(long, env = "AETHER_LOG_FORMAT", value_enum, default_value = "text")]
     pub(crate) log_format: LogFormat,
     /// What is logged, such as `info` or `warn,aether_worker=debug`

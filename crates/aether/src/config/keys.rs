@@ -103,6 +103,12 @@ pub(super) const KEYS: &[Key] = &[
     plain("limits.key_rate", "key_rate"),
     plain("limits.address_rate", "address_rate"),
     plain("cors.origins", "cors_origin"),
+    plain("jwt.secret_file", "jwt_secret_file"),
+    plain("jwt.jwks_url", "jwt_jwks_url"),
+    plain("jwt.audience", "jwt_audience"),
+    plain("jwt.issuer", "jwt_issuer"),
+    plain("jwt.leeway", "jwt_leeway"),
+    plain("jwt.lifetime", "jwt_lifetime"),
     plain("logging.provider", "provider"),
     url("logging.loki.url", "loki_url"),
     secret("logging.loki.url_file", "loki_url"),
@@ -123,6 +129,10 @@ const REFUSED: &[(&str, &str)] = &[
     (
         "redis.password",
         "put it into a file and name that with redis.password_file, or set REDIS_PASSWORD",
+    ),
+    (
+        "jwt.secret",
+        "put it into a file and name that with jwt.secret_file, or set AETHER_JWT_SECRET",
     ),
     ("key", "API keys are made by the platform; clients take AETHER_KEY"),
 ];

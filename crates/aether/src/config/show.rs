@@ -40,6 +40,7 @@ pub(crate) fn run(global: &Global, args: &ConfigArgs) -> Result<Exit, Failure> {
             up.redis.config()?;
             up.logging.plan()?;
             up.tls.plan()?;
+            up.jwt.verifier()?;
             compose::fleet(up.fleet, up.snapshots.template_dir.as_deref())?;
             told(global, &file);
         }

@@ -1,7 +1,7 @@
 //! Who asks, and whether they may.
 //!
 //! ```text
-//!   authenticate: rates 429, header → key → Caller          401
+//!   authenticate: rates 429, header → key or token → Caller   401
 //!     route found → authorize: Caller, Rule      403
 //!       handler
 //!     audit: what changes something, and what was refused
@@ -10,6 +10,7 @@
 //! Every route has one [`Rule`], in the table of routes alone. Handlers decide nothing about rights,
 //! but for a key that is to be made: nobody gives more than they have, nor to others.
 
+mod jwt;
 mod keys;
 
 use std::sync::Arc;
@@ -23,7 +24,12 @@ use axum::{
     response::{IntoResponse as _, Response},
 };
 
+pub use jwt::{
+    JWT_LEEWAY_MAX, JWT_SECRET_BYTES_MIN, JwksTimes, JwksUrlError, JwtRules, JwtVerifier,
+};
 pub use keys::{AuthSecret, CreateKeyError, KeyRing, NewKey};
+
+use jwt::{Proven, Refusal};
 
 use crate::{
     audit::{self, Ruled, Trail},
@@ -50,14 +56,18 @@ pub(crate) const fn write(resource: Resource) -> Rule {
     Rule::Needs(Scope { resource, verb: Verb::Write })
 }
 
-/// Whose key it is, and what it may do.
+/// Whose key or token it is, and what it may do.
 #[derive(Debug, Clone)]
 pub(crate) struct Caller(Arc<Identity>);
 
 #[derive(Debug)]
 pub(crate) struct Identity {
-    pub(crate) key: KeyId,
-    pub(crate) prefix: String,
+    /// `None`: it came with a token.
+    pub(crate) key: Option<KeyId>,
+    /// For the audit log: what the key begins with, or the name of the token's subject.
+    pub(crate) shown: String,
+    /// Whose requests are counted together with this one.
+    sender: Sender,
     pub(crate) access: Access,
 }
 
@@ -71,7 +81,17 @@ impl std::ops::Deref for Caller {
 
 impl Caller {
     fn new(key: &ApiKey) -> Self {
-        Self(Arc::new(Identity { key: key.id, prefix: key.prefix.clone(), access: key.access() }))
+        Self(Arc::new(Identity {
+            key: Some(key.id),
+            shown: key.prefix.clone(),
+            sender: Sender::Key(key.id),
+            access: key.access(),
+        }))
+    }
+
+    fn proven(Proven { subject, access }: Proven) -> Self {
+        let sender = Sender::Subject(subject.bucket);
+        Self(Arc::new(Identity { key: None, shown: subject.name, sender, access }))
     }
 
     /// Whose everything is that it sees.
@@ -84,7 +104,8 @@ impl Caller {
             return Ok(());
         }
         let Access { role, scopes, .. } = &self.access;
-        let mut has = format!("the role of this key is {role}");
+        let what = if self.key.is_some() { "key" } else { "token" };
+        let mut has = format!("the role of this {what} is {role}");
         if !scopes.is_empty() {
             let scopes: Vec<_> = scopes.iter().map(ToString::to_string).collect();
             has = format!("{has}, narrowed down to {}", scopes.join(", "));
@@ -130,8 +151,7 @@ pub(crate) async fn authenticate(
     }
     match caller(&app, request.headers()).await {
         Ok(caller) => {
-            let sender = Sender::Key(caller.key);
-            if let Some(refusal) = counted.count(limiter, sender, limits.key).await {
+            if let Some(refusal) = counted.count(limiter, caller.sender, limits.key).await {
                 return refusal;
             }
             let trail = Trail::begin(&app, &caller, &mut request);
@@ -169,6 +189,11 @@ pub(crate) async fn authorize(rule: Rule, request: Request, next: Next) -> Respo
 async fn caller(app: &App, headers: &HeaderMap) -> ApiResult<Caller> {
     let refused = |detail: &str| ApiError::new(ErrorCode::Unauthorized, detail);
     let text = bearer(headers).map_err(refused)?;
+    if let Some(verifier) = &app.parts.jwt
+        && JwtVerifier::takes(text)
+    {
+        return by_token(app, verifier, text).await;
+    }
     let keys = &app.parts.keys;
     let key = keys.find(app.store(), text).await?;
     let key = key.ok_or_else(|| refused("the key is not known here"))?;
@@ -181,6 +206,23 @@ async fn caller(app: &App, headers: &HeaderMap) -> ApiResult<Caller> {
         app.tasks.spawn(noting);
     }
     Ok(Caller::new(&key))
+}
+
+async fn by_token(app: &App, verifier: &JwtVerifier, text: &str) -> ApiResult<Caller> {
+    let refusal = match verifier.verify(app.store(), text, Timestamp::now()).await {
+        Ok(proven) => return Ok(Caller::proven(proven)),
+        Err(refusal) => refusal,
+    };
+    let detail = refusal.to_string();
+    Err(match refusal {
+        Refusal::Unproven(reason) => {
+            tracing::debug!(reason, "a token is refused");
+            ApiError::new(ErrorCode::Unauthorized, detail)
+        }
+        Refusal::Claims(_) => ApiError::new(ErrorCode::Unauthorized, detail),
+        Refusal::NoKeys => ApiError::new(ErrorCode::Unavailable, detail),
+        Refusal::Store(error) => error.into(),
+    })
 }
 
 fn bearer(headers: &HeaderMap) -> Result<&str, &'static str> {

@@ -119,8 +119,9 @@ pub(crate) fn document(entries: Vec<Entry>) -> Value {
                 "key": {
                     "type": "http",
                     "scheme": "bearer",
-                    "description": "A key of a project. What it may is said by its role and scopes; \
-                        the scope that a route needs stands with the route.",
+                    "description": "A key of a project, or a JSON Web Token where the server takes them. \
+                        What it may is said by its role and scopes; the scope that a route needs \
+                        stands with the route.",
                 },
             },
         },

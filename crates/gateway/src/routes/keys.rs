@@ -74,7 +74,7 @@ async fn admit(app: &App, request: CreateKey, caller: &Caller) -> ApiResult<NewK
     }
     let expires_in = expires_in_s.map(Duration::from_secs);
     // A project does not see whose key made its first one.
-    let created_by = (project == caller.project()).then_some(caller.key);
+    let created_by = (project == caller.project()).then_some(caller.key).flatten();
     Ok(NewKey { name, access, created_by, expires_in })
 }
 

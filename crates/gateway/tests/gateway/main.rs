@@ -9,6 +9,7 @@ mod docs;
 mod events;
 mod files;
 mod guest;
+mod jwt;
 mod keys;
 mod limits;
 mod logs;

@@ -12,7 +12,7 @@ use aether_api::{
 use aether_events::{EventBus, LocalBus};
 use aether_gateway::{
     AuthSecret, Catalogue, DriverInfo, Gateway, GatewayConfig, GatewayParts, HostCheck, HostLimits,
-    KeyRing, LocalLimiter, NewKey, Probe,
+    JwtVerifier, KeyRing, LocalLimiter, NewKey, Probe,
 };
 use aether_logs::{EmbeddedConfig, EmbeddedStore};
 use aether_queue::{Queue, SqliteQueue};
@@ -36,6 +36,7 @@ pub(crate) struct Options {
     /// Put around the queue.
     pub(crate) queue: fn(Arc<dyn Queue>) -> Arc<dyn Queue>,
     pub(crate) pools: ScriptedPools,
+    pub(crate) jwt: Option<JwtVerifier>,
 }
 
 impl Default for Options {
@@ -46,6 +47,7 @@ impl Default for Options {
             probes: Vec::new(),
             queue: |queue| queue,
             pools: ScriptedPools::default(),
+            jwt: None,
         }
     }
 }
@@ -104,6 +106,7 @@ impl Rig {
             catalogue: Arc::new(Offer),
             tools: Arc::clone(&tools) as _,
             keys: keys.clone(),
+            jwt: options.jwt,
             probes: options.probes,
             metrics: Arc::new(|| "# counted\n".to_owned()),
             hosts: HostCheck::for_listener(address),
