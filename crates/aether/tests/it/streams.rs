@@ -58,7 +58,7 @@ fn is_served(rig: &Rig, vm: &str) {
     let folder = tempfile::tempdir().unwrap();
     let (there, back) = (folder.path().join("there"), folder.path().join("back"));
     std::fs::write(&there, &data).unwrap();
-    let inside = format!("{vm}:/root/file");
+    let inside = format!("{vm}:/tmp/file");
     let text = |path: &Path| path.to_str().unwrap().to_owned();
     rig.ok(&["cp", &text(&there), &inside]);
     rig.ok(&["cp", &inside, &text(&back)]);
